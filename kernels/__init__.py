@@ -1,0 +1,1 @@
+"""What each operator means: one file an operator, with its declaration, composite, reference and gradient."""

@@ -1,0 +1,87 @@
+"""transom: the sparse operators of DeepSeek-V4-class models, on any device that PyTorch can reach.
+
+One registry of operators, each with its meaning in torch (the composite), a NumPy reference, and implementations for the
+devices at hand. Start with `transom.patch(model)`, `transom.explain(op, ...)`, or `transom --help` on the command line.
+"""
+
+from __future__ import annotations
+
+if __name__ != "transom":
+    raise ImportError("this folder is the package 'transom'; install it (pip install -e .) and `import transom`")
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from . import backends as _backends  # before the function of that name, which then stands for it
+from . import dtypes, errors, requires
+from .dispatch import Call, Explanation, Facts, record, use
+from .errors import NotSupported, PluginError, SlowPath
+from .explain import backends, explain, ops, support_matrix
+from .op import OPS as _OPS
+from .op import Impl, Op, Weight, op as declare
+from .plugins import plugins
+from .tune import tune
+from .weights import QuantizedWeight
+
+__version__ = "0.1.0"
+
+
+def _declare_operators() -> None:
+    """Import every file below kernels/: each declares its operators."""
+    from . import kernels
+
+    for family in pkgutil.iter_modules(kernels.__path__):
+        if family.ispkg:
+            package = importlib.import_module(f"{kernels.__name__}.{family.name}")
+            for file in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{package.__name__}.{file.name}")
+
+
+_declare_operators()
+
+if TYPE_CHECKING:
+    from .kernels.attention.block_sparse_attention import block_sparse_attention
+    from .kernels.attention.compress_kv import compress_kv
+    from .kernels.attention.lightning_indexer import lightning_indexer
+    from .kernels.attention.sparse_attention import sparse_attention
+    from .kernels.engram.engram_gate import engram_gate
+    from .kernels.engram.hashed_embedding import hashed_embedding
+    from .kernels.engram.ngram_hash import ngram_hash
+    from .kernels.engram.short_conv import short_conv
+    from .kernels.mhc.mhc_head import mhc_head
+    from .kernels.mhc.mhc_post import mhc_post
+    from .kernels.mhc.mhc_pre import mhc_pre
+    from .kernels.mhc.sinkhorn import sinkhorn
+    from .kernels.moe.grouped_gemm import grouped_gemm
+    from .kernels.moe.moe_experts import moe_experts
+    from .kernels.moe.route import route
+    from .kernels.quant.quantize import quantize
+    from .models import patch, unpatch
+
+_LAZY = {
+    "patch": "transom.models", "unpatch": "transom.models", "nn": "", "models": "", "conformance": "",
+    "quantize": "transom.kernels.quant.quantize",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPS:
+        return _OPS[name]
+    if name in _LAZY:
+        home = _LAZY[name]
+        return getattr(importlib.import_module(home), name) if home else importlib.import_module(f"transom.{name}")
+    raise AttributeError(f"module 'transom' has no attribute {name!r}; operators: {', '.join(sorted(_OPS))}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OPS, *_LAZY})
+
+
+__all__ = [
+    "Call", "Explanation", "Facts", "Impl", "NotSupported", "Op", "PluginError", "QuantizedWeight", "SlowPath", "Weight",
+    "backends", "block_sparse_attention", "compress_kv", "declare", "dtypes", "engram_gate", "errors", "explain",
+    "grouped_gemm", "hashed_embedding", "lightning_indexer", "mhc_head", "mhc_post", "mhc_pre", "moe_experts",
+    "ngram_hash", "ops", "patch", "plugins", "quantize", "record", "requires", "route", "short_conv", "sinkhorn",
+    "sparse_attention", "support_matrix", "tune", "unpatch", "use",
+]  # fmt: skip

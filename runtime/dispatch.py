@@ -1,0 +1,345 @@
+"""Selection: facts of a call, the implementation that runs it, the plan cache, use() and record().
+
+Order: asked for > measured > tier (tuned > portable > composite; the reference only on request). Nothing falls back in
+silence: a forced choice that cannot run raises, a drop to the composite warns with its reasons, and nothing is moved
+between devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import config, plugins, tune
+from . import device as _device
+from .dtypes import Kind
+from .errors import NotSupported, SlowPath
+
+if TYPE_CHECKING:
+    from .op import Impl, Op
+
+TIERS = ("reference", "composite", "portable", "tuned")
+"""Worst to best: NumPy, only on request; the meaning in torch; a real kernel; a kernel made for the device."""
+
+PLANS = 1024
+"""Plans kept per operator; past it all are dropped (a decode loop makes one a step, so they must not pile up)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What selection may look at, and nothing else."""
+
+    device: str
+    arch: str
+    dtypes: Mapping[str, Kind]
+    """By tensor, for those given: its dtype, or the format of a QuantizedWeight."""
+    dims: Mapping[str, Any]
+    layouts: Mapping[str, str]
+    """'contiguous', 'rows' (last dim of stride 1) or 'strided'."""
+    arguments: Mapping[str, Any]
+    gradient: bool = False
+    deterministic: bool = False
+    capturing: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call of certain facts runs."""
+
+    impl: Impl
+    facts: Facts
+    check: Callable[[Sequence[Any]], None] | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The implementation of a call, why it was chosen, and every other one's reasons."""
+
+    op: str
+    chosen: str | None
+    tier: str | None
+    why: str
+    rejected: Mapping[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        head = f"{self.op}: {self.chosen} ({self.why})" if self.chosen else f"{self.op}: nothing can run ({self.why})"
+        return "\n".join([head, *(f"  {name}: {'; '.join(why)}" for name, why in self.rejected.items())])
+
+
+@dataclass
+class Call:
+    """One recorded call."""
+
+    op: str
+    impl: str
+    device: str
+    facts: Facts = field(repr=False)
+    seconds: float = 0.0
+    """With record(timing=True): time inside the implementation, less that of operators which it called."""
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+# Process-wide on purpose: autograd runs the backward of an accelerator in threads of its own.
+_choice: tuple[tuple[str, str], ...] | None = None
+_recorders: list[tuple[list[Call], bool]] = []
+_lock = threading.RLock()
+_nested = threading.local()
+_warned: set[tuple[str, tuple[str, ...]]] = set()
+
+
+def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> Any:
+    """Run a call of plain tensors by its plan; the direct path of eager inference and the kernel of the torch operator."""
+    key = (op._key(*values), _choice, gradient, torch.are_deterministic_algorithms_enabled())
+    plan = op._plans.get(key)
+    if plan is None or (plan.facts.device == "cuda" and torch.cuda.is_current_stream_capturing()):
+        plan = _make_plan(op, values, key, gradient)
+    if plan.check is not None:
+        plan.check(values)
+    if _recorders:
+        return _run_recorded(op, plan, values)
+    return op._invoke(plan.impl.function, *values)
+
+
+def _make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bool) -> Plan:
+    facts = facts_of(op, values, gradient)
+    explanation = select(op, facts)
+    if explanation.chosen is None:
+        raise NotSupported(_refusal(op, explanation))
+    impl = op.impls[explanation.chosen]
+    if impl.tier == "composite":
+        _report_slow_path(op, facts, explanation)
+    plan = Plan(impl, facts, _value_check(op, facts, values))
+    if not facts.capturing:
+        if len(op._plans) >= PLANS:
+            op._plans.clear()
+        op._plans[key] = plan
+    return plan
+
+
+def facts_of(op: Op[..., Any], values: Sequence[Any], gradient: bool = False) -> Facts:
+    """The facts of a call; checks its devices, shapes, dtypes and plain arguments."""
+    from .op import kind_of
+
+    op._check_types(values)
+    tensors, arguments = op.tensors(values), op.arguments(values)
+    kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
+    bound = op.validate({name: tensor.shape for name, tensor in tensors.items()}, kinds, arguments)
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{op.name}: {name} is on {tensor.device}; {first_name} is on {first.device}")
+    device = first.device
+    return Facts(
+        device.type, _device.arch(device.type, device.index or 0), kinds, bound,
+        {name: _layout(tensor) for name, tensor in tensors.items()}, arguments, gradient,
+        torch.are_deterministic_algorithms_enabled(),
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
+    )  # fmt: skip
+
+
+def _layout(tensor: Any) -> str:
+    if tensor.is_contiguous():
+        return "contiguous"
+    return "rows" if tensor.stride(-1) == 1 else "strided"
+
+
+def select(op: Op[..., Any], facts: Facts, asked: str | None = None) -> Explanation:
+    """The choice for these facts: asked for, else measured, else the best tier that can run."""
+    plugins.load(op, facts.device)
+    asked = asked or _asked_for(op)
+    order = sorted(
+        op.impls.values(),
+        key=lambda i: (-TIERS.index(i.tier), i.backend not in plugins.names(), i.name),
+    )
+    if asked:
+        wanted = [i for i in order if asked in (i.name, i.backend)]
+        if not wanted:
+            have = ", ".join(sorted(i.name for i in order))
+            return Explanation(op.name, None, None, f"{asked!r} was asked for", {asked: (f"not registered; {have}",)})
+        rejected = {}
+        for impl in wanted:
+            reasons = impl.reasons(facts)
+            if not reasons:
+                return Explanation(op.name, impl.name, impl.tier, "asked for", rejected)
+            rejected[impl.name] = tuple(reasons)
+        return Explanation(op.name, None, None, f"{asked!r} was asked for", rejected)
+    rejected, able = {}, []
+    for impl in order:
+        if impl.tier == "reference":
+            rejected[impl.name] = ("runs only when asked for by name",)
+        elif reasons := impl.reasons(facts):
+            rejected[impl.name] = tuple(reasons)
+        else:
+            able.append(impl)
+    measured = tune.lookup(op, facts)
+    for impl in able:
+        if impl.name == measured:
+            return Explanation(op.name, impl.name, impl.tier, "measured fastest", rejected)
+    if able:
+        return Explanation(op.name, able[0].name, able[0].tier, f"tier {able[0].tier}", rejected)
+    return Explanation(op.name, None, None, "no implementation fits", rejected)
+
+
+def explain(op: Op[..., Any], values: Sequence[Any]) -> Explanation:
+    """select() for a call's arguments."""
+    return select(op, facts_of(op, values))
+
+
+def _asked_for(op: Op[..., Any]) -> str | None:
+    everywhere = None
+    for name, impl in _choice if _choice is not None else _parse_use(config.USE.get()):
+        if name == op.name:
+            return impl
+        if name == "*":
+            everywhere = impl
+    return everywhere
+
+
+def _parse_use(text: str) -> tuple[tuple[str, str], ...]:
+    out = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, impl = part.partition("=")
+        out.append((name.strip(), impl.strip()) if equals else ("*", name.strip()))
+    return tuple(out)
+
+
+def _refusal(op: Op[..., Any], e: Explanation) -> str:
+    reasons = " | ".join(f"{name}: {'; '.join(why)}" for name, why in e.rejected.items())
+    return f"{op.name}: {e.why} and cannot run; {reasons}"
+
+
+def _report_slow_path(op: Op[..., Any], facts: Facts, e: Explanation) -> None:
+    if e.why == "asked for" or (mode := config.fallback()) == "quiet":
+        return
+    missed = {
+        name: why
+        for name, why in e.rejected.items()
+        if op.impls[name].tier in ("portable", "tuned") and plugins.serves(op.impls[name], facts)
+    }
+    if not missed:
+        return
+    text = " | ".join(f"{name}: {'; '.join(why)}" for name, why in missed.items())
+    if mode == "error":
+        raise NotSupported(f"{op.name}: only the composite can run ({config.FALLBACK.name}=error); {text}")
+    mark = (op.name, tuple(text.split(" | ")))
+    if mark not in _warned:
+        _warned.add(mark)
+        warnings.warn(f"{op.name}: runs as composite; {text}", SlowPath, stacklevel=_caller())
+
+
+def _caller() -> int:
+    """How many frames up the first one outside transom stands."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("transom", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _value_check(op: Op[..., Any], facts: Facts, values: Sequence[Any]) -> Callable[[Sequence[Any]], None] | None:
+    rule = op._check_values
+    if rule is None or not (facts.device == "cpu" or config.debug()):
+        return None
+    names = rule.__code__.co_varnames[: rule.__code__.co_argcount + rule.__code__.co_kwonlyargcount]
+    index = [op._rank.get(n) for n in names]
+    known = [facts.dims.get(n) for n in names]
+    far = facts.device != "cpu"
+
+    def check(values: Sequence[Any]) -> None:
+        given = [k if i is None else values[i] for i, k in zip(index, known, strict=True)]
+        if far:
+            given = [g.cpu() if isinstance(g, torch.Tensor) else g for g in given]
+        text = rule(*given)
+        if text:
+            raise ValueError(f"{op.name}: {text}")
+
+    return check
+
+
+def forget_plans() -> None:
+    """Drop every plan: implementations, plugins or measured choices have changed."""
+    from .op import OPS
+
+    for op in OPS.values():
+        op._plans.clear()
+
+
+def backend_of(module: str) -> str:
+    """The backend that a module's implementations belong to: its folder in transom.backends, or its plugin."""
+    parts = module.split(".")
+    if parts[:2] == ["transom", "backends"] and len(parts) > 2:
+        return parts[2]
+    return plugins.loading() or parts[0]
+
+
+# use() and record() ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def use(backend: str | None = None, /, **choice: str) -> Iterator[None]:
+    """Within the block, run these implementations: `use("native")` for all, `use(route="triton")` for one.
+
+    A choice that cannot run a call raises NotSupported; there is no fallback from it. Holds for the whole process
+    while the block lasts, since autograd runs backward passes in threads of its own.
+    """
+    from .op import lookup
+
+    global _choice
+    entries = tuple((lookup(name).name, impl) for name, impl in choice.items())
+    with _lock:
+        before = _choice
+        inherited = before if before is not None else _parse_use(config.USE.get())
+        # asked for by name comes before asked for everywhere, and the inner block before the outer
+        _choice = entries + ((("*", backend),) if backend else ()) + (() if backend else inherited)
+    try:
+        yield
+    finally:
+        with _lock:
+            _choice = before
+
+
+@contextlib.contextmanager
+def record(*, timing: bool = False) -> Iterator[list[Call]]:
+    """A list of what runs within the block, in order: .op, .impl, .device (and with timing: .seconds, .flops, .bytes).
+
+    Timing waits for the device before and after each call. Holds for the whole process.
+    """
+    calls: list[Call] = []
+    entry = (calls, timing)
+    with _lock:
+        _recorders.append(entry)
+    try:
+        yield calls
+    finally:
+        with _lock:
+            _recorders[:] = [r for r in _recorders if r is not entry]
+
+
+def _run_recorded(op: Op[..., Any], plan: Plan, values: tuple[Any, ...]) -> Any:
+    call = Call(op.name, plan.impl.name, plan.facts.device, plan.facts)
+    timed = any(timing for _, timing in _recorders)
+    for calls, _ in list(_recorders):
+        calls.append(call)
+    if not timed:
+        return op._invoke(plan.impl.function, *values)
+    cost = op.cost(values)
+    call.flops, call.bytes = cost.flops, cost.bytes
+    device = next(iter(op.tensors(values).values())).device
+    outer, _nested.seconds = getattr(_nested, "seconds", 0.0), 0.0
+    _device.synchronize(device)
+    start = time.perf_counter()
+    try:
+        return op._invoke(plan.impl.function, *values)
+    finally:
+        _device.synchronize(device)
+        elapsed = time.perf_counter() - start
+        call.seconds = elapsed - _nested.seconds
+        _nested.seconds = outer + elapsed

@@ -1,0 +1,243 @@
+"""Operators as torch operators: the only module that touches torch.library.
+
+Each Op becomes `torch.ops.transom.<name>`: one kernel under CompositeExplicitAutograd, which every device reaches and
+which goes to our selection; a fake kernel from the declared shapes and dtypes; autograd that calls backward operators;
+vmap over the declared batch dim; autocast. Its schema is flat and positional: a weight is four arguments (values, scales,
+zeros, spec). Eager inference on ordinary tensors skips all of it (`direct`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .errors import NotSupported
+from .weights import logical_shape
+
+if TYPE_CHECKING:
+    from .op import Op, Parameter
+
+LIBRARY = torch.library.Library("transom", "DEF")
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_AUTOCAST_KEYS = {
+    "cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS",
+    "privateuse1": "AutocastPrivateUse1",
+}  # fmt: skip
+
+compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+
+
+def direct(op: Op[..., Any], values: tuple[Any, ...]) -> bool:
+    """True if a call may skip the dispatcher: eager, nothing to differentiate, ordinary tensors, no mode in force."""
+    if compiling() or not op._plain(*values):
+        return False
+    if torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) is True for v in values):
+        return False
+    if _dispatch_modes() or _function_modes() or _functorch_level() is not None:
+        return False
+    first = values[0]
+    return not (
+        first.is_meta or (op.autocast and torch.is_autocast_enabled(first.device.type)) or torch._C._get_tracing_state()
+    )
+
+
+def define(op: Op[..., Any]) -> Any:
+    """Register `op` with torch and return its overload."""
+    schema = f"{op.name}({', '.join(_schema(op, p) for p in op.parameters)}) -> {_returns(op)}"
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = f"transom::{op.name}"
+
+    def kernel(*flat: Any) -> Any:
+        values = op._unflatten(*flat)
+        wants = any(isinstance(v, Tensor) and v.requires_grad for v in flat)
+        return dispatch.run(op, values, wants)
+
+    def fake(*flat: Any) -> Any:
+        return _fake(op, flat)
+
+    LIBRARY.impl(op.name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=LIBRARY)
+    if not op.mutates:
+        torch.library.register_autograd(
+            name, _backward(op), setup_context=_setup_context(op), lib=LIBRARY
+        )
+        torch.library.register_vmap(name, _vmap(op), lib=LIBRARY)
+    overload = getattr(torch.ops.transom, op.name).default
+    if op.autocast:
+        for key in _AUTOCAST_KEYS.values():
+            LIBRARY.impl(op.name, _autocast(op, overload, key), key)
+    return overload
+
+
+def _schema(op: Op[..., Any], p: Parameter) -> str:
+    if p.role == "weight":
+        return f"{p.type} {p.name}, Tensor? {p.name}_scales, Tensor? {p.name}_zeros, str {p.name}_spec"
+    if p.name in op.mutates:
+        return f"Tensor({chr(97 + op.mutates.index(p.name))}!) {p.name}"
+    return f"{p.type} {p.name}"
+
+
+def _returns(op: Op[..., Any]) -> str:
+    n = len(op.signature.outputs)
+    return "()" if op.mutates else "Tensor" if n == 1 else f"({', '.join(['Tensor'] * n)})"
+
+
+def _slots(op: Op[..., Any]) -> list[tuple[Parameter, int]]:
+    """Each parameter with its place among the flat arguments; a weight takes four."""
+    out, at = [], 0
+    for p in op.parameters:
+        out.append((p, at))
+        at += 4 if p.role == "weight" else 1
+    return out
+
+
+def _fake(op: Op[..., Any], flat: Sequence[Any]) -> Any:
+    shapes, kinds, arguments, first = {}, {}, {}, None
+    for p, at in _slots(op):
+        value = flat[at]
+        if p.role == "value":
+            arguments[p.name] = value
+        elif value is not None:
+            spec = flat[at + 3] if p.role == "weight" else ""
+            shapes[p.name] = logical_shape(value.shape, spec) if spec else value.shape
+            kinds[p.name] = spec.partition(":")[0] if spec else value.dtype
+            first = value if first is None else first
+    bound = op.validate(shapes, kinds, arguments)
+    if op.mutates:
+        return None
+    assert first is not None
+    outputs = [first.new_empty(s, dtype=d) for s, d in op.outputs({**arguments, **bound}, kinds)]
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+# Autograd --------------------------------------------------------------------------------------
+
+
+class Saved:
+    """What a gradient function sees: the inputs and outputs it asked for, plain arguments, and needs(name)."""
+
+    def __init__(self, values: dict[str, Any], needed: frozenset[str]) -> None:
+        self.__dict__.update(values)
+        self._needed = needed
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name} was not saved; name it in gradient(save=...)")
+
+    def needs(self, name: str) -> bool:
+        """True if the gradient of input `name` is wanted."""
+        return name in self._needed
+
+
+def _setup_context(op: Op[..., Any]) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        gradient = op._gradient
+        if gradient is None:
+            return
+        outputs = output if isinstance(output, tuple) else (output,)
+        named = dict(zip(op.signature.outputs, outputs, strict=True))
+        plain: dict[str, Any] = {}
+        tensors: list[Tensor | None] = []
+        places: list[tuple[str, int, str]] = []
+        for p, at in _slots(op):
+            if p.role == "value":
+                plain[p.name] = inputs[at]
+            elif p.name in gradient.save:
+                width = 3 if p.role == "weight" else 1
+                places.append((p.name, width, inputs[at + 3] if width == 3 else ""))
+                tensors += inputs[at : at + width]
+        for name in gradient.save:
+            if name in named:
+                places.append((name, 1, ""))
+                tensors.append(named[name])
+        ctx.save_for_backward(*tensors)
+        ctx.plain, ctx.places = plain, places
+
+    return setup_context
+
+
+def _backward(op: Op[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        from .weights import weight_from
+
+        gradient = op._gradient
+        if gradient is None:
+            raise NotSupported(f"{op.name}: a gradient through it was asked for; it has none")
+        values, at = dict(ctx.plain), 0
+        for name, width, spec in ctx.places:
+            taken = ctx.saved_tensors[at : at + width]
+            values[name] = weight_from(*taken, spec) if spec else taken[0]
+            at += width
+        slots = _slots(op)
+        needed = frozenset(p.name for p, i in slots if ctx.needs_input_grad[i])
+        found = gradient.function(Saved(values, needed), *grads)
+        out: list[Tensor | None] = []
+        for p, _ in slots:
+            out.append(found.get(p.name) if p.name in needed else None)
+            out += [None, None, None] if p.role == "weight" else []
+        return tuple(out)
+
+    return backward
+
+
+# vmap ------------------------------------------------------------------------------------------
+
+
+def _vmap(op: Op[..., Any]) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+        batch = op.batch
+        inputs, outputs = op.signature.inputs, op.signature.outputs
+        leads = {n: bool(s.dims) and s.dims[0] == batch for n, s in (*inputs.items(), *outputs.items())}
+        size = info.batch_size
+        args = list(flat)
+        for p, at in _slots(op):
+            if p.role == "value" or flat[at] is None:
+                continue
+            if not leads[p.name]:
+                if in_dims[at] is not None:
+                    what = f"it is shared by the batch dim {batch}" if batch else "the operator has no batch dim"
+                    raise NotSupported(f"{op.name}: vmap over {p.name}; {what}; loop over it instead")
+                continue
+            value = flat[at]
+            value = value.expand(size, *value.shape) if in_dims[at] is None else value.movedim(in_dims[at], 0)
+            args[at] = value if batch and batch.startswith("*") else value.flatten(0, 1)
+        alone = [n for n in outputs if not leads[n]]
+        if alone:
+            raise NotSupported(f"{op.name}: vmap; output {alone[0]} sums over the batch dim; loop over it instead")
+        results = op.torch_op(*args)
+        several = isinstance(results, tuple)
+        unfolded = tuple(
+            r if batch and batch.startswith("*") else r.unflatten(0, (size, -1)) if r.numel() else
+            r.reshape(size, r.shape[0] // size, *r.shape[1:])
+            for r in (results if several else (results,))
+        )  # fmt: skip
+        return (unfolded, (0,) * len(unfolded)) if several else (unfolded[0], 0)
+
+    return rule
+
+
+# Autocast --------------------------------------------------------------------------------------
+
+
+def _autocast(op: Op[..., Any], overload: Any, key: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*flat: Any) -> Any:
+        device = next(v.device.type for v in flat if isinstance(v, Tensor))
+        low = torch.get_autocast_dtype(device)
+        args = list(flat)
+        for p, at in _slots(op):
+            mode, value = op.autocast.get(p.name), flat[at]
+            if mode and value is not None and value.dtype.is_floating_point and value.dtype != torch.float64:
+                if not (p.role == "weight" and flat[at + 3]):
+                    args[at] = value.to(low if mode == "low" else torch.float32)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*args)
+
+    return kernel
