@@ -1,0 +1,129 @@
+"""What a call costs beside its work: the direct path, the torch operator, autograd, import time.
+
+    python bench/overhead.py [--json] [--gate]
+
+Each figure is the median over rounds of the difference between a call of an operator and a call of its implementation with
+the same arguments, in microseconds, and as a ratio to `torch.add` of two small tensors in the same round (so that figures of
+different machines can be compared). --gate exits 1 when a direct call costs more than LIMIT_US above its implementation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import transom
+
+LIMIT_US = 10.0
+ROUNDS, CALLS = 15, 300
+
+
+def seconds(work: Callable[[], Any], calls: int = CALLS) -> float:
+    """Seconds of one call, over `calls` in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - start) / calls
+
+
+def cases() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Small calls of operators with few and with many arguments."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    offsets = torch.tensor([1, 2, 4])
+    return {
+        "sinkhorn, 1 tensor": (transom.sinkhorn, (normal(1, 4, 4),), dict(iterations=1, eps=1e-6)),
+        "mhc_post, 4 tensors": (transom.mhc_post, (normal(1, 8), normal(1, 4, 8), normal(1, 4), normal(1, 4, 4)), {}),
+        "grouped_gemm, 3 tensors and a check of values": (
+            transom.grouped_gemm, (normal(4, 8), normal(3, 8, 8), offsets), {},
+        ),
+        "route, a front": (transom.route, (normal(1, 8), 2), dict(score="softmax")),
+    }  # fmt: skip
+
+
+def measure() -> dict[str, Any]:
+    """All figures, candidates interleaved."""
+    a, b = torch.ones(4), torch.ones(4)
+    rows: dict[str, dict[str, list[float]]] = {}
+    with torch.no_grad():
+        for name, (op, args, kwargs) in cases().items():
+            values = op._declared(*args, **kwargs)
+            function = op.impls["composite"].function
+            flat = op._flatten(*values)
+            candidates: dict[str, Callable[[], Any]] = {
+                "add": lambda: torch.add(a, b),
+                "implementation": lambda op=op, f=function, v=values: op._invoke(f, *v),
+                "direct": lambda op=op, args=args, kwargs=kwargs: op(*args, **kwargs),
+                "torch operator": lambda op=op, flat=flat: op.torch_op(*flat),
+            }
+            rows[name] = {c: [] for c in candidates}
+            for work in candidates.values():
+                seconds(work, 20)
+            for _ in range(ROUNDS):
+                for c, work in candidates.items():
+                    rows[name][c].append(seconds(work) * 1e6)
+    out: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "calls": {}}
+    for name, times in rows.items():
+        add = statistics.median(times["add"])
+        above = {
+            c: statistics.median(x - y for x, y in zip(times[c], times["implementation"], strict=True))
+            for c in ("direct", "torch operator")
+        }
+        out["calls"][name] = {
+            "torch_add_us": round(add, 2),
+            "implementation_us": round(statistics.median(times["implementation"]), 2),
+            **{f"{c} above implementation, us": round(v, 2) for c, v in above.items()},
+            **{f"{c} above implementation, torch.add = 1": round(v / add, 2) for c, v in above.items()},
+        }
+    out["import"] = import_time()
+    return out
+
+
+def import_time() -> dict[str, float]:
+    """Milliseconds that `import transom` adds to `import torch`: medians of fresh processes."""
+    code = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import transom;"
+        "c = time.perf_counter(); print(b - a, c - b)"
+    )
+    runs = [
+        [float(v) for v in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()]
+        for _ in range(7)
+    ]
+    torch_s, ours = (statistics.median(r[i] for r in runs) for i in (0, 1))
+    return {"torch_ms": round(torch_s * 1e3, 1), "transom_ms": round(ours * 1e3, 1), "ratio": round(ours / torch_s, 3)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--gate", action="store_true", help=f"exit 1 above {LIMIT_US} us")
+    options = parser.parse_args()
+    found = measure()
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name, row in found["calls"].items():
+            print(name)
+            for key, value in row.items():
+                print(f"  {value:9.2f}  {key}")
+        print(f"import transom: {found['import']['transom_ms']} ms after torch's {found['import']['torch_ms']} ms")
+    slow = [n for n, r in found["calls"].items() if r["direct above implementation, us"] > LIMIT_US]
+    if options.gate and slow:
+        print(f"overhead: {', '.join(slow)} above {LIMIT_US} us", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Calls drawn from a declaration: dims, dtypes, layouts and values.
+
+Hypothesis draws dims, dtypes, layouts and a seed, which shrink well; values come from a generator with that seed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+import transom
+from transom.dtypes import QUANTIZED
+from transom.op import Op, kind_of
+
+SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 33)
+LAYOUTS = ("contiguous", "offset", "strided", "transposed")
+GUARD = 64
+"""Elements of guard on each side of every input."""
+
+LARGEST = 1 << 16
+"""Elements of the largest tensor of a drawn call."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: its arguments in declared order, and the guarded buffers that they live in."""
+
+    op: Op[..., Any]
+    values: tuple[Any, ...]
+    buffers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    """(buffer, copy of it) of every tensor: both must be equal after the call."""
+    dims: dict[str, Any]
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(self.text)  # hypothesis shows the call, not the buffers
+
+    def intact(self) -> str | None:
+        """None if inputs and guards are as they were, else which is not (arguments that the operator writes excepted)."""
+        names = [p.name for p in self.op.parameters if p.role != "value"]
+        written = set(self.op.mutates)
+        at = 0
+        for name, value in zip((p.name for p in self.op.parameters), self.values, strict=True):
+            if name not in names or not isinstance(value, torch.Tensor):
+                continue
+            buffer, before = self.buffers[at]
+            at += 1
+            if name in written:
+                continue
+            if not _same_bits(buffer, before):
+                return f"{name} or the memory around it was written"
+        return None
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, op: Op[..., Any], device: str = "cpu", floats: tuple[torch.dtype, ...] | None = None
+) -> Case:
+    """A call of `op` that its declaration accepts."""
+    floats = floats or (torch.float32, torch.bfloat16, torch.float16)
+    primary = draw(st.sampled_from(floats), label="dtype")
+    seed = draw(st.integers(0, 2**32 - 1), label="seed")
+    small = [e for e in op.examples if _elements(op, e) <= LARGEST] or op.examples[:1]
+    base = dict(draw(st.sampled_from(small), label="example"))
+    symbols = [s for s in op.signature.symbols() if s in base]
+    changes = {
+        s: draw(st.sampled_from(SIZES), label=s) if not isinstance(base[s], tuple)
+        else tuple(draw(st.lists(st.sampled_from((0, 1, 2, 3)), max_size=2), label=s))
+        for s in symbols if draw(st.booleans(), label=f"change {s}")
+    }  # fmt: skip
+    absent = {
+        s.name for s in op.signature.inputs.values() if s.optional and draw(st.booleans(), label=f"without {s.name}")
+    }
+    layouts = {n: draw(st.sampled_from(LAYOUTS), label=f"layout of {n}") for n in op.signature.inputs}
+    # Changes that the declaration refuses are taken back one by one: a valid call comes out, and shrinking still works.
+    while True:
+        try:
+            return build(op, {**base, **changes}, primary, seed, absent, layouts, device)
+        except (ValueError, TypeError):
+            if changes:
+                changes.pop(next(reversed(changes)))
+            elif absent:
+                absent = set()
+            else:
+                raise
+
+
+def build(
+    op: Op[..., Any], dims: dict[str, Any], primary: torch.dtype = torch.float32, seed: int = 0,
+    absent: set[str] | frozenset[str] = frozenset(), layouts: dict[str, str] | None = None, device: str = "cpu",
+) -> Case:  # fmt: skip
+    """The call that these draws give. Raises what the declaration raises if it refuses them."""
+    rng = np.random.default_rng(seed)
+    scope = {p.name: p.default for p in op.parameters if p.role == "value" and p.default is not inspect.Parameter.empty}
+    scope.update(dims)
+    special = dict(op._sample(rng, dict(scope)) if op._sample else {})
+    scope.update({n: v for n, v in special.items() if n not in op.signature.inputs})
+    values, buffers, kinds, given = [], [], {}, {}
+    for p in op.parameters:
+        if p.role == "value":
+            if p.name not in scope:
+                raise ValueError(f"{op.name}: examples name no {p.name}; expected a value for it")
+            values.append(scope[p.name])
+            continue
+        shape = op.signature.inputs[p.name]
+        if (shape.optional and p.name in absent) or (p.name in special and special[p.name] is None):
+            values.append(None)
+            continue
+        array = special.get(p.name)
+        if array is None:
+            if shape.optional and not _bindable(shape, scope):
+                values.append(None)
+                continue
+            array = rng.standard_normal(shape.sizes(scope))
+        tensor, buffer = _tensor(op, p.name, np.asarray(array), primary, kinds, rng, layouts or {}, device)
+        values.append(tensor)
+        kinds[p.name], given[p.name] = kind_of(tensor), tensor.shape
+        if buffer is not None:
+            buffers.append((buffer, buffer.clone()))
+    arguments = op.arguments(values)
+    op._check_types(values)
+    bound = op.validate(given, kinds, arguments)
+    check = transom.dispatch._value_check(op, _facts(op, values, bound, kinds, arguments), values)
+    if check is not None:
+        check(values)
+    text = ", ".join(f"{n}={_describe(v)}" for n, v in zip((p.name for p in op.parameters), values, strict=True))
+    return Case(op, tuple(values), tuple(buffers), {**arguments, **bound}, f"{op.name}({text}) seed={seed}")
+
+
+def _facts(op: Any, values: Any, bound: Any, kinds: Any, arguments: Any) -> Any:
+    from transom.dispatch import Facts
+
+    return Facts("cpu", "", kinds, bound, {}, arguments)
+
+
+def _elements(op: Op[..., Any], example: dict[str, Any]) -> int:
+    scope = {p.name: p.default for p in op.parameters if p.role == "value" and p.default is not inspect.Parameter.empty}
+    scope.update(example)
+    sizes = [
+        int(np.prod([n for n in s.sizes(scope)], dtype=np.int64)) for s in op.signature.inputs.values() if _bindable(s, scope)
+    ]
+    return max(sizes, default=0)
+
+
+def _bindable(shape: Any, scope: dict[str, Any]) -> bool:
+    try:
+        shape.sizes(scope)
+    except (KeyError, NameError, TypeError):
+        return False
+    return True
+
+
+def _tensor(
+    op: Op[..., Any], name: str, array: np.ndarray, primary: torch.dtype, kinds: dict[str, Any],
+    rng: np.random.Generator, layouts: dict[str, str], device: str,
+) -> tuple[Any, torch.Tensor | None]:  # fmt: skip
+    """The array as a tensor of a dtype that the rules allow, in a guarded buffer of the layout asked for."""
+    ok = op.rules.allowed(name, {**dict.fromkeys(op.signature.inputs, primary), **kinds}) if name in op.rules.alternatives else [primary]
+    plain = [k for k in ok if not isinstance(k, str)]
+    if array.dtype == np.float64:
+        quantised = [k for k in ok if k in QUANTIZED]
+        if quantised and array.ndim >= 2 and array.size and array.shape[-1] % 32 == 0 and rng.random() < 0.4:
+            weight = torch.from_numpy(array).float().to(device)
+            return transom.quantize(weight, str(rng.choice(quantised))), None
+        dtype = primary if primary in plain else plain[int(rng.integers(len(plain)))]
+        if len(plain) > 1 and "float" not in op.dtypes_text and rng.random() < 0.5:
+            dtype = plain[int(rng.integers(len(plain)))]
+    else:
+        dtype = plain[int(rng.integers(len(plain)))]
+    return guarded(torch.from_numpy(np.ascontiguousarray(array)).to(dtype), layouts.get(name, "contiguous"), device)
+
+
+def guarded(value: torch.Tensor, layout: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`value` inside a larger buffer whose other elements are poison (NaN, or a number out of every range)."""
+    shape, dim = list(value.shape), value.dim()
+    steps = [1] * dim
+    if layout == "strided" and dim:
+        steps[-1] = 2
+    order = list(range(dim))
+    if layout == "transposed" and dim >= 2:
+        order[-1], order[-2] = order[-2], order[-1]
+    sizes = [shape[i] * steps[i] for i in order]
+    count = int(np.prod(sizes, dtype=np.int64)) if dim else 1
+    lead = GUARD + (1 if layout == "offset" else 0)
+    buffer = torch.empty(count + lead + GUARD, dtype=value.dtype, device=device)
+    buffer.fill_(_poison(value.dtype))
+    inner = buffer[lead : lead + count].view(sizes if dim else [])
+    inner = inner.permute(*[order.index(i) for i in range(dim)]) if dim else inner
+    view = inner[..., :: steps[-1]] if dim and steps[-1] > 1 else inner
+    view.copy_(value)
+    assert view.shape == value.shape
+    return view, buffer
+
+
+def _poison(dtype: torch.dtype) -> Any:
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max - 7
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}{list(value.shape)}" + ("" if value.is_contiguous() else " strided")
+    if isinstance(value, transom.QuantizedWeight):
+        return f"{value.spec}{list(value.shape)}"
+    return repr(value)

@@ -1,0 +1,233 @@
+"""What one call must show; each check answers None or a sentence, so that the meta-tests can feed it wrong kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import transom
+from transom.op import Impl, Op, as_numpy, kind_of
+from transom.plugins import load
+
+from . import tolerance
+from .cases import Case
+
+STEP = 1e-6
+"""Of the central differences, taken in float64: truncation 1e-12, rounding 1e-10."""
+GRADIENT_TOLERANCE = 2e-4
+"""Relative, for gradients in float32 against differences of the float64 reference."""
+
+
+def run(op: Op[..., Any], impl: str, values: Sequence[Any]) -> tuple[Any, ...] | str:
+    """The outputs of `impl`, or a sentence if another implementation ran."""
+    with transom.use(**{op.name: impl}), transom.record() as calls:
+        out = op.call(**dict(zip((p.name for p in op.parameters), values, strict=True)))
+    mine = [c for c in calls if c.op == op.name]
+    if not mine or any(c.impl != impl for c in mine):
+        return f"{impl} was asked for; {[c.impl for c in mine] or 'nothing'} ran"
+    if op.mutates:
+        return tuple(v for p, v in zip(op.parameters, values, strict=True) if p.name in op.mutates)
+    return tolerance.as_tuple(out)
+
+
+def refuses(op: Op[..., Any], impl: str, case: Case) -> list[str]:
+    """The implementation's reasons against this call; empty if it accepts."""
+    facts = transom.dispatch.facts_of(op, case.values)
+    transom.dispatch.select(op, facts)
+    return op.impls[impl].reasons(facts)
+
+
+def requirements(op: Op[..., Any], impl: str, case: Case) -> str | None:
+    """What it refuses has non-empty sentences, the same ones twice, and asking for it raises them."""
+    reasons = refuses(op, impl, case)
+    if not reasons:
+        return None
+    if any(not r.strip() or "\n" in r for r in reasons):
+        return f"a reason is empty or longer than a line: {reasons}"
+    if reasons != refuses(op, impl, case):
+        return "its reasons differ between two equal calls"
+    try:
+        run(op, impl, case.values)
+    except transom.NotSupported as error:
+        return None if reasons[0] in str(error) else f"it raised {error}; expected its reason {reasons[0]!r}"
+    return "it ran a call that it refuses"
+
+
+def numbers(op: Op[..., Any], impl: str, case: Case) -> str | None:
+    """Outputs agree with the float64 reference: shape, dtype, contiguity, values; guards and inputs are intact."""
+    assert op._reference is not None, f"{op.name} has no reference"
+    before = [as_numpy(v) for v in case.values]
+    before = [v.copy() if isinstance(v, np.ndarray) else v for v in before]
+    got = run(op, impl, case.values)
+    if isinstance(got, str):
+        return got
+    if (changed := case.intact()) is not None:
+        return changed
+    with np.errstate(all="ignore"):
+        want = [np.asarray(w) for w in tolerance.as_tuple(op._reference(*before))]
+        spread = tolerance.spread(op._reference, before, want, np.random.default_rng(0))
+    terms = float(op.accumulate(_scalars(case.dims)))
+    if len(got) != len(want):
+        return f"{len(got)} outputs; expected {len(want)}"
+    names = op.mutates or tuple(op.signature.outputs)
+    for name, g, w, s in zip(names, got, want, spread, strict=True):
+        if (problem := _form(op, name, g, case)) is not None:
+            return problem
+        if (problem := tolerance.compare(name, g, w, terms, s)) is not None:
+            return problem
+    return None
+
+
+def _form(op: Op[..., Any], name: str, got: torch.Tensor, case: Case) -> str | None:
+    if op.mutates:
+        return None
+    tensors = op.tensors(case.values)
+    kinds = {n: kind_of(t) for n, t in tensors.items()}
+    names = list(op.signature.outputs)
+    shape, dtype = op.outputs(case.dims, kinds)[names.index(name)]
+    if got.dtype != dtype:
+        return f"{name} is {got.dtype}; expected {dtype}"
+    if tuple(got.shape) != tuple(shape):
+        return f"{name} has shape {list(got.shape)}; expected {list(shape)}"
+    if not got.is_contiguous():
+        return f"{name} is not contiguous"
+    own = got.untyped_storage().data_ptr()
+    for other, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and own and tensor.untyped_storage().data_ptr() == own:
+            return f"{name} shares memory with {other}"
+    return None
+
+
+def repeatable(op: Op[..., Any], impl: str, case: Case) -> str | None:
+    """Two equal calls give the same bits."""
+    first = run(op, impl, case.values)
+    if isinstance(first, str):
+        return first
+    first = tuple(t.clone() for t in first)
+    second = run(op, impl, case.values)
+    for name, a, b in zip(op.mutates or op.signature.outputs, first, second, strict=True):
+        if isinstance(b, str) or not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+            return f"{name} differs between two equal calls"
+    return None
+
+
+def unbiased(op: Op[..., Any], impl: str, cases: Sequence[Case]) -> str | None:
+    """Over many results the mean rounding error is near zero: truncation instead of rounding shows here."""
+    assert op._reference is not None
+    for case in cases:
+        got = run(op, impl, case.values)
+        if isinstance(got, str):
+            return got
+        want = tolerance.as_tuple(op._reference(*(as_numpy(v) for v in case.values)))
+        for name, g, w in zip(op.signature.outputs, got, want, strict=True):
+            if g.dtype in (torch.bfloat16, torch.float16):
+                mean = tolerance.bias(g, np.asarray(w))
+                if mean is not None and abs(mean) > 0.1:
+                    return f"{name} is off by {mean:+.2f} units in the last place on average; expected none"
+    return None
+
+
+def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
+    """Every float input's gradient along a random direction equals a central difference of the reference.
+
+    With `impl`, forward and backward operators run that backend's implementations where they exist.
+    """
+    assert op._gradient is not None and op._reference is not None
+    rng = np.random.default_rng(1)
+    names = [p.name for p in op.parameters]
+    values = [
+        v.detach().clone().requires_grad_(True) if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v
+        for v in case.values
+    ]
+    with transom.use(**({op.name: impl} if impl else {})):
+        out = tolerance.as_tuple(op.call(**dict(zip(names, values, strict=True))))
+    want = [torch.from_numpy(rng.standard_normal(tuple(o.shape))).to(o.dtype) for o in out]
+    pairs = [(o, w) for o, w in zip(out, want, strict=True) if o.dtype.is_floating_point and o.requires_grad]
+    inputs = [(n, v) for n, v in zip(names, values, strict=True) if isinstance(v, torch.Tensor) and v.requires_grad]
+    if not pairs:
+        return "no output can be differentiated"
+    for o, w in pairs:
+        w[~torch.isfinite(o.detach())] = 0
+    found = torch.autograd.grad([o for o, _ in pairs], [v for _, v in inputs], [w for _, w in pairs], allow_unused=True)
+    plain = [as_numpy(v) for v in case.values]
+    weights = [w.double().numpy() if o.dtype.is_floating_point else None for o, w in zip(out, want, strict=True)]
+    for (name, value), gradient in zip(inputs, found, strict=True):
+        if name in op._gradient.constant:
+            if gradient is not None and gradient.abs().max() > 0:
+                return f"the gradient of {name} is not zero; the declaration calls it constant"
+            continue
+        direction = rng.standard_normal(tuple(value.shape))
+        at = names.index(name)
+        difference, size = _difference(op._reference, plain, at, direction, weights)
+        if gradient is None:
+            if abs(difference) > 1e-7 * max(size, 1.0):
+                return f"{name} has no gradient; the reference changes by {difference:.3g} along a random direction"
+            continue
+        if gradient.dtype != value.dtype or gradient.shape != value.shape:
+            return f"the gradient of {name} is {gradient.dtype}{list(gradient.shape)}; expected {value.dtype}{list(value.shape)}"
+        g = gradient.double().numpy()
+        got, scale = float((g * direction).sum()), float(np.abs(g * direction).sum())
+        if not abs(got - difference) <= GRADIENT_TOLERANCE * max(scale, size * 1e-3, 1e-6):
+            return f"the gradient of {name} along a random direction is {got:.8g}; expected {difference:.8g}"
+    return None
+
+
+def _difference(
+    reference: Callable[..., Any], plain: list[Any], at: int, direction: np.ndarray, weights: list[Any]
+) -> tuple[float, float]:
+    def value(sign: float) -> tuple[float, float]:
+        moved = list(plain)
+        moved[at] = plain[at] + sign * STEP * direction
+        total = size = 0.0
+        for out, w in zip(tolerance.as_tuple(reference(*moved)), weights, strict=True):
+            if w is not None:
+                product = np.where(np.isfinite(out), out, 0.0) * w
+                total += float(product.sum())
+                size += float(np.abs(product).sum())
+        return total, size
+
+    (a, size), (b, _) = value(1.0), value(-1.0)
+    return (a - b) / (2 * STEP), size
+
+
+def compiles(op: Op[..., Any], case: Case) -> str | None:
+    """A full-graph compile of the call gives the same bits as eager, without a graph break."""
+    names = [p.name for p in op.parameters]
+    tensors = [v if not isinstance(v, torch.Tensor) else v.clone() for v in case.values]
+    want = tolerance.as_tuple(op.call(**dict(zip(names, tensors, strict=True))))
+
+    def call(*args: Any) -> Any:
+        return op.call(**dict(zip(names, args, strict=True)))
+
+    torch._dynamo.reset()
+    got = tolerance.as_tuple(torch.compile(call, backend="aot_eager", fullgraph=True)(*case.values))
+    for name, a, b in zip(op.signature.outputs, want, got, strict=True):
+        if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
+            return f"{name} differs between eager and compiled"
+    return None
+
+
+def opcheck(op: Op[..., Any], case: Case) -> None:
+    """torch.library.opcheck: schema, fake kernel, autograd registration, AOT dispatch. Raises what it finds."""
+    values = [
+        v.detach().clone().requires_grad_(True)
+        if isinstance(v, torch.Tensor) and v.dtype.is_floating_point and op._gradient is not None else v
+        for v in case.values
+    ]  # fmt: skip
+    torch.library.opcheck(op.torch_op, op._flatten(*values))
+
+
+def implementations(op: Op[..., Any], device: str, name: str | None) -> list[Impl]:
+    """The implementations of `op` that may run on `device`: all, or those of one name or backend."""
+    load(op, device)
+    return [
+        i for i in op.impls.values()
+        if i.tier != "reference" and (name is None or name in (i.name, i.backend)) and not i.unavailable
+    ]  # fmt: skip
+
+
+def _scalars(dims: dict[str, Any]) -> dict[str, Any]:
+    return {k: int(np.prod(v, dtype=np.int64)) if isinstance(v, tuple) else v for k, v in dims.items()}
