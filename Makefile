@@ -1,0 +1,74 @@
+# transom: `make run` and `make test` each do all that they need, from a fresh clone.
+#
+#   make run     the main job on this repository's README: a table here, a report in build/
+#   make test    the tests, the linter and the type checker
+#   make clean   remove what make made
+#
+# Settings: PYTHON=python3.12 (which Python the environment is made with), JOBS=4 (test processes),
+#           TESTS="tests/ops -k route" (what pytest is given), TORCH=any (see below), VENV=folder.
+
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+TESTS  ?=
+# cpu: the CPU build of torch; any: what the package index has by default, on Linux the CUDA build.
+TORCH  ?= $(shell nvidia-smi >/dev/null 2>&1 && echo any || echo cpu)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_TORCH := torch==$(TORCH_VERSION)+cpu
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint types clean
+
+run: $(VENV)/installed
+	@mkdir -p build
+	$(BIN)/transom run --file README.md --html build/report.html --json build/report.json
+
+# One thread a process: otherwise the test processes fight for the cores.
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	@$(MAKE) --no-print-directory lint types
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed
+	@test -d build/ide || $(PIP) install -q --no-deps --no-build-isolation -e .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The environment in three steps, each with a stamp, so that a later call starts where it must.
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.version_info < (3, 10) and \
+	    sys.exit("make: $(PYTHON) is Python " + v + "; needs >= 3.10; make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m virtualenv $(VENV) || { rm -rf $(VENV); \
+	    echo "make: no venv in $(PYTHON); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+# The CPU build is named 2.13.0+cpu. It is first asked of the indexes that pip is set up with (a
+# mirror may have it), then of PyTorch's own. Where neither has it the plain build must do: on macOS
+# and some processors it is a CPU build, elsewhere it is larger and works as well.
+$(VENV)/torch: $(VENV)/created constraints.txt
+ifeq ($(TORCH),cpu)
+	@echo "make: installing torch $(TORCH_VERSION), CPU build, about 200 MB (TORCH=any for the other)"
+	@$(PIP) install -c constraints.txt $(CPU_TORCH) 2>/dev/null || \
+	$(PIP) install -c constraints.txt $(CPU_TORCH) --extra-index-url $(CPU_WHEELS) || \
+	$(PIP) install -c constraints.txt torch==$(TORCH_VERSION)
+else
+	@echo "make: installing torch $(TORCH_VERSION), the index's default build"
+	@$(PIP) install -c constraints.txt torch==$(TORCH_VERSION)
+endif
+	@touch $@
+
+# setuptools and pybind11 come from the constraints too: hence no isolated build. The folder runtime
+# is newer than the stamp when a file came or went: then the link tree in build/ide is out of date.
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py runtime
+	@echo "make: installing transom, editable, and what its tests need"
+	@$(PIP) install -q -c constraints.txt setuptools pybind11
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@

@@ -1,0 +1,30 @@
+"""What every test runs under: hypothesis profiles, and a generator seeded by the test's name."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Required runs repeat exactly: no random seed, no deadline (a busy machine is not a bug), few
+# examples. TRANSOM_TEST_EXAMPLES=500 searches longer; TRANSOM_TEST_PROFILE=random searches
+# elsewhere each time and keeps what it found in .hypothesis/.
+EXAMPLES = int(os.environ.get("TRANSOM_TEST_EXAMPLES", "15"))
+SHARED = {
+    "max_examples": EXAMPLES,
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("ci", derandomize=True, database=None, **SHARED)
+settings.register_profile("random", **SHARED)
+settings.load_profile(os.environ.get("TRANSOM_TEST_PROFILE", "ci"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """The same numbers in every run of a test, and other numbers in every test."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
