@@ -97,19 +97,29 @@ class Peaks:
 
 def peaks(device_type: str = "cpu", *, fresh: bool = False) -> Peaks:
     """The ceilings of this machine, measured once and kept under the cache folder; `fresh` measures again (about 2 s)."""
-    path = cache_folder() / f"peaks-{fingerprint(device_type)}.json"
-    if not fresh and path.exists():
-        try:
-            return Peaks(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            pass  # a file of another version: measure again
+    known = None if fresh else known_peaks(device_type)
+    if known is not None:
+        return known
     found = _measure(torch.device(device_type))
+    path = _peaks_path(device_type)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(found)), encoding="utf-8")
     except OSError:
         pass  # a read-only home is no reason to fail: the figures are returned all the same
     return found
+
+
+def known_peaks(device_type: str = "cpu") -> Peaks | None:
+    """The ceilings of this machine if they have been measured before, else None; nothing is measured."""
+    try:
+        return Peaks(**json.loads(_peaks_path(device_type).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None  # no file, or one of another version
+
+
+def _peaks_path(device_type: str) -> Path:
+    return cache_folder() / f"peaks-{fingerprint(device_type)}.json"
 
 
 @torch.no_grad()

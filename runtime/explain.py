@@ -63,16 +63,12 @@ def _backward_of(op: Op[..., Any]) -> str | None:
 
 def _backward_text(op: Op[..., Any], impl: Impl, everything: dict[str, Op[..., Any]]) -> str:
     if op._gradient is None:
-        return "none to give" if not _differentiable(op) else "no"
+        return "none"
     names = [n for n, o in everything.items() if _backward_of(o) == op.name]
     have = [n for n in names if any(i.backend == impl.backend for i in everything[n].impls.values())]
     if impl.tier == "reference":
         return "forward only"
     return "yes" if len(have) == len(names) else f"{len(have)} of {len(names)}; the rest by the composite"
-
-
-def _differentiable(op: Op[..., Any]) -> bool:
-    return any(set(op.rules.alternatives[n]) & {*_FLOATS, "x"} for n in op.signature.outputs if n in op.rules.alternatives)
 
 
 def _dtypes(op: Op[..., Any], impl: Impl) -> list[str]:

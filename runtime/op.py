@@ -115,9 +115,9 @@ class Op(Generic[P, R]):
         self.rules = Rules.parse(dtypes)
         self.shapes_text, self.dtypes_text = shapes, dtypes
         self.parameters = _parameters(function, self.signature)
-        self.flops = Expression.parse(options["flops"])
-        self.bytes = Expression.parse(options["bytes"]) if options["bytes"] else None
-        self.accumulate = Expression.parse(options["accumulate"])
+        self.flops = Expression(options["flops"])
+        self.bytes = Expression(options["bytes"]) if options["bytes"] else None
+        self.accumulate = Expression(options["accumulate"])
         self.autocast = _autocast(options["autocast"])
         self.batch: str | None = options["batch"]
         self.mutates = tuple(options["mutates"].split())
@@ -309,7 +309,8 @@ class Op(Generic[P, R]):
         bound = self.signature.bind(self.name, {n: t.shape for n, t in tensors.items()}, arguments)
         kinds = {n: kind_of(t) for n, t in tensors.items()}
         sizes = {n: t.nbytes / max(1, _count(t.shape)) for n, t in tensors.items()}
-        scope = {**{k: _count(v) if isinstance(v, tuple) else v for k, v in bound.items()}, **arguments}
+        absent = dict.fromkeys(self.signature.symbols(), 0)  # dims that only tensors which were not given have
+        scope = {**absent, **{k: _count(v) if isinstance(v, tuple) else v for k, v in bound.items()}, **arguments}
         outputs = [] if self.mutates else self.outputs({**arguments, **bound}, kinds)
         for (_, dtype), name in zip(outputs, self.signature.outputs, strict=True):
             sizes[name] = dtype.itemsize

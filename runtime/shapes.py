@@ -8,6 +8,7 @@ messages, the shapes of the outputs, fake kernels and the shapes of property tes
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,27 +27,30 @@ _NODES = (
 _FUNCTIONS: Bound = {"min": min, "max": max, "ceil": math.ceil, "prod": math.prod, "log2": math.log2}
 
 
-@dataclass(frozen=True)
 class Expression:
-    """Arithmetic over symbols, checked when it is declared and evaluated per call."""
+    """Arithmetic over symbols; parsed at first use, since `import transom` declares hundreds."""
 
-    text: str
-    code: CodeType
-    names: frozenset[str]
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
 
-    @classmethod
-    def parse(cls, text: str) -> Expression:
-        tree = ast.parse(text.strip(), mode="eval")
+    @functools.cached_property
+    def _parsed(self) -> tuple[CodeType, frozenset[str]]:
+        tree = ast.parse(self.text, mode="eval")
         for node in ast.walk(tree):
             if not isinstance(node, _NODES):
-                raise ValueError(f"expression {text!r}: {type(node).__name__} is not arithmetic")
+                raise ValueError(f"expression {self.text!r}: {type(node).__name__} is not arithmetic")
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") not in _FUNCTIONS:
-                raise ValueError(f"expression {text!r}: expected one of {', '.join(_FUNCTIONS)}")
+                raise ValueError(f"expression {self.text!r}: expected one of {', '.join(_FUNCTIONS)}")
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - set(_FUNCTIONS)
-        return cls(text.strip(), compile(tree, text, "eval"), frozenset(names))
+        return compile(tree, self.text, "eval"), frozenset(names)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The symbols that it reads."""
+        return self._parsed[1]
 
     def __call__(self, bound: Mapping[str, Any]) -> Any:
-        return eval(self.code, {"__builtins__": {}, **_FUNCTIONS}, dict(bound))
+        return eval(self._parsed[0], {"__builtins__": {}, **_FUNCTIONS}, dict(bound))
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Shape:
         dims = tuple(d.strip() for d in text.split(",") if d.strip())
         star = next((i for i, d in enumerate(dims) if d.startswith("*")), None)
         expressions = tuple(
-            None if d.isidentifier() or d.startswith("*") else Expression.parse(d) for d in dims
+            None if d.isidentifier() or d.startswith("*") else Expression(d) for d in dims
         )
         return cls(name, dims, optional, star, expressions)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import dispatch
 from .errors import NotSupported
-from .weights import logical_shape
+from .weights import logical_shape, weight_from
 
 if TYPE_CHECKING:
     from .op import Op, Parameter
@@ -64,12 +64,10 @@ def define(op: Op[..., Any]) -> Any:
 
     LIBRARY.impl(op.name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    if not op.mutates:
-        torch.library.register_autograd(
-            name, _backward(op), setup_context=_setup_context(op), lib=LIBRARY
-        )
-        torch.library.register_vmap(name, _vmap(op), lib=LIBRARY)
     overload = getattr(torch.ops.transom, op.name).default
+    if not op.mutates:
+        LIBRARY.impl(op.name, _autograd(op, overload), "Autograd", with_keyset=True)
+        torch.library.register_vmap(name, _vmap(op), lib=LIBRARY)
     if op.autocast:
         for key in _AUTOCAST_KEYS.values():
             LIBRARY.impl(op.name, _autocast(op, overload, key), key)
@@ -135,55 +133,60 @@ class Saved:
         return name in self._needed
 
 
-def _setup_context(op: Op[..., Any]) -> Callable[..., None]:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        gradient = op._gradient
-        if gradient is None:
-            return
-        outputs = output if isinstance(output, tuple) else (output,)
-        named = dict(zip(op.signature.outputs, outputs, strict=True))
-        plain: dict[str, Any] = {}
+def _autograd(op: Op[..., Any], overload: Any) -> Callable[..., Any]:
+    """The Autograd kernel: what torch.library.register_autograd makes, with one Function class for all operators."""
+
+    def kernel(keyset: Any, *flat: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+            return _Differentiable.apply(op, overload, keyset, *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *flat)
+
+    return kernel
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: Op[..., Any], overload: Any, keyset: Any, *flat: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *flat)
+        ctx.op, ctx.plain, ctx.places = op, {}, []
+        if op._gradient is None:
+            return output
+        named = dict(zip(op.signature.outputs, output if isinstance(output, tuple) else (output,), strict=True))
         tensors: list[Tensor | None] = []
-        places: list[tuple[str, int, str]] = []
         for p, at in _slots(op):
             if p.role == "value":
-                plain[p.name] = inputs[at]
-            elif p.name in gradient.save:
+                ctx.plain[p.name] = flat[at]
+            elif p.name in op._gradient.save:
                 width = 3 if p.role == "weight" else 1
-                places.append((p.name, width, inputs[at + 3] if width == 3 else ""))
-                tensors += inputs[at : at + width]
-        for name in gradient.save:
+                ctx.places.append((p.name, width, flat[at + 3] if width == 3 else ""))
+                tensors += flat[at : at + width]
+        for name in op._gradient.save:
             if name in named:
-                places.append((name, 1, ""))
+                ctx.places.append((name, 1, ""))
                 tensors.append(named[name])
         ctx.save_for_backward(*tensors)
-        ctx.plain, ctx.places = plain, places
+        return output
 
-    return setup_context
-
-
-def _backward(op: Op[..., Any]) -> Callable[..., Any]:
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        from .weights import weight_from
-
-        gradient = op._gradient
+        op, gradient = ctx.op, ctx.op._gradient
         if gradient is None:
             raise NotSupported(f"{op.name}: a gradient through it was asked for; it has none")
-        values, at = dict(ctx.plain), 0
+        values, saved, at = dict(ctx.plain), ctx.saved_tensors, 0
         for name, width, spec in ctx.places:
-            taken = ctx.saved_tensors[at : at + width]
-            values[name] = weight_from(*taken, spec) if spec else taken[0]
+            first, *rest = saved[at : at + width]
+            values[name] = weight_from(first, *rest, spec) if spec else first
             at += width
         slots = _slots(op)
-        needed = frozenset(p.name for p, i in slots if ctx.needs_input_grad[i])
+        needed = frozenset(p.name for p, i in slots if ctx.needs_input_grad[i + 3])
         found = gradient.function(Saved(values, needed), *grads)
-        out: list[Tensor | None] = []
+        out: list[Tensor | None] = [None, None, None]
         for p, _ in slots:
             out.append(found.get(p.name) if p.name in needed else None)
             out += [None, None, None] if p.role == "weight" else []
         return tuple(out)
-
-    return backward
 
 
 # vmap ------------------------------------------------------------------------------------------

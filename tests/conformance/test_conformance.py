@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 import transom
 from transom.conformance import checks
 from transom.conformance.cases import build, cases
+
+
+def drawn(op, device):
+    """Runs a check over calls drawn from the declaration, as many as the kit's options say."""
+    return lambda check: settings.get_profile("transom")(given(case=cases(op, device))(check))
 
 
 def small(op, **changes):
@@ -16,7 +21,7 @@ def small(op, **changes):
 
 
 def test_level_1_requirements(op, impl, device):
-    @given(case=cases(op, device))
+    @drawn(op, device)
     def check(case):
         assert checks.requirements(op, impl, case) is None
 
@@ -27,7 +32,7 @@ def test_level_2_numbers(op, impl, device):
     """Numbers, guard regions and unchanged inputs; at least one drawn call must have run."""
     ran = []
 
-    @given(case=cases(op, device))
+    @drawn(op, device)
     def check(case):
         if checks.refuses(op, impl, case):
             return
@@ -47,7 +52,7 @@ def test_level_3_repeatable(op, impl, device):
     if not op.impls[impl].deterministic:
         return
 
-    @given(case=cases(op, device))
+    @drawn(op, device)
     def check(case):
         if not checks.refuses(op, impl, case):
             assert checks.repeatable(op, impl, case) is None
