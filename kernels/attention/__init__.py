@@ -1,0 +1,1 @@
+"""Sparse attention: the indexer, the compressor, attention over selected entries."""
