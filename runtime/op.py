@@ -247,6 +247,8 @@ class Op(Generic[P, R]):
             return dispatch.run(self, values)
         if not torch_op.compiling():
             self._check_types(values)
+        if torch_op.transformed(self):
+            return torch_op.apply_transformed(self, self._flatten(*values))
         return self.torch_op(*self._flatten(*values))
 
     def explain(self, *args: Any, **kwargs: Any) -> dispatch.Explanation:

@@ -133,60 +133,102 @@ class Saved:
         return name in self._needed
 
 
+def transformed(op: Op[..., Any]) -> bool:
+    """True within torch.func.grad, vmap, ...: there the call must enter as an autograd.Function from the outside."""
+    return _functorch_level() is not None and not op.mutates and not compiling()
+
+
+def apply_transformed(op: Op[..., Any], flat: tuple[Any, ...]) -> Any:
+    """A call within torch.func transforms."""
+    return _Transformable.apply(op, *flat)
+
+
 def _autograd(op: Op[..., Any], overload: Any) -> Callable[..., Any]:
     """The Autograd kernel: what torch.library.register_autograd makes, with one Function class for all operators."""
 
     def kernel(keyset: Any, *flat: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return _Differentiable.apply(op, overload, keyset, *flat)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *flat)
+        return _below(overload, keyset, flat)
 
     return kernel
 
 
+def _below(overload: Any, keyset: Any, flat: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *flat)
+
+
 class _Differentiable(torch.autograd.Function):
+    """(op, overload, keyset, *flat): an operator and its declared gradient."""
+
     @staticmethod
     def forward(ctx: Any, op: Op[..., Any], overload: Any, keyset: Any, *flat: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = overload.redispatch(keyset & torch._C._after_autograd_keyset, *flat)
-        ctx.op, ctx.plain, ctx.places = op, {}, []
-        if op._gradient is None:
-            return output
-        named = dict(zip(op.signature.outputs, output if isinstance(output, tuple) else (output,), strict=True))
-        tensors: list[Tensor | None] = []
-        for p, at in _slots(op):
-            if p.role == "value":
-                ctx.plain[p.name] = flat[at]
-            elif p.name in op._gradient.save:
-                width = 3 if p.role == "weight" else 1
-                ctx.places.append((p.name, width, flat[at + 3] if width == 3 else ""))
-                tensors += flat[at : at + width]
-        for name in op._gradient.save:
-            if name in named:
-                ctx.places.append((name, 1, ""))
-                tensors.append(named[name])
-        ctx.save_for_backward(*tensors)
+        output = _below(overload, keyset, flat)
+        _save(ctx, op, flat, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        op, gradient = ctx.op, ctx.op._gradient
-        if gradient is None:
-            raise NotSupported(f"{op.name}: a gradient through it was asked for; it has none")
-        values, saved, at = dict(ctx.plain), ctx.saved_tensors, 0
-        for name, width, spec in ctx.places:
-            first, *rest = saved[at : at + width]
-            values[name] = weight_from(first, *rest, spec) if spec else first
-            at += width
-        slots = _slots(op)
-        needed = frozenset(p.name for p, i in slots if ctx.needs_input_grad[i + 3])
-        found = gradient.function(Saved(values, needed), *grads)
-        out: list[Tensor | None] = [None, None, None]
-        for p, _ in slots:
-            out.append(found.get(p.name) if p.name in needed else None)
-            out += [None, None, None] if p.role == "weight" else []
-        return tuple(out)
+        return (None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[3:]))
+
+
+class _Transformable(torch.autograd.Function):
+    """(op, *flat): the same for torch.func, whose transforms peel off one by one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Op[..., Any], *flat: Any) -> Any:
+        return op.torch_op(*flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save(ctx, inputs[0], inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None, *_gradients(ctx, grads, ctx.needs_input_grad[1:]))
+
+
+def _save(ctx: Any, op: Op[..., Any], flat: Sequence[Any], output: Any) -> None:
+    ctx.op, ctx.plain, ctx.places = op, {}, []
+    if op._gradient is None:
+        return
+    named = dict(zip(op.signature.outputs, output if isinstance(output, tuple) else (output,), strict=True))
+    tensors: list[Tensor | None] = []
+    for p, at in _slots(op):
+        if p.role == "value":
+            ctx.plain[p.name] = flat[at]
+        elif p.name in op._gradient.save:
+            width = 3 if p.role == "weight" else 1
+            ctx.places.append((p.name, width, flat[at + 3] if width == 3 else ""))
+            tensors += flat[at : at + width]
+    for name in op._gradient.save:
+        if name in named:
+            ctx.places.append((name, 1, ""))
+            tensors.append(named[name])
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient of every flat argument, by the operator's gradient function."""
+    op, gradient = ctx.op, ctx.op._gradient
+    if gradient is None:
+        raise NotSupported(f"{op.name}: a gradient through it was asked for; it has none")
+    values, saved, at = dict(ctx.plain), ctx.saved_tensors, 0
+    for name, width, spec in ctx.places:
+        first, *rest = saved[at : at + width]
+        values[name] = weight_from(first, *rest, spec) if spec else first
+        at += width
+    slots = _slots(op)
+    needed = frozenset(p.name for p, i in slots if wanted[i])
+    found = gradient.function(Saved(values, needed), *grads)
+    out: list[Tensor | None] = []
+    for p, _ in slots:
+        out.append(found.get(p.name) if p.name in needed else None)
+        out += [None, None, None] if p.role == "weight" else []
+    return out
 
 
 # vmap ------------------------------------------------------------------------------------------

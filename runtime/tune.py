@@ -41,11 +41,16 @@ def tune(op: str | Op[..., Any], *args: Any, repeats: int = 7, **kwargs: Any) ->
     Candidates are interleaved and compared by their medians over `repeats`; the choice is stored for calls with the same
     dtypes, and dims equal up to rounding of the varying ones, on this machine.
     """
-    from . import dispatch
     from .op import lookup
 
     op = lookup(op)
-    values = op._declared(*args, **kwargs)
+    return measure(op, op._declared(*args, **kwargs), repeats)
+
+
+def measure(op: Op[..., Any], values: tuple[Any, ...], repeats: int = 7) -> Measured:
+    """tune() for arguments in declared order."""
+    from . import dispatch
+
     facts = dispatch.facts_of(op, values)
     dispatch.select(op, facts)
     able = [i for i in op.impls.values() if i.tier != "reference" and not i.reasons(facts)]

@@ -69,7 +69,7 @@ def numbers(op: Op[..., Any], impl: str, case: Case) -> str | None:
     with np.errstate(all="ignore"):
         want = [np.asarray(w) for w in tolerance.as_tuple(op._reference(*before))]
         spread = tolerance.spread(op._reference, before, want, np.random.default_rng(0))
-    terms = float(op.accumulate(_scalars(case.dims)))
+    terms = float(op.accumulate({**dict.fromkeys(op.signature.symbols(), 0), **_scalars(case.dims)}))
     if len(got) != len(want):
         return f"{len(got)} outputs; expected {len(want)}"
     names = op.mutates or tuple(op.signature.outputs)

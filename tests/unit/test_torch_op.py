@@ -62,6 +62,18 @@ def test_gradcheck(norm):
     assert torch.autograd.gradcheck(lambda *a: norm(*a)[0], (x, w, b))
 
 
+def test_functional_gradients_equal_autograd(norm, x):
+    w = torch.rand(8)
+    got = torch.func.grad(lambda x: norm(x, w)[0].square().sum())(x)
+    norm(x.requires_grad_(), w)[0].square().sum().backward()
+    torch.testing.assert_close(got, x.grad)
+
+
+def test_per_sample_gradients_say_what_is_in_the_way(norm, x):
+    with pytest.raises(transom.NotSupported, match="scaled_norm_backward: vmap over dy"):
+        torch.func.vmap(torch.func.grad(lambda x: norm(x, torch.ones(8))[0].sum()))(x[:, None])
+
+
 def test_a_second_derivative_is_refused_clearly(norm, x):
     y = norm(x.requires_grad_(), torch.rand(8))[0].sum()
     (g,) = torch.autograd.grad(y, x, create_graph=True)
