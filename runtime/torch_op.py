@@ -79,7 +79,8 @@ def _schema(op: Op[..., Any], p: Parameter) -> str:
         return f"{p.type} {p.name}, Tensor? {p.name}_scales, Tensor? {p.name}_zeros, str {p.name}_spec"
     if p.name in op.mutates:
         return f"Tensor({chr(97 + op.mutates.index(p.name))}!) {p.name}"
-    return f"{p.type} {p.name}"
+    # SymInt: a number that varies between calls (a position) becomes symbolic instead of a recompile each
+    return f"{p.type.replace('int', 'SymInt') if p.type in ('int', 'int?') else p.type} {p.name}"
 
 
 def _returns(op: Op[..., Any]) -> str:

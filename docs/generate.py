@@ -1,0 +1,88 @@
+"""Write docs/operators.md and docs/support.md from the declarations; `--check` exits 1 if they are not current."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import transom
+from transom.op import Op
+
+HERE = Path(__file__).parent
+NOTE = "<!-- made by `python docs/generate.py`; edit the declarations in kernels/ instead -->\n"
+FAMILIES = {
+    "moe": "Mixture of experts", "attention": "Sparse attention", "engram": "Engram",
+    "mhc": "Hyper-connections", "quant": "Quantised weights",
+}  # fmt: skip
+
+
+def operators() -> str:
+    """The reference page: every public operator with its signature, shapes, dtypes and docstring."""
+    out = [NOTE, "# Operators\n", INTRODUCTION]
+    for family, title in FAMILIES.items():
+        members = [o for o in transom.ops().values() if o.family == family]
+        out.append(f"## {title}\n")
+        public = [o for o in members if not helper(o)]
+        out += [page(o) for o in public]
+        rest = ", ".join(f"`{o.name}`" for o in members if helper(o))
+        if rest:
+            out.append(f"Operators that these call (gradients, variants that write): {rest}.\n")
+    return "\n".join(out)
+
+
+def helper(op: Op) -> bool:
+    """True for gradients and for variants with another name than their file's first operator."""
+    return "_backward" in op.name or bool(op.mutates) or any(
+        op.name.startswith(f"{o.name}_") and o.module == op.module for o in transom.ops().values()
+    )
+
+
+def page(op: Op) -> str:
+    """One operator."""
+    signature = str(inspect.signature(op)).replace("'", "")
+    text = inspect.cleandoc(op.__doc__ or "")
+    return (
+        f"### `{op.name}`\n\n```python\ntransom.{op.name}{signature}\n```\n\n```text\n{text}\n```\n\n"
+        f"Declared as `{op.shapes_text}`; dtypes `{op.dtypes_text}`.\n"
+    )
+
+
+INTRODUCTION = """\
+Shapes: B batch, S queries, N keys or entries, H heads, D head or hidden size, T flattened tokens, E experts, K (k) experts per
+token, I expert inner size, R residual streams. `float` is float64, float32, bfloat16 or float16; `index` is int32 or int64;
+`quant` is a `QuantizedWeight`. Sums over bfloat16 and float16 are kept in float32 and rounded once at the end.
+
+**Index contract.** int32 or int64 in, int32 out; valid entries first, -1 after them; ties go to the lowest index. Whatever stands
+behind a -1 can never reach an output, NaN included.
+
+**Bad input** raises ValueError (shapes, values) or TypeError (dtypes, types) with one line before anything is written, in eager
+mode and under `torch.compile` alike (there inside torch's own error, at trace time for shapes and dtypes, at run time for values).
+*Values* (offsets that decrease, ids out of range, ...) are checked on CPU tensors at every call. On accelerators that would wait
+for the device, so they are checked there only with `TRANSOM_DEBUG=1`; without it, out-of-range values are clamped before an
+address is formed from them, and results for them are unspecified.
+
+**Gradients** are first order, deterministic, and operators of their own, so that they too are selected, recorded and explained.
+"""
+
+
+def main() -> int:
+    pages = {"operators.md": operators(), "support.md": f"{NOTE}\n# Support matrix\n\n{SUPPORT}\n{transom.support_matrix()}"}
+    stale = [n for n, text in pages.items() if not (HERE / n).exists() or (HERE / n).read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv:
+        if stale:
+            print(f"docs: {', '.join(stale)} not current; run python docs/generate.py", file=sys.stderr)
+        return int(bool(stale))
+    for name, text in pages.items():
+        (HERE / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+SUPPORT = """\
+Every operator and every implementation of it in this tree. *composite* is the operator's meaning in torch: any device, bounded
+memory. *reference* is NumPy in float64, on request. What a plugin adds on your machine: `transom doctor`, `transom explain`.
+What was run where: the composites and references ran on CPUs (x86-64); no accelerator was at hand for this version.
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""Engram: a memory that n-grams of tokens look up by hash, gated into the residual streams.
+
+Two forms. "demo" is the paper's and the January demo's: one key projection per stream and one value projection, with
+bias, and a short convolution. "v4.1" is DeepSeek-V4.1-Flash's: one projection to all keys and the value, no bias, no
+convolution, blocked positions.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transom
+from torch import Tensor, nn
+
+from ..dtypes import accumulator
+from ..weights import QuantizedWeight, Weight, weight_args, weight_from
+
+INT64_MAX = 2**63 - 1
+LAYER_STRIDE = 10007
+"""How far the seeds of two neighbouring layers lie apart (the demo's number)."""
+FORMS = ("demo", "v4.1")
+
+
+@dataclass(frozen=True)
+class EngramHash:
+    """The numbers that address one layer's table: int64 tensors for `transom.hashed_embedding`, and its row count."""
+
+    multipliers: Tensor
+    moduli: Tensor
+    offsets: Tensor
+    rows: int
+
+
+def engram_hashes(
+    layers: Sequence[int],
+    *,
+    table_sizes: Sequence[int],
+    heads: int,
+    compressed_vocab: int,
+    seed: int,
+) -> dict[int, EngramHash]:
+    """The hash of every Engram layer, rebuilt from a config.
+
+    layers            layer numbers *in the order of the config*: a prime is never used twice, so the order decides them
+    table_sizes       least rows of a column, one entry for each n-gram size 2, 3, ...
+    heads             columns for each n-gram size
+    compressed_vocab  number of ids after compression; it bounds the multipliers so that valid ids never wrap
+    seed              of the multipliers, as in the config
+
+    Columns have prime sizes: for every layer and n-gram size the next primes from the table size on that no column has
+    yet; a table has exactly as many rows as they add up to.
+    *Source:* Engram, arXiv 2601.07372, and its demo code.
+    """
+    if not table_sizes or min(table_sizes) < 1 or heads < 1 or compressed_vocab < 1:
+        raise ValueError(
+            f"engram_hashes: table_sizes is {list(table_sizes)}, heads is {heads}, compressed_vocab is"
+            f" {compressed_vocab}; expected at least one size, and all >= 1"
+        )
+    seen: set[int] = set()
+    out = {}
+    for layer in layers:
+        moduli = []
+        for size in table_sizes:
+            candidate, found = size, []
+            while len(found) < heads:
+                if candidate not in seen and _is_prime(candidate):
+                    seen.add(candidate)
+                    found.append(candidate)
+                candidate += 1
+            moduli.append(found)
+        half = max(1, INT64_MAX // compressed_vocab // 2)
+        rng = np.random.default_rng(seed + LAYER_STRIDE * layer)
+        draws = rng.integers(0, half, size=len(table_sizes) + 1, dtype=np.int64)
+        sizes = torch.tensor(moduli, dtype=torch.int64)
+        ends = sizes.flatten().cumsum(0)
+        out[layer] = EngramHash(
+            torch.from_numpy(2 * draws + 1), sizes, ends - sizes.flatten(), int(ends[-1])
+        )
+    return out
+
+
+def token_map_checksum(token_map: Tensor) -> int:
+    """CRC-32 of a token compression table, as little-endian int32: what a config states to catch another tokenizer."""
+    return zlib.crc32(token_map.detach().cpu().numpy().astype("<i4").tobytes())
+
+
+@dataclass
+class EngramCache:
+    """What an Engram layer keeps between the chunks of a sequence; a new one stands at the start.
+
+    lookback  the last n-1 ids *after compression* [B,n-1], oldest first, -1 before the start or where blocked
+    conv      the last normalised rows of the short convolution [B,(kernel-1)*dilation,R*D] ("demo" form only)
+
+    A forward pass replaces the tensors and never writes into them, so `copy()` is free: keep one to roll back
+    speculative tokens.
+    """
+
+    lookback: Tensor | None = None
+    conv: Tensor | None = None
+
+    def copy(self) -> EngramCache:
+        """A cache at the same place, which later passes with this one do not change."""
+        return EngramCache(self.lookback, self.conv)
+
+    def reorder(self, index: Tensor) -> None:
+        """Row b becomes what row index[b] was, as beam search asks for."""
+        if self.lookback is not None:
+            self.lookback = self.lookback.index_select(0, index)
+        if self.conv is not None:
+            self.conv = self.conv.index_select(0, index)
+
+
+class Engram(nn.Module):
+    """x[j] + g[j]*value (+ SiLU(conv(norm(g[j]*value)))), key and value looked up by the n-grams that end at a token.
+
+    hidden, streams  D and R of the residual streams x [B,S,R,D]
+    hashed           the layer's entry of `engram_hashes`
+    column           width of a table row; a lookup is (n-1)*heads rows side by side
+    vocab            raw ids are 0..vocab-1; others count as blocked
+    token_map        int32 [vocab], raw id -> compressed id; None: raw ids are hashed as they are
+    checksum         what `token_map_checksum(token_map)` must be; None: not compared
+    pad              raw id hashed before the start of a sequence and from a blocked position on
+    form             "demo" or "v4.1"
+    gate_eps         of both norms of the gate: 1e-20 in V4.1
+    conv_kernel, conv_dilation, conv_eps
+                     of the short convolution; the dilation defaults to the largest n-gram
+    table, wkv       weights to use instead of new ones: tensors, or QuantizedWeights (inference); wkv "v4.1" only
+    sparse_gradient  the table's gradient is a sparse tensor
+
+    The convolution starts at zero, so that a new "demo" block adds g*value alone.  Raises ValueError for a table or a
+    token map that does not fit: a wrong tokenizer would rehash everything in silence.
+
+    *Source:* Engram, arXiv 2601.07372; DeepSeek-V4.1-Flash.
+    """
+
+    multipliers: Tensor
+    moduli: Tensor
+    offsets: Tensor
+    token_map: Tensor | None
+
+    def __init__(
+        self,
+        hidden: int,
+        streams: int,
+        *,
+        hashed: EngramHash,
+        column: int,
+        vocab: int,
+        token_map: Tensor | None,
+        pad: int,
+        form: str,
+        gate_eps: float,
+        checksum: int | None = None,
+        conv_kernel: int = 4,
+        conv_dilation: int | None = None,
+        conv_eps: float = 1e-5,
+        table: Weight | None = None,
+        wkv: Weight | None = None,
+        sparse_gradient: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"Engram: form is {form!r}; expected one of {', '.join(FORMS)}")
+        if not 0 <= pad < vocab:
+            raise ValueError(f"Engram: pad is {pad}; must be a raw id in 0..{vocab - 1}")
+        self.hidden, self.streams, self.column, self.vocab = hidden, streams, column, vocab
+        self.form, self.gate_eps, self.sparse_gradient = form, gate_eps, sparse_gradient
+        self.ngram = hashed.multipliers.shape[0]
+        self.conv_eps = conv_eps
+        self.conv_dilation = self.ngram if conv_dilation is None else conv_dilation
+        for name in ("multipliers", "moduli", "offsets"):
+            self.register_buffer(name, getattr(hashed, name).to(device), persistent=False)
+        self.pad, self.checksum = self._take_map(token_map, checksum, pad, device)
+        made: dict[str, Any] = dict(device=device, dtype=dtype)
+        width = hashed.moduli.numel() * column
+        self.table = _weight("table", (hashed.rows, column), table, made)
+        if form == "v4.1":
+            self.wkv = _weight("wkv", ((streams + 1) * hidden, width), wkv, made)
+        else:
+            if wkv is not None:
+                raise ValueError("Engram: wkv is given; the demo form has separate projections")
+            self.keys = nn.ModuleList(nn.Linear(width, hidden, **made) for _ in range(streams))
+            self.value = nn.Linear(width, hidden, **made)
+            self.conv_norm = nn.Parameter(torch.ones(streams, hidden, **made))
+            self.conv = nn.Parameter(torch.zeros(streams * hidden, conv_kernel, **made))
+        self.x_norm = nn.Parameter(torch.ones(streams, hidden, **made))
+        self.key_norm = nn.Parameter(torch.ones(streams, hidden, **made))
+
+    def _take_map(
+        self,
+        token_map: Tensor | None,
+        checksum: int | None,
+        pad: int,
+        device: torch.device | str | None,
+    ) -> tuple[int, int | None]:
+        """Register the map; (the pad id after compression, the map's checksum)."""
+        if token_map is None:
+            self.register_buffer("token_map", None)
+            return pad, None
+        if tuple(token_map.shape) != (self.vocab,):
+            raise ValueError(
+                f"Engram: token_map has shape {list(token_map.shape)}; expected [{self.vocab}], one entry for each"
+                " raw id"
+            )
+        if token_map.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"Engram: token_map is {str(token_map.dtype)[6:]}; expected int32 or int64"
+            )
+        if token_map.numel() and int(token_map.min()) < 0:
+            raise ValueError(f"Engram: token_map has {int(token_map.min())}; ids must be >= 0")
+        seen = token_map_checksum(token_map)
+        if checksum is not None and seen != checksum:
+            raise ValueError(_other_map(seen, checksum))
+        self.register_buffer("token_map", token_map.to(device, torch.int32))
+        return int(token_map[pad]), seen
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "token_map")
+        if given is not None and self.token_map is not None:
+            seen = token_map_checksum(given)
+            if seen != self.checksum:
+                raise ValueError(_other_map(seen, self.checksum))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def compress(self, tokens: Tensor) -> Tensor:
+        """Raw ids -> compressed ids, -1 (blocked) for ids outside 0..vocab-1."""
+        known = (tokens >= 0) & (tokens < self.vocab)
+        if self.token_map is None:
+            return torch.where(known, tokens, -1)
+        mapped = self.token_map[tokens.clamp(0, self.vocab - 1)]
+        return torch.where(known, mapped, -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        *,
+        blocked: Tensor | None = None,
+        cache: EngramCache | None = None,
+    ) -> Tensor:
+        """x [B,S,R,D] with what the tokens [B,S] (raw ids) look up; rows hold one sequence each.
+
+        blocked  bool [B,S], True at image spans, padding and other positions that are no text: no n-gram reads them,
+                 and x is returned bit for bit there
+        cache    the tokens come right after those of the last call with this cache; None: they start the sequence
+        """
+        cache = EngramCache() if cache is None else cache
+        ids = self.compress(tokens)
+        if blocked is not None:
+            ids = torch.where(blocked, -1, ids)
+        looked_up = transom.hashed_embedding(
+            ids,
+            self.table,
+            multipliers=self.multipliers,
+            moduli=self.moduli,
+            offsets=self.offsets,
+            pad=self.pad,
+            lookback=cache.lookback,
+            sparse_gradient=self.sparse_gradient,
+        ).to(x.dtype)
+        cache.lookback = self._lookback(ids, cache.lookback)
+        key, value = self._project(looked_up)
+        wide = accumulator(x.dtype)
+        gate: dict[str, Any] = dict(
+            eps=self.gate_eps, mask=None if blocked is None else ~blocked
+        )
+        weight = (self.x_norm.to(wide) * self.key_norm.to(wide)).to(wide)
+        if self.form == "v4.1":
+            return transom.engram_gate(x, key, value, weight, **gate)
+        v = transom.engram_gate(x, key, value, weight, residual=False, **gate)
+        rows = _rms_norm(v, self.conv_norm, self.conv_eps).flatten(2)
+        z, cache.conv = transom.short_conv(
+            rows, self.conv, dilation=self.conv_dilation, state=cache.conv
+        )
+        y = (x.to(wide) + v.to(wide) + z.view_as(v).to(wide)).to(x.dtype)
+        return y if blocked is None else torch.where(blocked[:, :, None, None], x, y)
+
+    def _project(self, looked_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B,S,R,D] and the value [B,S,D] that the streams share."""
+        if self.form == "demo":
+            return torch.stack([key(looked_up) for key in self.keys], 2), self.value(looked_up)
+        if isinstance(self.wkv, QuantizedWeight):
+            *parts, spec = weight_args(self.wkv)
+            one = weight_from(*(None if part is None else part[None] for part in parts), spec)
+            flat = looked_up.flatten(0, 1)
+            ends = torch.full((1,), flat.shape[0], dtype=torch.int32, device=flat.device)
+            both = transom.grouped_gemm(flat, one, ends).view(*looked_up.shape[:2], -1)
+        else:
+            both = nn.functional.linear(looked_up, self.wkv)
+        key, value = both.split((self.streams * self.hidden, self.hidden), dim=-1)
+        return key.unflatten(-1, (self.streams, self.hidden)), value
+
+    def _lookback(self, ids: Tensor, before: Tensor | None) -> Tensor:
+        """The last n-1 ids of the sequence so far."""
+        keep = self.ngram - 1
+        if before is None:
+            before = ids.new_full((ids.shape[0], keep), -1)
+        return torch.cat((before.to(ids.dtype), ids[:, max(0, ids.shape[1] - keep) :]), 1)[:, -keep:]
+
+    def extra_repr(self) -> str:
+        """The line that `print(model)` shows."""
+        rows = self.table.shape[0]
+        return (
+            f"form={self.form}, hidden={self.hidden}, streams={self.streams}, n-grams 2..{self.ngram},"
+            f" {self.moduli.numel()} columns of {self.column}, {rows:,} rows"
+        )
+
+
+def _weight(
+    name: str, shape: tuple[int, int], given: Weight | None, made: dict[str, Any]
+) -> nn.Parameter | QuantizedWeight:
+    """`given` as it is held by a module, or new normal weights."""
+    if given is None:
+        weight = nn.Parameter(torch.empty(shape, **made))
+        nn.init.normal_(weight, std=0.02)
+        return weight
+    if tuple(given.shape) != shape:
+        raise ValueError(f"Engram: {name} has shape {list(given.shape)}; expected {list(shape)}")
+    if isinstance(given, (QuantizedWeight, nn.Parameter)):
+        return given
+    return nn.Parameter(given, requires_grad=given.is_floating_point())
+
+
+def _rms_norm(v: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = v.to(accumulator(v.dtype))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(wide.dtype)).to(v.dtype)
+
+
+def _other_map(seen: int, expected: int | None) -> str:
+    return (
+        f"Engram: token_map has checksum {seen}; expected {expected};"
+        " use the tokenizer that the table was trained with"
+    )
+
+
+def _is_prime(n: int) -> bool:
+    """Miller-Rabin with bases that leave no composite below 3.3e24 undetected."""
+    small = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+    if n < 2 or any(n % p == 0 for p in small):
+        return n in small
+    odd, twos = n - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in small:
+        power = pow(base, odd, n)
+        if power in (1, n - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % n
+            if power == n - 1:
+                break
+        else:
+            return False
+    return True
