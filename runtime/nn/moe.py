@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..kernels.moe.grouped_gemm import multiply
 from ..kernels.moe.moe_experts import moe_experts
 from ..kernels.moe.route import route
-from ..weights import QuantizedWeight
 
 if TYPE_CHECKING:
     from ..op import Weight
@@ -39,7 +38,7 @@ class MoE(nn.Module):
 
     Weights are gate_up [experts, 2*inner, hidden] and down [experts, hidden, inner], shared_gate_up
     and shared_down with a leading 1.  Each may be replaced by a QuantizedWeight of its shape:
-    `layer.down = quantize(layer.down, "mxfp4")`.
+    `replace_weight(layer, "down", quantize(layer.down, "mxfp4"))`.
 
     *Source:* DeepSeek-V3, arXiv 2412.19437, 2.1.2; DeepSeek-V4, arXiv 2606.19348; op contracts 4
     and 5.
@@ -256,12 +255,6 @@ class MoE(nn.Module):
         used = ids[ids >= 0].long()
         load = torch.bincount(used, minlength=self.experts).to(torch.float32)
         self.selection_bias += rate * torch.sign(load.mean() - load)
-
-    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
-        # torch lets a module take a buffer's or an attribute's place, but not a parameter's.
-        if isinstance(value, QuantizedWeight):
-            self._parameters.pop(name, None)
-        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""

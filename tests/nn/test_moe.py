@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import transom
 from transom.nn.moe import MoE
+from transom.weights import replace_weight
 
 
 def layer(seed: int = 0, **changes) -> MoE:
@@ -122,7 +123,7 @@ def test_weights_may_be_quantised(format):
     exact = layer(hidden=32, inner=32, shared_inner=32)
     for name in ("gate_up", "down", "shared_gate_up", "shared_down"):
         weight = transom.quantize(getattr(moe, name).detach(), format)
-        setattr(moe, name, weight)
+        replace_weight(moe, name, weight)
         getattr(exact, name).data.copy_(weight.dequantize())
     y = moe(x)
     assert torch.allclose(y, exact(x), atol=1e-6)
@@ -131,7 +132,7 @@ def test_weights_may_be_quantised(format):
     assert {n for n, _ in moe.named_parameters()} == {"router"}
     again = layer(seed=5, hidden=32, inner=32, shared_inner=32)
     for name in ("gate_up", "down", "shared_gate_up", "shared_down"):
-        setattr(again, name, transom.quantize(getattr(again, name).detach(), format))
+        replace_weight(again, name, transom.quantize(getattr(again, name).detach(), format))
     again.load_state_dict(moe.state_dict())
     assert torch.equal(again(x), y)
 

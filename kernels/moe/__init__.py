@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, grouped matrix products, the expert block."""
