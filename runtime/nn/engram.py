@@ -1,103 +1,47 @@
 """Engram: a memory that n-grams of tokens look up by hash, gated into the residual streams.
 
-Two forms. "demo" is the paper's and the January demo's: one key projection per stream and one value projection, with
-bias, and a short convolution. "v4.1" is DeepSeek-V4.1-Flash's: one projection to all keys and the value, no bias, no
-convolution, blocked positions.
+Two forms. "demo" is the paper's and the January demo's: one key projection per stream and one value
+projection, with bias, and a short convolution. "v4.1" is DeepSeek-V4.1-Flash's: one projection to
+all keys and the value, no bias, no convolution, blocked positions.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import transom
 from torch import Tensor, nn
+
+import transom
 
 from ..dtypes import accumulator
 from ..weights import QuantizedWeight, Weight, weight_args, weight_from
+from .engram_hash import EngramHash, build_token_map, engram_hashes, token_map_checksum
 
-INT64_MAX = 2**63 - 1
-LAYER_STRIDE = 10007
-"""How far the seeds of two neighbouring layers lie apart (the demo's number)."""
+__all__ = [
+    "Engram",
+    "EngramCache",
+    "EngramHash",
+    "build_token_map",
+    "engram_hashes",
+    "token_map_checksum",
+]
+
 FORMS = ("demo", "v4.1")
-
-
-@dataclass(frozen=True)
-class EngramHash:
-    """The numbers that address one layer's table: int64 tensors for `transom.hashed_embedding`, and its row count."""
-
-    multipliers: Tensor
-    moduli: Tensor
-    offsets: Tensor
-    rows: int
-
-
-def engram_hashes(
-    layers: Sequence[int],
-    *,
-    table_sizes: Sequence[int],
-    heads: int,
-    compressed_vocab: int,
-    seed: int,
-) -> dict[int, EngramHash]:
-    """The hash of every Engram layer, rebuilt from a config.
-
-    layers            layer numbers *in the order of the config*: a prime is never used twice, so the order decides them
-    table_sizes       least rows of a column, one entry for each n-gram size 2, 3, ...
-    heads             columns for each n-gram size
-    compressed_vocab  number of ids after compression; it bounds the multipliers so that valid ids never wrap
-    seed              of the multipliers, as in the config
-
-    Columns have prime sizes: for every layer and n-gram size the next primes from the table size on that no column has
-    yet; a table has exactly as many rows as they add up to.
-    *Source:* Engram, arXiv 2601.07372, and its demo code.
-    """
-    if not table_sizes or min(table_sizes) < 1 or heads < 1 or compressed_vocab < 1:
-        raise ValueError(
-            f"engram_hashes: table_sizes is {list(table_sizes)}, heads is {heads}, compressed_vocab is"
-            f" {compressed_vocab}; expected at least one size, and all >= 1"
-        )
-    seen: set[int] = set()
-    out = {}
-    for layer in layers:
-        moduli = []
-        for size in table_sizes:
-            candidate, found = size, []
-            while len(found) < heads:
-                if candidate not in seen and _is_prime(candidate):
-                    seen.add(candidate)
-                    found.append(candidate)
-                candidate += 1
-            moduli.append(found)
-        half = max(1, INT64_MAX // compressed_vocab // 2)
-        rng = np.random.default_rng(seed + LAYER_STRIDE * layer)
-        draws = rng.integers(0, half, size=len(table_sizes) + 1, dtype=np.int64)
-        sizes = torch.tensor(moduli, dtype=torch.int64)
-        ends = sizes.flatten().cumsum(0)
-        out[layer] = EngramHash(
-            torch.from_numpy(2 * draws + 1), sizes, ends - sizes.flatten(), int(ends[-1])
-        )
-    return out
-
-
-def token_map_checksum(token_map: Tensor) -> int:
-    """CRC-32 of a token compression table, as little-endian int32: what a config states to catch another tokenizer."""
-    return zlib.crc32(token_map.detach().cpu().numpy().astype("<i4").tobytes())
 
 
 @dataclass
 class EngramCache:
     """What an Engram layer keeps between the chunks of a sequence; a new one stands at the start.
 
-    lookback  the last n-1 ids *after compression* [B,n-1], oldest first, -1 before the start or where blocked
-    conv      the last normalised rows of the short convolution [B,(kernel-1)*dilation,R*D] ("demo" form only)
+    lookback  the last n-1 ids *after compression* [B,n-1], oldest first, -1 before the start or
+              where blocked
+    conv      the last normalised rows of the short convolution [B,(kernel-1)*dilation,R*D] ("demo"
+              form only)
 
-    A forward pass replaces the tensors and never writes into them, so `copy()` is free: keep one to roll back
-    speculative tokens.
+    A forward pass replaces the tensors and never writes into them, so `copy()` is free: keep one to
+    roll back speculative tokens.
     """
 
     lookback: Tensor | None = None
@@ -116,7 +60,10 @@ class EngramCache:
 
 
 class Engram(nn.Module):
-    """x[j] + g[j]*value (+ SiLU(conv(norm(g[j]*value)))), key and value looked up by the n-grams that end at a token.
+    """y[j] = x[j] + v[j] (+ SiLU(conv(norm(v[j])))), v[j] = g[j] * value.
+
+    Value and keys, which decide the gates g, are projections of what the n-grams look up that end
+    at the token.
 
     hidden, streams  D and R of the residual streams x [B,S,R,D]
     hashed           the layer's entry of `engram_hashes`
@@ -129,11 +76,13 @@ class Engram(nn.Module):
     gate_eps         of both norms of the gate: 1e-20 in V4.1
     conv_kernel, conv_dilation, conv_eps
                      of the short convolution; the dilation defaults to the largest n-gram
-    table, wkv       weights to use instead of new ones: tensors, or QuantizedWeights (inference); wkv "v4.1" only
+    table, wkv       weights to use instead of new ones: tensors, or QuantizedWeights (inference);
+                     wkv "v4.1" only
     sparse_gradient  the table's gradient is a sparse tensor
 
-    The convolution starts at zero, so that a new "demo" block adds g*value alone.  Raises ValueError for a table or a
-    token map that does not fit: a wrong tokenizer would rehash everything in silence.
+    The convolution starts at zero, so that a new "demo" block adds g*value alone.  Raises
+    ValueError for a table or a token map that does not fit: a wrong tokenizer would rehash
+    everything in silence.
 
     *Source:* Engram, arXiv 2601.07372; DeepSeek-V4.1-Flash.
     """
@@ -206,8 +155,8 @@ class Engram(nn.Module):
             return pad, None
         if tuple(token_map.shape) != (self.vocab,):
             raise ValueError(
-                f"Engram: token_map has shape {list(token_map.shape)}; expected [{self.vocab}], one entry for each"
-                " raw id"
+                f"Engram: token_map has shape {list(token_map.shape)}; expected [{self.vocab}],"
+                " one entry for each raw id"
             )
         if token_map.dtype not in (torch.int32, torch.int64):
             raise TypeError(
@@ -247,15 +196,18 @@ class Engram(nn.Module):
     ) -> Tensor:
         """x [B,S,R,D] with what the tokens [B,S] (raw ids) look up; rows hold one sequence each.
 
-        blocked  bool [B,S], True at image spans, padding and other positions that are no text: no n-gram reads them,
-                 and x is returned bit for bit there
-        cache    the tokens come right after those of the last call with this cache; None: they start the sequence
+        blocked  bool [B,S], True at image spans, padding and other positions that are no text: no
+                 n-gram reads them, and x is returned bit for bit there
+        cache    the tokens come right after those of the last call with this cache; None: they
+                 start the sequence
         """
         cache = EngramCache() if cache is None else cache
         ids = self.compress(tokens)
         if blocked is not None:
             ids = torch.where(blocked, -1, ids)
-        looked_up = transom.hashed_embedding(
+        # Its public signature is wider than the declaration that type checkers see.
+        look_up: Any = transom.hashed_embedding
+        looked_up = look_up(
             ids,
             self.table,
             multipliers=self.multipliers,
@@ -268,9 +220,7 @@ class Engram(nn.Module):
         cache.lookback = self._lookback(ids, cache.lookback)
         key, value = self._project(looked_up)
         wide = accumulator(x.dtype)
-        gate: dict[str, Any] = dict(
-            eps=self.gate_eps, mask=None if blocked is None else ~blocked
-        )
+        gate: dict[str, Any] = dict(eps=self.gate_eps, mask=None if blocked is None else ~blocked)
         weight = (self.x_norm.to(wide) * self.key_norm.to(wide)).to(wide)
         if self.form == "v4.1":
             return transom.engram_gate(x, key, value, weight, **gate)
@@ -287,8 +237,11 @@ class Engram(nn.Module):
         if self.form == "demo":
             return torch.stack([key(looked_up) for key in self.keys], 2), self.value(looked_up)
         if isinstance(self.wkv, QuantizedWeight):
-            *parts, spec = weight_args(self.wkv)
-            one = weight_from(*(None if part is None else part[None] for part in parts), spec)
+            values, scales, zeros, spec = weight_args(self.wkv)
+            assert scales is not None
+            one = weight_from(
+                values[None], scales[None], None if zeros is None else zeros[None], spec
+            )
             flat = looked_up.flatten(0, 1)
             ends = torch.full((1,), flat.shape[0], dtype=torch.int32, device=flat.device)
             both = transom.grouped_gemm(flat, one, ends).view(*looked_up.shape[:2], -1)
@@ -302,14 +255,15 @@ class Engram(nn.Module):
         keep = self.ngram - 1
         if before is None:
             before = ids.new_full((ids.shape[0], keep), -1)
-        return torch.cat((before.to(ids.dtype), ids[:, max(0, ids.shape[1] - keep) :]), 1)[:, -keep:]
+        newest = ids[:, max(0, ids.shape[1] - keep) :]
+        return torch.cat((before.to(ids.dtype), newest), 1)[:, -keep:]
 
     def extra_repr(self) -> str:
         """The line that `print(model)` shows."""
-        rows = self.table.shape[0]
         return (
-            f"form={self.form}, hidden={self.hidden}, streams={self.streams}, n-grams 2..{self.ngram},"
-            f" {self.moduli.numel()} columns of {self.column}, {rows:,} rows"
+            f"form={self.form}, hidden={self.hidden}, streams={self.streams},"
+            f" n-grams 2..{self.ngram}, {self.moduli.numel()} columns of {self.column},"
+            f" {self.table.shape[0]:,} rows"
         )
 
 
@@ -339,24 +293,3 @@ def _other_map(seen: int, expected: int | None) -> str:
         f"Engram: token_map has checksum {seen}; expected {expected};"
         " use the tokenizer that the table was trained with"
     )
-
-
-def _is_prime(n: int) -> bool:
-    """Miller-Rabin with bases that leave no composite below 3.3e24 undetected."""
-    small = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
-    if n < 2 or any(n % p == 0 for p in small):
-        return n in small
-    odd, twos = n - 1, 0
-    while odd % 2 == 0:
-        odd, twos = odd // 2, twos + 1
-    for base in small:
-        power = pow(base, odd, n)
-        if power in (1, n - 1):
-            continue
-        for _ in range(twos - 1):
-            power = power * power % n
-            if power == n - 1:
-                break
-        else:
-            return False
-    return True

@@ -1,4 +1,4 @@
-"""Hyper-connections around any sublayer: R residual streams instead of one, mixed by learned, normalised weights."""
+"""Hyper-connections around any sublayer: R residual streams, mixed by learned weights."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from math import log
 from typing import Any
 
 import torch
-import transom
 from torch import Tensor, nn
 
+import transom
+
 NEAR_ONE = 8.0
-"""A logit whose sigmoid, and whose softmax against zeros, is 1 to about 1e-3: the start of a mixing weight of 1."""
+"""A logit whose sigmoid, and whose softmax against zeros, is 1 to about 1e-3."""
 
 
 class _Mixing(nn.Module):
-    """fn, scale and base: float32 whatever the model is cast to (bfloat16 mixes let residual streams drift)."""
+    """fn, scale and base stay float32 when the model is cast: bfloat16 mixes let streams drift."""
 
     fn: nn.Parameter
     scale: nn.Parameter
@@ -31,18 +32,20 @@ class _Mixing(nn.Module):
             wide = moved.dtype in (torch.float32, torch.float64)
             return moved if wide else tensor.to(moved.device)
 
-        return super()._apply(kept, recurse=False)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(kept, recurse=False)  # type: ignore[no-untyped-call]
 
 
 class HyperConnection(_Mixing):
-    """y[k] = post[k] * sublayer(sum_j pre[j]*x[j]) + sum_j comb[j,k]*x[j], with pre, post, comb mixed from x.
+    """y[k] = post[k] * sublayer(sum_j pre[j]*x[j]) + sum_j comb[j,k]*x[j], weights made from x.
 
-    sublayer    any module that takes [..., D] first and returns [..., D], alone or as the first of a tuple
+    sublayer    any module that takes [..., D] first and returns [..., D], alone or as the first of
+                a tuple
     hidden      D; streams R, the number of residual streams
     iterations, eps, rms_eps, post_scale
                 as for `transom.mhc_pre`
-    Parameters: fn [(2+R)*R, R*D], scale [3], base [(2+R)*R], float32 always.  They start where the block is a plain
-    residual to about 1e-3 for equal streams: pre = 1/R, post = 1, comb the identity.
+    Parameters: fn [(2+R)*R, R*D], scale [3], base [(2+R)*R], float32 always.  They start where the
+    block is a plain residual to about 1e-3 for equal streams: pre = 1/R, post = 1, comb the
+    identity.
 
     *Source:* mHC, arXiv 2512.24880; DeepSeek-V4, arXiv 2606.19348.
     """
@@ -87,7 +90,8 @@ class HyperConnection(_Mixing):
             self.base[2 * R :] = NEAR_ONE * torch.eye(R, device=self.base.device).flatten()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """[..., R, D] -> [..., R, D]; further arguments go to the sublayer, its further results are passed on."""
+        """[..., R, D] -> [..., R, D]; further arguments go to the sublayer, its further results are
+        passed on."""
         h, post, comb = transom.mhc_pre(
             x,
             self.fn,
@@ -111,8 +115,8 @@ class HyperConnection(_Mixing):
 class HyperConnectionHead(_Mixing):
     """h = sum_j pre[j] * x[j]: the streams after the last layer become one, without Sinkhorn.
 
-    hidden D, streams R; eps, rms_eps as for `transom.mhc_head`.  Parameters: fn [R, R*D], scale [1], base [R], float32
-    always; they start near the mean of the streams.
+    hidden D, streams R; eps, rms_eps as for `transom.mhc_head`.  Parameters: fn [R, R*D], scale
+    [1], base [R], float32 always; they start near the mean of the streams.
 
     *Source:* DeepSeek-V4, arXiv 2606.19348.
     """
@@ -151,7 +155,8 @@ class HyperConnectionHead(_Mixing):
 
 
 def to_streams(x: Tensor, streams: int) -> Tensor:
-    """[..., D] -> [..., R, D], new memory: every residual stream starts as the embedding's output."""
+    """[..., D] -> [..., R, D], new memory: every residual stream starts as the embedding's
+    output."""
     return x.unsqueeze(-2).repeat_interleave(streams, dim=-2)
 
 

@@ -55,12 +55,16 @@ class Case:
             at += 1
             if name in written:
                 continue
-            if not _same_bits(buffer, before):
+            if not same_bits(buffer, before):
                 return f"{name} or the memory around it was written"
         return None
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if both hold the same bits, NaNs included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = (t.clone(memory_format=torch.contiguous_format).flatten() for t in (a, b))
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 

@@ -13,7 +13,7 @@ from transom.op import Impl, Op, as_numpy, kind_of
 from transom.plugins import load
 
 from . import tolerance
-from .cases import Case
+from .cases import Case, same_bits
 
 STEP = 1e-6
 """Of the central differences, taken in float64: truncation 1e-12, rounding 1e-10."""
@@ -108,8 +108,8 @@ def repeatable(op: Op[..., Any], impl: str, case: Case) -> str | None:
         return first
     first = tuple(t.clone() for t in first)
     second = run(op, impl, case.values)
-    for name, a, b in zip(op.mutates or op.signature.outputs, first, second, strict=True):
-        if isinstance(b, str) or not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+    for name, a, b in zip(op.mutates or tuple(op.signature.outputs), first, second, strict=True):
+        if isinstance(b, str) or not same_bits(a, b):
             return f"{name} differs between two equal calls"
     return None
 
@@ -122,7 +122,7 @@ def unbiased(op: Op[..., Any], impl: str, cases: Sequence[Case]) -> str | None:
         if isinstance(got, str):
             return got
         want = tolerance.as_tuple(op._reference(*(as_numpy(v) for v in case.values)))
-        for name, g, w in zip(op.signature.outputs, got, want, strict=True):
+        for name, g, w in zip(op.mutates or op.signature.outputs, got, want, strict=True):
             if g.dtype in (torch.bfloat16, torch.float16):
                 mean = tolerance.bias(g, np.asarray(w))
                 if mean is not None and abs(mean) > 0.1:

@@ -1,0 +1,1 @@
+"""Engram: hashed n-gram embeddings and their gate."""
