@@ -1,8 +1,9 @@
-"""Write docs/operators.md and docs/support.md from the declarations; `--check` exits 1 if they are not current."""
+"""Write docs/operators.md, docs/support.md and docs/edge_cases.md from the declarations and tests; `--check` exits 1 if they are not current."""
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -66,8 +67,33 @@ address is formed from them, and results for them are unspecified.
 """
 
 
+def edge_cases() -> str:
+    """Every numbered edge case with the tests that carry its number."""
+    shown: dict[int, set[str]] = {}
+    for path in sorted((HERE.parent / "tests").rglob("test_*.py")):
+        for chain in re.findall(r"edge_((?:\d{1,2}_(?:and_)?)+)", path.read_text(encoding="utf-8")):
+            for number in re.findall(r"\d+", chain):
+                shown.setdefault(int(number), set()).add(path.relative_to(HERE.parent).as_posix())
+    rows = ["| | family | case | shown by |", "|---|---|---|---|"]
+    for line in (HERE / "edge_cases.tsv").read_text(encoding="utf-8").splitlines():
+        number, family, text, *note = line.split("\t")
+        where = ", ".join(f"`{f}`" for f in sorted(shown.get(int(number), ()))) or (note or ["**nothing**"])[0]
+        rows.append(f"| {number} | {family} | {text} | {where} |")
+    return f"{NOTE}\n# Edge cases\n\n{EDGES}\n" + "\n".join(rows) + "\n"
+
+
+EDGES = """\
+Cases that have broken implementations elsewhere, by number; the tests carry the number in their names
+(`pytest -k edge_23`).
+"""
+
+
 def main() -> int:
-    pages = {"operators.md": operators(), "support.md": f"{NOTE}\n# Support matrix\n\n{SUPPORT}\n{transom.support_matrix()}"}
+    pages = {
+        "edge_cases.md": edge_cases(),
+        "operators.md": operators(),
+        "support.md": f"{NOTE}\n# Support matrix\n\n{SUPPORT}\n{transom.support_matrix()}",
+    }
     stale = [n for n, text in pages.items() if not (HERE / n).exists() or (HERE / n).read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         if stale:

@@ -15,6 +15,7 @@ from .attention import AttentionResult, LatentAttention, LatentShape, SharedAtte
 from .attention_cache import AttentionCache
 from .attention_parts import IndexShape, RMSNorm
 from .engram import Engram, EngramCache, EngramHash, engram_hashes, token_map_checksum
+from .engram_hash import build_token_map
 from .hyper_connection import HyperConnection, HyperConnectionHead, to_streams
 from .moe import MoE
 from .rotary import Angles, Rotary, Yarn
@@ -22,6 +23,6 @@ from .rotary import Angles, Rotary, Yarn
 __all__ = [
     "Angles", "AttentionCache", "AttentionResult", "CompressState", "Engram", "EngramCache", "EngramHash",
     "HyperConnection", "HyperConnectionHead", "IndexShape", "LatentAttention", "LatentShape", "MoE", "RMSNorm", "Rotary",
-    "SharedAttention", "SharedShape", "SparseAttention", "Yarn", "engram_hashes", "replace_weight", "to_streams",
+    "SharedAttention", "SharedShape", "SparseAttention", "Yarn", "build_token_map", "engram_hashes", "replace_weight", "to_streams",
     "token_map_checksum",
 ]  # fmt: skip

@@ -225,7 +225,7 @@ def test_layers_run_through_the_registry(form: str, ops: set[str]) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_edge_20_and_21_prefill_then_decode_equals_prefill_for_every_remainder(form: str) -> None:
+def test_edge_20_and_21_and_42_decode_after_prefill_equals_prefill(form: str) -> None:
     # 18 tokens: past the window of 7, two HCA blocks of 8, four CSA blocks of 4
     made, x = layer(form), tokens(18)
     whole, at_end = feed(made, x, [18])

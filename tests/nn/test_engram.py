@@ -169,7 +169,7 @@ def test_edge_52_left_padding_that_is_blocked_equals_no_padding(form):
 
 
 @pytest.mark.parametrize("bad", [-1, -VOCAB, VOCAB, 10**6])
-def test_edges_53_and_54_ids_outside_the_vocabulary_count_as_blocked(bad):
+def test_edge_53_and_54_ids_outside_the_vocabulary_count_as_blocked(bad):
     layer, ids = make("demo"), tokens()
     ids[:, 5] = bad
     compressed = layer.compress(ids)

@@ -272,6 +272,24 @@ def test_edge_13_sizes_that_no_block_divides(rng, D, I):
     assert error(call(given), by_formula(**given)) <= 2e-5
 
 
+def test_edge_13_the_sizes_of_gpt_oss(rng):
+    given = inputs(rng, T=3, D=2880, I=2880, E=2, K=2)
+    given["gate_up"] /= 50
+    given["down"] /= 50
+    assert error(call(given), by_formula(**given)) <= 2e-5
+
+
+def test_edge_14_addresses_beyond_two_to_the_32(rng):
+    """Expert tensors of 2**33 elements as views of one expert: the last expert stands beyond 2**32."""
+    one = inputs(rng, T=2, D=64, I=32, E=1, K=1)
+    experts = 2**21
+    wide = {n: one[n].expand(experts, *one[n].shape[1:]) for n in ("gate_up", "down")}
+    assert wide["gate_up"].numel() > 2**32 and wide["down"].numel() >= 2**32
+    one["ids"] = torch.zeros(2, 1, dtype=torch.int64)
+    last = torch.full((2, 1), experts - 1)
+    assert torch.equal(call(one, ids=last, **wide), call(one))
+
+
 def test_edge_16_strides_change_nothing(rng):
     given = inputs(rng)
     want = by_formula(**given)
