@@ -2,9 +2,10 @@
 
     python bench/overhead.py [--json] [--gate]
 
-Each figure is the median over rounds of the difference between a call of an operator and a call of its implementation with
-the same arguments, in microseconds, and as a ratio to `torch.add` of two small tensors in the same round (so that figures of
-different machines can be compared). --gate exits 1 when a direct call costs more than LIMIT_US above its implementation.
+Each figure is the median over rounds of the difference between a call of an operator and a call of
+its implementation with the same arguments, in microseconds, and as a ratio to `torch.add` of two
+small tensors in the same round (so that figures of different machines can be compared). --gate
+exits 1 when a direct call costs more than LIMIT_US above its implementation.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     offsets = torch.tensor([1, 2, 4])
     return {
         "sinkhorn, 1 tensor": (transom.sinkhorn, (normal(1, 4, 4),), dict(iterations=1, eps=1e-6)),
-        "mhc_post, 4 tensors": (transom.mhc_post, (normal(1, 8), normal(1, 4, 8), normal(1, 4), normal(1, 4, 4)), {}),
+        "mhc_post, 4 tensors": (
+            transom.mhc_post, (normal(1, 8), normal(1, 4, 8), normal(1, 4), normal(1, 4, 4)), {},
+        ),
         "grouped_gemm, 3 tensors and a check of values": (
             transom.grouped_gemm, (normal(4, 8), normal(3, 8, 8), offsets), {},
         ),
@@ -73,18 +76,27 @@ def measure() -> dict[str, Any]:
             for _ in range(ROUNDS):
                 for c, work in candidates.items():
                     rows[name][c].append(seconds(work) * 1e6)
-    out: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "calls": {}}
+    out: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "calls": {},
+    }
     for name, times in rows.items():
         add = statistics.median(times["add"])
         above = {
-            c: statistics.median(x - y for x, y in zip(times[c], times["implementation"], strict=True))
+            c: statistics.median(
+                x - y for x, y in zip(times[c], times["implementation"], strict=True)
+            )
             for c in ("direct", "torch operator")
         }
         out["calls"][name] = {
             "torch_add_us": round(add, 2),
             "implementation_us": round(statistics.median(times["implementation"]), 2),
             **{f"{c} above implementation, us": round(v, 2) for c, v in above.items()},
-            **{f"{c} above implementation, torch.add = 1": round(v / add, 2) for c, v in above.items()},
+            **{
+                f"{c} above implementation, torch.add = 1": round(v / add, 2)
+                for c, v in above.items()
+            },
         }
     out["import"] = import_time()
     return out
@@ -93,19 +105,30 @@ def measure() -> dict[str, Any]:
 def import_time() -> dict[str, float]:
     """Milliseconds that `import transom` adds to `import torch`: medians of fresh processes."""
     code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import transom;"
-        "c = time.perf_counter(); print(b - a, c - b)"
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter();"
+        "import transom; c = time.perf_counter(); print(b - a, c - b)"
     )
     runs = [
-        [float(v) for v in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()]
+        [
+            float(v)
+            for v in subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout.split()
+        ]
         for _ in range(7)
     ]
     torch_s, ours = (statistics.median(r[i] for r in runs) for i in (0, 1))
-    return {"torch_ms": round(torch_s * 1e3, 1), "transom_ms": round(ours * 1e3, 1), "ratio": round(ours / torch_s, 3)}
+    return {
+        "torch_ms": round(torch_s * 1e3, 1),
+        "transom_ms": round(ours * 1e3, 1),
+        "ratio": round(ours / torch_s, 3),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--gate", action="store_true", help=f"exit 1 above {LIMIT_US} us")
     options = parser.parse_args()
@@ -117,7 +140,10 @@ def main() -> int:
             print(name)
             for key, value in row.items():
                 print(f"  {value:9.2f}  {key}")
-        print(f"import transom: {found['import']['transom_ms']} ms after torch's {found['import']['torch_ms']} ms")
+        print(
+            f"import transom: {found['import']['transom_ms']} ms "
+            f"after torch's {found['import']['torch_ms']} ms"
+        )
     slow = [n for n, r in found["calls"].items() if r["direct above implementation, us"] > LIMIT_US]
     if options.gate and slow:
         print(f"overhead: {', '.join(slow)} above {LIMIT_US} us", file=sys.stderr)

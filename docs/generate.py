@@ -1,4 +1,5 @@
-"""Write docs/operators.md, docs/support.md and docs/edge_cases.md from the declarations and tests; `--check` exits 1 if they are not current."""
+"""Write docs/operators.md, docs/support.md and docs/edge_cases.md from the declarations and tests;
+`--check` exits 1 if they are not current."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import sys
 from pathlib import Path
 
 import transom
-from transom.op import Op
+from transom.dispatch import TIERS
+from transom.dtypes import SHORT
+from transom.op import Impl, Op
+from transom.plugins import load
 
 HERE = Path(__file__).parent
 NOTE = "<!-- made by `python docs/generate.py`; edit the declarations in kernels/ instead -->\n"
@@ -19,7 +23,8 @@ FAMILIES = {
 
 
 def operators() -> str:
-    """The reference page: every public operator with its signature, shapes, dtypes and docstring."""
+    """The reference page: every public operator with its signature, shapes, dtypes and
+    docstring."""
     out = [NOTE, "# Operators\n", INTRODUCTION]
     for family, title in FAMILIES.items():
         members = [o for o in transom.ops().values() if o.family == family]
@@ -34,8 +39,13 @@ def operators() -> str:
 
 def helper(op: Op) -> bool:
     """True for gradients and for variants with another name than their file's first operator."""
-    return "_backward" in op.name or bool(op.mutates) or any(
-        op.name.startswith(f"{o.name}_") and o.module == op.module for o in transom.ops().values()
+    return (
+        "_backward" in op.name
+        or bool(op.mutates)
+        or any(
+            op.name.startswith(f"{o.name}_") and o.module == op.module
+            for o in transom.ops().values()
+        )
     )
 
 
@@ -44,26 +54,30 @@ def page(op: Op) -> str:
     signature = str(inspect.signature(op)).replace("'", "")
     text = inspect.cleandoc(op.__doc__ or "")
     return (
-        f"### `{op.name}`\n\n```python\ntransom.{op.name}{signature}\n```\n\n```text\n{text}\n```\n\n"
+        f"### `{op.name}`\n\n```python\ntransom.{op.name}{signature}\n```\n\n"
+        f"```text\n{text}\n```\n\n"
         f"Declared as `{op.shapes_text}`; dtypes `{op.dtypes_text}`.\n"
     )
 
 
 INTRODUCTION = """\
-Shapes: B batch, S queries, N keys or entries, H heads, D head or hidden size, T flattened tokens, E experts, K (k) experts per
-token, I expert inner size, R residual streams. `float` is float64, float32, bfloat16 or float16; `index` is int32 or int64;
-`quant` is a `QuantizedWeight`. Sums over bfloat16 and float16 are kept in float32 and rounded once at the end.
+Shapes: B batch, S queries, N keys or entries, H heads, D head or hidden size, T flattened tokens,
+E experts, K (k) experts per token, I expert inner size, R residual streams. `float` is float64,
+float32, bfloat16 or float16; `index` is int32 or int64; `quant` is a `QuantizedWeight`. Sums over
+bfloat16 and float16 are kept in float32 and rounded once at the end.
 
-**Index contract.** int32 or int64 in, int32 out; valid entries first, -1 after them; ties go to the lowest index. Whatever stands
-behind a -1 can never reach an output, NaN included.
+**Index contract.** int32 or int64 in, int32 out; valid entries first, -1 after them; ties go to
+the lowest index. Whatever stands behind a -1 can never reach an output, NaN included.
 
-**Bad input** raises ValueError (shapes, values) or TypeError (dtypes, types) with one line before anything is written, in eager
-mode and under `torch.compile` alike (there inside torch's own error, at trace time for shapes and dtypes, at run time for values).
-*Values* (offsets that decrease, ids out of range, ...) are checked on CPU tensors at every call. On accelerators that would wait
-for the device, so they are checked there only with `TRANSOM_DEBUG=1`; without it, out-of-range values are clamped before an
-address is formed from them, and results for them are unspecified.
+**Bad input** raises ValueError (shapes, values) or TypeError (dtypes, types) with one line before
+anything is written, in eager mode and under `torch.compile` alike (there inside torch's own error,
+at trace time for shapes and dtypes, at run time for values). *Values* (offsets that decrease, ids
+out of range, ...) are checked on CPU tensors at every call. On accelerators that would wait for
+the device, so they are checked there only with `TRANSOM_DEBUG=1`; without it, out-of-range values
+are clamped before an address is formed from them, and results for them are unspecified.
 
-**Gradients** are first order, deterministic, and operators of their own, so that they too are selected, recorded and explained.
+**Gradients** are first order, deterministic, and operators of their own, so that they too are
+selected, recorded and explained.
 """
 
 
@@ -77,14 +91,96 @@ def edge_cases() -> str:
     rows = ["| | family | case | shown by |", "|---|---|---|---|"]
     for line in (HERE / "edge_cases.tsv").read_text(encoding="utf-8").splitlines():
         number, family, text, *note = line.split("\t")
-        where = ", ".join(f"`{f}`" for f in sorted(shown.get(int(number), ()))) or (note or ["**nothing**"])[0]
+        where = (
+            ", ".join(f"`{f}`" for f in sorted(shown.get(int(number), ())))
+            or (note or ["**nothing**"])[0]
+        )
         rows.append(f"| {number} | {family} | {text} | {where} |")
     return f"{NOTE}\n# Edge cases\n\n{EDGES}\n" + "\n".join(rows) + "\n"
 
 
+_FLOATS = ("f32", "bf16", "f16", "f64")
+
+
+def support_matrix() -> str:
+    """A Markdown table, operator x implementation: dtypes, forward and backward, made from the
+    declarations."""
+    everything = transom.ops()
+    rows = [
+        "| operator | implementation | backend | dtypes | forward | backward |",
+        "|---|---|---|---|---|---|",
+    ]
+    backward = {n for n in everything if n.partition("_backward")[1] or _backward_of(everything[n])}
+    for name, op in everything.items():
+        if name in backward:
+            continue
+        load(op, "cpu")
+        for impl in sorted(op.impls.values(), key=lambda i: (-TIERS.index(i.tier), i.name)):
+            rows.append(
+                f"| `{name}` | {impl.name} ({impl.tier}) | {impl.backend} "
+                f"| {', '.join(_dtypes(op, impl))} | "
+                f"yes | {_backward_text(op, impl, everything)} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def _backward_of(op: Op) -> str | None:
+    """The forward operator that `op` is a gradient of: one of the same file whose name it
+    extends."""
+    for name, other in transom.ops().items():
+        if (
+            other.module == op.module
+            and op.name != name
+            and op.name.startswith(name)
+            and other._gradient
+        ):
+            return name
+    return None
+
+
+def _backward_text(op: Op, impl: Impl, everything: dict[str, Op]) -> str:
+    if op._gradient is None:
+        return "none"
+    names = [n for n, o in everything.items() if _backward_of(o) == op.name]
+    have = [
+        n for n in names if any(i.backend == impl.backend for i in everything[n].impls.values())
+    ]
+    if impl.tier == "reference":
+        return "forward only"
+    return (
+        "yes"
+        if len(have) == len(names)
+        else f"{len(have)} of {len(names)}; the rest by the composite"
+    )
+
+
+def _dtypes(op: Op, impl: Impl) -> list[str]:
+    """The dtypes of the first floating tensor, and the quantised formats of its weights."""
+    out: list[str] = []
+    for p in op.parameters:
+        alternatives = op.rules.alternatives.get(p.name, ())
+        limit = next(
+            (
+                r.limits["dtype"][1]
+                for r in impl.requires
+                if r.limits.get("dtype", ("",))[0] == p.name
+            ),
+            None,
+        )
+        if not out and set(alternatives) & set(_FLOATS):
+            out += [a for a in alternatives if a in SHORT and (limit is None or SHORT[a] in limit)]
+        if "quant" in alternatives and "quant weights" not in out:
+            out.append(
+                "quant weights"
+                if limit is None
+                else " ".join(k for k in limit if isinstance(k, str))
+            )
+    return [o for o in out if o] or ["integers"]
+
+
 EDGES = """\
-Cases that have broken implementations elsewhere, by number; the tests carry the number in their names
-(`pytest -k edge_23`).
+Cases that have broken implementations elsewhere, by number; the tests carry the number in their
+names (`pytest -k edge_23`).
 """
 
 
@@ -92,12 +188,19 @@ def main() -> int:
     pages = {
         "edge_cases.md": edge_cases(),
         "operators.md": operators(),
-        "support.md": f"{NOTE}\n# Support matrix\n\n{SUPPORT}\n{transom.support_matrix()}",
+        "support.md": f"{NOTE}\n# Support matrix\n\n{SUPPORT}\n{support_matrix()}",
     }
-    stale = [n for n, text in pages.items() if not (HERE / n).exists() or (HERE / n).read_text(encoding="utf-8") != text]
+    stale = [
+        n
+        for n, text in pages.items()
+        if not (HERE / n).exists() or (HERE / n).read_text(encoding="utf-8") != text
+    ]
     if "--check" in sys.argv:
         if stale:
-            print(f"docs: {', '.join(stale)} not current; run python docs/generate.py", file=sys.stderr)
+            print(
+                f"docs: {', '.join(stale)} not current; run python docs/generate.py",
+                file=sys.stderr,
+            )
         return int(bool(stale))
     for name, text in pages.items():
         (HERE / name).write_text(text, encoding="utf-8")
@@ -105,9 +208,10 @@ def main() -> int:
 
 
 SUPPORT = """\
-Every operator and every implementation of it in this tree. *composite* is the operator's meaning in torch: any device, bounded
-memory. *reference* is NumPy in float64, on request. What a plugin adds on your machine: `transom doctor`, `transom explain`.
-What was run where: the composites and references ran on CPUs (x86-64); no accelerator was at hand for this version.
+Every operator and every implementation of it in this tree. *composite* is the operator's meaning
+in torch: any device, bounded memory. *reference* is NumPy in float64, on request. What a plugin
+adds on your machine: `transom doctor`, `transom explain`. What was run where: the composites and
+references ran on CPUs (x86-64); no accelerator was at hand for this version.
 """
 
 if __name__ == "__main__":

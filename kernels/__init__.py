@@ -1,1 +1,2 @@
-"""What each operator means: one file an operator, with its declaration, composite, reference and gradient."""
+"""What each operator means: one file an operator, with declaration, composite, reference,
+gradient."""

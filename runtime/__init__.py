@@ -1,25 +1,29 @@
 """transom: the sparse operators of DeepSeek-V4-class models, on any device that PyTorch can reach.
 
-One registry of operators, each with its meaning in torch (the composite), a NumPy reference, and implementations for the
-devices at hand. Start with `transom.patch(model)`, `transom.explain(op, ...)`, or `transom --help` on the command line.
+One registry of operators, each with its meaning in torch (the composite), a NumPy reference, and
+implementations for the devices at hand. Start with `transom.patch(model)`, `transom.explain(op,
+...)`, or `transom --help` on the command line.
 """
 
 from __future__ import annotations
 
 if __name__ != "transom":
-    raise ImportError("this folder is the package 'transom'; install it (pip install -e .) and `import transom`")
+    raise ImportError(
+        "this folder is the package 'transom'; install it (pip install -e .) and `import transom`"
+    )
 
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from . import backends as _backends  # before the function of that name, which then stands for it
+from . import backends as _backends  # noqa: F401 -  # before the function of that name, which then stands for it
 from . import dtypes, errors, requires
 from .dispatch import Call, Explanation, Facts, record, use
 from .errors import NotSupported, PluginError, SlowPath
-from .explain import backends, explain, ops, support_matrix
+from .explain import backends, explain, ops
 from .op import OPS as _OPS
-from .op import Impl, Op, Weight, op as declare
+from .op import Impl, Op, Weight
+from .op import op as declare
 from .plugins import plugins
 from .tune import tune
 from .weights import QuantizedWeight
@@ -60,9 +64,13 @@ if TYPE_CHECKING:
     from .models import patch, unpatch
 
 _LAZY = {
-    "patch": "transom.models", "unpatch": "transom.models", "nn": "", "models": "", "conformance": "",
+    "patch": "transom.models",
+    "unpatch": "transom.models",
     "quantize": "transom.kernels.quant.quantize",
-}  # fmt: skip
+    "nn": "",
+    "models": "",
+    "conformance": "",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -70,8 +78,14 @@ def __getattr__(name: str) -> Any:
         return _OPS[name]
     if name in _LAZY:
         home = _LAZY[name]
-        return getattr(importlib.import_module(home), name) if home else importlib.import_module(f"transom.{name}")
-    raise AttributeError(f"module 'transom' has no attribute {name!r}; operators: {', '.join(sorted(_OPS))}")
+        return (
+            getattr(importlib.import_module(home), name)
+            if home
+            else importlib.import_module(f"transom.{name}")
+        )
+    raise AttributeError(
+        f"module 'transom' has no attribute {name!r}; operators: {', '.join(sorted(_OPS))}"
+    )
 
 
 def __dir__() -> list[str]:
@@ -79,9 +93,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "Call", "Explanation", "Facts", "Impl", "NotSupported", "Op", "PluginError", "QuantizedWeight", "SlowPath", "Weight",
-    "backends", "block_sparse_attention", "compress_kv", "declare", "dtypes", "engram_gate", "errors", "explain",
-    "grouped_gemm", "hashed_embedding", "lightning_indexer", "mhc_head", "mhc_post", "mhc_pre", "moe_experts",
-    "ngram_hash", "ops", "patch", "plugins", "quantize", "record", "requires", "route", "short_conv", "sinkhorn",
-    "sparse_attention", "support_matrix", "tune", "unpatch", "use",
+    "Call", "Explanation", "Facts", "Impl", "NotSupported", "Op", "PluginError", "QuantizedWeight",
+    "SlowPath", "Weight", "backends", "block_sparse_attention", "compress_kv", "declare", "dtypes",
+    "engram_gate", "errors", "explain", "grouped_gemm", "hashed_embedding", "lightning_indexer",
+    "mhc_head", "mhc_post", "mhc_pre", "moe_experts", "ngram_hash", "ops", "patch", "plugins",
+    "quantize", "record", "requires", "route", "short_conv", "sinkhorn", "sparse_attention",
+    "tune", "unpatch", "use",
 ]  # fmt: skip

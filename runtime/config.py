@@ -35,7 +35,8 @@ VARIABLES = (USE, FALLBACK, PLUGINS, DEBUG, WORKSPACE, TUNE, CACHE)
 
 
 def workspace_bytes() -> int:
-    """Bytes that a composite's temporaries may take beyond its inputs and outputs (soft: one tile always fits)."""
+    """Bytes that a composite's temporaries may take beyond its inputs and outputs (soft: one tile
+    always fits)."""
     text = WORKSPACE.get()
     try:
         mib = float(text)
@@ -47,7 +48,8 @@ def workspace_bytes() -> int:
 
 
 def debug() -> bool:
-    """True: check tensor values on every device, at the price of a device synchronisation a call."""
+    """True: check tensor values on every device, at the price of a device synchronisation a
+    call."""
     return DEBUG.get() not in ("", "0")
 
 

@@ -20,7 +20,8 @@ from .config import cache_folder
 
 @functools.cache
 def arch(device_type: str, index: int = 0) -> str:
-    """The architecture: 'x86_64+avx2', 'sm_90', 'gfx942', or the device's own name in lower case."""
+    """The architecture: 'x86_64+avx2', 'sm_90', 'gfx942', or the device's own name in lower
+    case."""
     if device_type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability().lower()
         return f"{platform.machine()}+{capability}"
@@ -59,7 +60,8 @@ def _processor_name() -> str:
 
 
 def fingerprint(device_type: str) -> str:
-    """What measured choices are valid for: device, architecture, toolchain and thread count, as 12 hex digits."""
+    """What measured choices are valid for: device, architecture, toolchain and thread count, as 12
+    hex digits."""
     parts = [describe(device_type), arch(device_type), torch.__version__, str(torch.version.cuda)]
     if device_type == "cpu":
         parts.append(str(torch.get_num_threads()))
@@ -85,7 +87,8 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The measured ceilings of a device: float32 multiply-add rate and streaming read rate, by torch's own kernels."""
+    """The measured ceilings of a device: float32 multiply-add rate and streaming read rate, by
+    torch's own kernels."""
 
     device: str
     gflops: float
@@ -96,7 +99,8 @@ class Peaks:
 
 
 def peaks(device_type: str = "cpu", *, fresh: bool = False) -> Peaks:
-    """The ceilings of this machine, measured once and kept under the cache folder; `fresh` measures again (about 2 s)."""
+    """The ceilings of this machine, measured once and kept under the cache folder; `fresh` measures
+    again (about 2 s)."""
     known = None if fresh else known_peaks(device_type)
     if known is not None:
         return known
@@ -111,7 +115,8 @@ def peaks(device_type: str = "cpu", *, fresh: bool = False) -> Peaks:
 
 
 def known_peaks(device_type: str = "cpu") -> Peaks | None:
-    """The ceilings of this machine if they have been measured before, else None; nothing is measured."""
+    """The ceilings of this machine if they have been measured before, else None; nothing is
+    measured."""
     try:
         return Peaks(**json.loads(_peaks_path(device_type).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,8 +1,8 @@
 """Selection: facts of a call, the implementation that runs it, the plan cache, use() and record().
 
-Order: asked for > measured > tier (tuned > portable > composite; the reference only on request). Nothing falls back in
-silence: a forced choice that cannot run raises, a drop to the composite warns with its reasons, and nothing is moved
-between devices.
+Order: asked for > measured > tier (tuned > portable > composite; the reference only on request).
+Nothing falls back in silence: a forced choice that cannot run raises, a drop to the composite warns
+with its reasons, and nothing is moved between devices.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import config, plugins, tune
+from . import config
 from . import device as _device
 from .dtypes import Kind
 from .errors import NotSupported, SlowPath
+from .plugins import load, loading, serves
+from .plugins import names as plugin_names
+from .tune import lookup as measured_choice
 
 if TYPE_CHECKING:
     from .op import Impl, Op
 
 TIERS = ("reference", "composite", "portable", "tuned")
-"""Worst to best: NumPy, only on request; the meaning in torch; a real kernel; a kernel made for the device."""
+"""Worst to best: NumPy, only on request; the meaning in torch; a real kernel; a kernel made for the
+device."""
 
 PLANS = 1024
-"""Plans kept per operator; past it all are dropped (a decode loop makes one a step, so they must not pile up)."""
+"""Plans kept per operator; past it all are dropped (a decode loop makes one a step, so they must
+not pile up)."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,14 @@ class Explanation:
     rejected: Mapping[str, tuple[str, ...]]
 
     def __str__(self) -> str:
-        head = f"{self.op}: {self.chosen} ({self.why})" if self.chosen else f"{self.op}: nothing can run ({self.why})"
-        return "\n".join([head, *(f"  {name}: {'; '.join(why)}" for name, why in self.rejected.items())])
+        head = (
+            f"{self.op}: {self.chosen} ({self.why})"
+            if self.chosen
+            else f"{self.op}: nothing can run ({self.why})"
+        )
+        return "\n".join(
+            [head, *(f"  {name}: {'; '.join(why)}" for name, why in self.rejected.items())]
+        )
 
 
 @dataclass
@@ -83,7 +94,8 @@ class Call:
     device: str
     facts: Facts = field(repr=False)
     seconds: float = 0.0
-    """With record(timing=True): time inside the implementation, less that of operators which it called."""
+    """With record(timing=True): time inside the implementation, less that of operators which it
+    called."""
     flops: float = 0.0
     bytes: float = 0.0
 
@@ -97,7 +109,8 @@ _warned: set[tuple[str, tuple[str, ...]]] = set()
 
 
 def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> Any:
-    """Run a call of plain tensors by its plan; the direct path of eager inference and the kernel of the torch operator."""
+    """Run a call of plain tensors by its plan; the direct path of eager inference and the kernel of
+    the torch operator."""
     key = (op._key(*values), _choice, gradient, torch.are_deterministic_algorithms_enabled())
     plan = op._plans.get(key)
     if plan is None or (plan.facts.device == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -136,7 +149,9 @@ def facts_of(op: Op[..., Any], values: Sequence[Any], gradient: bool = False) ->
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.device != first.device:
-            raise ValueError(f"{op.name}: {name} is on {tensor.device}; {first_name} is on {first.device}")
+            raise ValueError(
+                f"{op.name}: {name} is on {tensor.device}; {first_name} is on {first.device}"
+            )
     device = first.device
     return Facts(
         device.type, _device.arch(device.type, device.index or 0), kinds, bound,
@@ -154,18 +169,25 @@ def _layout(tensor: Any) -> str:
 
 def select(op: Op[..., Any], facts: Facts, asked: str | None = None) -> Explanation:
     """The choice for these facts: asked for, else measured, else the best tier that can run."""
-    plugins.load(op, facts.device)
+    load(op, facts.device)
+    vendors = plugin_names()
     asked = asked or _asked_for(op)
     order = sorted(
         op.impls.values(),
-        key=lambda i: (-TIERS.index(i.tier), i.backend not in plugins.names(), i.name),
+        key=lambda i: (-TIERS.index(i.tier), i.backend not in vendors, i.name),
     )
     if asked:
         wanted = [i for i in order if asked in (i.name, i.backend)]
         if not wanted:
             have = ", ".join(sorted(i.name for i in order))
-            return Explanation(op.name, None, None, f"{asked!r} was asked for", {asked: (f"not registered; {have}",)})
-        rejected = {}
+            return Explanation(
+                op.name,
+                None,
+                None,
+                f"{asked!r} was asked for",
+                {asked: (f"not registered; {have}",)},
+            )
+        rejected: dict[str, tuple[str, ...]] = {}
         for impl in wanted:
             reasons = impl.reasons(facts)
             if not reasons:
@@ -180,7 +202,7 @@ def select(op: Op[..., Any], facts: Facts, asked: str | None = None) -> Explanat
             rejected[impl.name] = tuple(reasons)
         else:
             able.append(impl)
-    measured = tune.lookup(op, facts)
+    measured = measured_choice(op, facts)
     for impl in able:
         if impl.name == measured:
             return Explanation(op.name, impl.name, impl.tier, "measured fastest", rejected)
@@ -223,13 +245,15 @@ def _report_slow_path(op: Op[..., Any], facts: Facts, e: Explanation) -> None:
     missed = {
         name: why
         for name, why in e.rejected.items()
-        if op.impls[name].tier in ("portable", "tuned") and plugins.serves(op.impls[name], facts)
+        if op.impls[name].tier in ("portable", "tuned") and serves(op.impls[name], facts)
     }
     if not missed:
         return
     text = " | ".join(f"{name}: {'; '.join(why)}" for name, why in missed.items())
     if mode == "error":
-        raise NotSupported(f"{op.name}: only the composite can run ({config.FALLBACK.name}=error); {text}")
+        raise NotSupported(
+            f"{op.name}: only the composite can run ({config.FALLBACK.name}=error); {text}"
+        )
     mark = (op.name, tuple(text.split(" | ")))
     if mark not in _warned:
         _warned.add(mark)
@@ -239,12 +263,17 @@ def _report_slow_path(op: Op[..., Any], facts: Facts, e: Explanation) -> None:
 def _caller() -> int:
     """How many frames up the first one outside transom stands."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("transom", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "transom",
+        "torch",
+    ):
         frame, level = frame.f_back, level + 1
     return level
 
 
-def _value_check(op: Op[..., Any], facts: Facts, values: Sequence[Any]) -> Callable[[Sequence[Any]], None] | None:
+def _value_check(
+    op: Op[..., Any], facts: Facts, values: Sequence[Any]
+) -> Callable[[Sequence[Any]], None] | None:
     rule = op._check_values
     if rule is None or not (facts.device == "cpu" or config.debug()):
         return None
@@ -273,11 +302,12 @@ def forget_plans() -> None:
 
 
 def backend_of(module: str) -> str:
-    """The backend that a module's implementations belong to: its folder in transom.backends, or its plugin."""
+    """The backend that a module's implementations belong to: its folder in transom.backends, or its
+    plugin."""
     parts = module.split(".")
     if parts[:2] == ["transom", "backends"] and len(parts) > 2:
         return parts[2]
-    return plugins.loading() or parts[0]
+    return loading() or parts[0]
 
 
 # use() and record() ----------------------------------------------------------------------------
@@ -285,10 +315,11 @@ def backend_of(module: str) -> str:
 
 @contextlib.contextmanager
 def use(backend: str | None = None, /, **choice: str) -> Iterator[None]:
-    """Within the block, run these implementations: `use("native")` for all, `use(route="triton")` for one.
+    """Within the block, run these implementations: `use("native")` for all, `use(route="triton")`
+    for one.
 
-    A choice that cannot run a call raises NotSupported; there is no fallback from it. Holds for the whole process
-    while the block lasts, since autograd runs backward passes in threads of its own.
+    A choice that cannot run a call raises NotSupported; there is no fallback from it. Holds for the
+    whole process while the block lasts, since autograd runs backward passes in threads of its own.
     """
     from .op import lookup
 
@@ -308,7 +339,8 @@ def use(backend: str | None = None, /, **choice: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record(*, timing: bool = False) -> Iterator[list[Call]]:
-    """A list of what runs within the block, in order: .op, .impl, .device (and with timing: .seconds, .flops, .bytes).
+    """A list of what runs within the block, in order: .op, .impl, .device (and with timing:
+    .seconds, .flops, .bytes).
 
     Timing waits for the device before and after each call. Holds for the whole process.
     """

@@ -1,7 +1,8 @@
 """Dtypes: their short names, groups, unit roundoffs, and the rules of a declaration.
 
-A rule text reads `x: float; weight: x | f32 | quant; y: x`: alternatives are short names, groups, another tensor's
-name (the same dtype), `acc(x)` (float64 if x is float64, else float32), or `quant` (a QuantizedWeight).
+A rule text reads `x: float; weight: x | f32 | quant; y: x`: alternatives are short names, groups,
+another tensor's name (the same dtype), `acc(x)` (float64 if x is float64, else float32), or `quant`
+(a QuantizedWeight).
 """
 
 from __future__ import annotations

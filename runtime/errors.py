@@ -1,14 +1,15 @@
 """What transom raises and warns.
 
-Bad values and shapes raise ValueError, bad types and dtypes TypeError; both carry one line of the form
-`<op>: <what was seen>; <what is expected>[; <what to do>]`, raised before anything is written.
+Bad values and shapes raise ValueError, bad types and dtypes TypeError; both carry one line of the
+form `<op>: <what was seen>; <what is expected>[; <what to do>]`, raised before anything is written.
 """
 
 from __future__ import annotations
 
 
 class NotSupported(RuntimeError):
-    """No implementation can run this call, or the one asked for cannot; the text lists every reason."""
+    """No implementation can run this call, or the one asked for cannot; the text lists every
+    reason."""
 
 
 class PluginError(RuntimeError):
@@ -16,4 +17,5 @@ class PluginError(RuntimeError):
 
 
 class SlowPath(UserWarning):
-    """A call fell back to a slower implementation; the text gives the reasons (once per operator and reasons)."""
+    """A call fell back to a slower implementation; the text gives the reasons (once per operator
+    and reasons)."""

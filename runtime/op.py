@@ -1,8 +1,9 @@
 """Op: the declaration of an operator; @op makes one from a function.
 
-The decorated function is the composite: the operator's meaning in torch, on any device. From its signature and the
-shape and dtype texts follow the torch schema, the checks with their messages, the fake kernel, the inputs of property
-tests, the cost and the tolerance. Implementations are added to an Op with `.impl`.
+The decorated function is the composite: the operator's meaning in torch, on any device. From its
+signature and the shape and dtype texts follow the torch schema, the checks with their messages, the
+fake kernel, the inputs of property tests, the cost and the tolerance. Implementations are added to
+an Op with `.impl`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from . import dispatch, torch_op
 from .dtypes import Kind, Rules
+from .parameters import Parameter, autocast_rules, call_glue, fits, parameters_of
 from .requires import Requirement, device
 from .shapes import Bound, Expression, Signature
-from .weights import QuantizedWeight, weight_args, weight_from
+from .weights import QuantizedWeight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,29 +32,6 @@ Weight: TypeAlias = Tensor | QuantizedWeight
 
 OPS: dict[str, Op[..., Any]] = {}
 """Every declared operator by name."""
-
-_SCHEMA = {
-    "int": "int", "float": "float", "bool": "bool", "str": "str", "int | None": "int?", "str | None": "str?",
-    "float | None": "float?", "tuple[int, ...]": "int[]", "tuple[int, ...] | None": "int[]?",
-    "tuple[int, int] | None": "int[]?",
-}  # fmt: skip
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "int[]": (tuple, list),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of an operator: a tensor, a weight (a tensor or a QuantizedWeight), or a plain value."""
-
-    name: str
-    role: str
-    """'tensor', 'weight' or 'value'."""
-    type: str
-    """The torch schema's type: 'Tensor', 'Tensor?', 'int', 'float?', 'int[]' ..."""
-    optional: bool
-    keyword_only: bool
-    default: Any
 
 
 @dataclass(frozen=True)
@@ -77,7 +56,9 @@ class Impl:
             return [self.unavailable]
         out = [sentence for r in self.requires if (sentence := r(facts)) is not None]
         if facts.deterministic and not self.deterministic:
-            out.append("torch.use_deterministic_algorithms is on; its results may differ between runs")
+            out.append(
+                "torch.use_deterministic_algorithms is on; its results may differ between runs"
+            )
         if facts.capturing and not self.capturable:
             out.append("a stream is being captured; it synchronises with the host")
         return out
@@ -85,7 +66,8 @@ class Impl:
 
 @dataclass(frozen=True)
 class Gradient:
-    """How an operator is differentiated: what to save, and the function that calls the backward operators."""
+    """How an operator is differentiated: what to save, and the function that calls the backward
+    operators."""
 
     save: tuple[str, ...]
     constant: tuple[str, ...]
@@ -104,21 +86,24 @@ class Cost:
 class Op(Generic[P, R]):
     """An operator: call it, explain() it, add implementations to it with impl()."""
 
-    def __init__(self, function: Callable[P, R], shapes: str, dtypes: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[P, R], shapes: str, dtypes: str, options: Mapping[str, Any]
+    ) -> None:
         self.name = function.__name__
         self.module = function.__module__
         parts = self.module.split(".")
         self.family = parts[-2] if parts[:2] == ["transom", "kernels"] else ""
         self.path = f"{self.family}/{parts[-1]}" if self.family else ""
-        """Where its implementations stand below each backend's folder; '' for operators of plugins."""
+        """Where its implementations stand below each backend's folder; '' for operators of
+        plugins."""
         self.signature = Signature.parse(shapes)
         self.rules = Rules.parse(dtypes)
         self.shapes_text, self.dtypes_text = shapes, dtypes
-        self.parameters = _parameters(function, self.signature)
+        self.parameters = parameters_of(function, self.signature)
         self.flops = Expression(options["flops"])
         self.bytes = Expression(options["bytes"]) if options["bytes"] else None
         self.accumulate = Expression(options["accumulate"])
-        self.autocast = _autocast(options["autocast"])
+        self.autocast = autocast_rules(options["autocast"])
         self.batch: str | None = options["batch"]
         self.mutates = tuple(options["mutates"].split())
         self.varying = frozenset(options["varying"].split())
@@ -132,16 +117,19 @@ class Op(Generic[P, R]):
         self._front: Callable[..., Any] | None = None
         self._plans: dict[Any, dispatch.Plan] = {}
         self._loaded: set[str] = set()
-        glue = _glue(self)
+        glue = call_glue(self.name, self.parameters)
         self._bind, self._invoke, self._key = glue["bind"], glue["invoke"], glue["key"]
-        self._plain, self._flatten, self._unflatten = glue["plain"], glue["flatten"], glue["unflatten"]
+        self._plain, self._flatten = glue["plain"], glue["flatten"]
+        self._unflatten = glue["unflatten"]
         self._rank = {p.name: i for i, p in enumerate(self.parameters)}
         self.__doc__ = function.__doc__
         self.__name__ = self.name
         self.__signature__ = inspect.signature(function)
         self._add(Impl(self.name, "composite", "composite", function, tier="composite"))
         if self.name in OPS:
-            raise ValueError(f"{self.name}: declared in {OPS[self.name].module}; expected a name of its own")
+            raise ValueError(
+                f"{self.name}: declared in {OPS[self.name].module}; expected a name of its own"
+            )
         OPS[self.name] = self
         self.torch_op = torch_op.define(self)
 
@@ -154,16 +142,20 @@ class Op(Generic[P, R]):
         """The operator in NumPy: float64 arrays in (a QuantizedWeight dequantised), arrays out."""
         self._reference = function
         run = _through_numpy(self, function)
-        self._add(Impl(self.name, "reference", "reference", run, (device("cpu"),), tier="reference"))
+        self._add(
+            Impl(self.name, "reference", "reference", run, (device("cpu"),), tier="reference")
+        )
         return function
 
     def check(self, function: F) -> F:
-        """A rule on dims and plain arguments, asked for by parameter name; answers None or the text of the error."""
+        """A rule on dims and plain arguments, asked for by parameter name; answers None or the text
+        of the error."""
         self._check = function
         return function
 
     def check_values(self, function: F) -> F:
-        """A rule on the values of tensors; runs on CPU tensors, and elsewhere with TRANSOM_DEBUG=1."""
+        """A rule on the values of tensors; runs on CPU tensors, and elsewhere with
+        TRANSOM_DEBUG=1."""
         self._check_values = function
         return function
 
@@ -176,7 +168,8 @@ class Op(Generic[P, R]):
         """(saved, *output gradients) -> {input: gradient}, calling backward operators.
 
         save        the inputs and outputs that the function reads
-        constant    float inputs that are constants by definition (a selection bias): all others must get a gradient
+        constant    float inputs that are constants by definition (a selection bias): all others
+                    must get a gradient
         """
 
         def declare(function: F) -> F:
@@ -186,7 +179,8 @@ class Op(Generic[P, R]):
         return declare
 
     def front(self, function: F) -> F:
-        """The public call, when it differs from the declared one: (call, ...) -> result, calling `call` once."""
+        """The public call, when it differs from the declared one: (call, ...) -> result, calling
+        `call` once."""
         self._front = function
         self.__doc__ = function.__doc__ or self.__doc__
         signature = inspect.signature(function)
@@ -194,14 +188,18 @@ class Op(Generic[P, R]):
         return function
 
     def impl(
-        self, *, requires: Sequence[Requirement] = (), tier: str = "portable", deterministic: bool = True,
-        capturable: bool = False, version: str = "1",
+        self, *, requires: Sequence[Requirement] = (), tier: str = "portable",
+        deterministic: bool = True, capturable: bool = False, version: str = "1",
     ) -> Callable[[Callable[P, Any]], Callable[P, Any]]:  # fmt: skip
-        """Register a function with the declaration's parameters as an implementation; its name is the function's.
+        """Register a function with the declaration's parameters as an implementation; its name is
+        the function's.
 
-        tier            'tuned' (made for the device it requires) or 'portable' (a real kernel, untuned)
-        deterministic   same inputs give the same bits; capturable: no host synchronisation, no allocation on the host
-        version         changes when results or speed change: measured choices of another version are void
+        tier            'tuned' (made for the device it requires) or 'portable' (a real kernel,
+                        untuned)
+        deterministic   same inputs give the same bits; capturable: no host synchronisation, no
+                        allocation on the host
+        version         changes when results or speed change: measured choices of another version
+                        are void
         """
         if tier not in ("portable", "tuned"):
             raise ValueError(f"{self.name}: tier is {tier!r}; expected portable or tuned")
@@ -210,18 +208,21 @@ class Op(Generic[P, R]):
             for fact in requirement.reads:
                 dim = fact.partition(":")[2] or fact
                 if dim not in known and fact not in ("device", "arch", "gradient"):
-                    raise ValueError(f"{self.name}: a requirement reads {fact!r}; expected a dim or an argument")
+                    raise ValueError(
+                        f"{self.name}: a requirement reads {fact!r}; expected a dim or an argument"
+                    )
 
         def register(function: Callable[P, Any]) -> Callable[P, Any]:
             if [*inspect.signature(function).parameters] != [p.name for p in self.parameters]:
                 raise TypeError(
-                    f"{self.name}: impl {function.__name__!r} takes {[*inspect.signature(function).parameters]}; "
+                    f"{self.name}: impl {function.__name__!r} takes "
+                    f"{[*inspect.signature(function).parameters]}; "
                     f"expected {[p.name for p in self.parameters]}"
                 )
             backend = dispatch.backend_of(function.__module__)
             self._add(
-                Impl(self.name, function.__name__, backend, function, tuple(requires), tier, deterministic,
-                     capturable, version)
+                Impl(self.name, function.__name__, backend, function, tuple(requires), tier,
+                     deterministic, capturable, version)
             )  # fmt: skip
             return function
 
@@ -229,7 +230,9 @@ class Op(Generic[P, R]):
 
     def _add(self, impl: Impl) -> None:
         if impl.name in self.impls:
-            raise ValueError(f"{self.name}: has an implementation {impl.name!r}; expected a name of its own")
+            raise ValueError(
+                f"{self.name}: has an implementation {impl.name!r}; expected a name of its own"
+            )
         self.impls[impl.name] = impl
         dispatch.forget_plans()
 
@@ -237,8 +240,8 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._front is not None:
-            return self._front(self.call, *args, **kwargs)  # type: ignore[no-any-return]
-        return self.call(*args, **kwargs)  # type: ignore[no-any-return]
+            return self._front(self.call, *args, **kwargs)
+        return self.call(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The declared operator, without its front."""
@@ -259,7 +262,7 @@ class Op(Generic[P, R]):
     def _declared(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The declared arguments of a public call."""
         if self._front is None:
-            return self._bind(*args, **kwargs)  # type: ignore[no-any-return]
+            return self._bind(*args, **kwargs)
         try:
             self._front(_Ask(self), *args, **kwargs)
         except _Asked as asked:
@@ -271,25 +274,40 @@ class Op(Generic[P, R]):
     def tensors(self, values: Sequence[Any]) -> dict[str, Any]:
         """The tensors and weights of a call that were given, by name."""
         return {
-            p.name: v for p, v in zip(self.parameters, values, strict=True) if p.role != "value" and v is not None
+            p.name: v
+            for p, v in zip(self.parameters, values, strict=True)
+            if p.role != "value" and v is not None
         }
 
     def arguments(self, values: Sequence[Any]) -> dict[str, Any]:
         """The plain arguments of a call, by name."""
-        return {p.name: v for p, v in zip(self.parameters, values, strict=True) if p.role == "value"}
+        return {
+            p.name: v for p, v in zip(self.parameters, values, strict=True) if p.role == "value"
+        }
 
     def _check_types(self, values: Sequence[Any]) -> None:
         for p, value in zip(self.parameters, values, strict=True):
             if p.role == "value":
-                if not _fits(value, p.type):
-                    raise TypeError(f"{self.name}: {p.name} is {value!r}; expected {p.type.replace('?', ' or None')}")
-            elif not isinstance(value, (Tensor, QuantizedWeight)) and not (value is None and p.type == "Tensor?"):
-                raise TypeError(f"{self.name}: {p.name} is {type(value).__name__}; expected a torch.Tensor")
+                if not fits(value, p.type):
+                    raise TypeError(
+                        f"{self.name}: {p.name} is {value!r}; "
+                        f"expected {p.type.replace('?', ' or None')}"
+                    )
+            elif not isinstance(value, (Tensor, QuantizedWeight)) and not (
+                value is None and p.type == "Tensor?"
+            ):
+                raise TypeError(
+                    f"{self.name}: {p.name} is {type(value).__name__}; expected a torch.Tensor"
+                )
 
     def validate(
-        self, shapes: Mapping[str, Sequence[int]], kinds: Mapping[str, Kind], arguments: Mapping[str, Any]
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        kinds: Mapping[str, Kind],
+        arguments: Mapping[str, Any],
     ) -> Bound:
-        """Check one call by its shapes, dtypes and plain arguments; its symbols. Raises ValueError or TypeError."""
+        """Check one call by its shapes, dtypes and plain arguments; its symbols. Raises ValueError
+        or TypeError."""
         bound = self.signature.bind(self.name, shapes, arguments)
         self.rules.check(self.name, kinds)
         if self._check is not None:
@@ -302,22 +320,32 @@ class Op(Generic[P, R]):
     def outputs(self, bound: Bound, kinds: Mapping[str, Kind]) -> list[tuple[tuple[int, ...], Any]]:
         """Shape and dtype of every output."""
         return [
-            (shape.sizes(bound), self.rules.output(name, kinds)) for name, shape in self.signature.outputs.items()
+            (shape.sizes(bound), self.rules.output(name, kinds))
+            for name, shape in self.signature.outputs.items()
         ]
 
     def cost(self, values: Sequence[Any]) -> Cost:
-        """The work of a call: from the declared expressions, else each input and output moved once."""
+        """The work of a call: from the declared expressions, else each input and output moved
+        once."""
         tensors, arguments = self.tensors(values), self.arguments(values)
         bound = self.signature.bind(self.name, {n: t.shape for n, t in tensors.items()}, arguments)
         kinds = {n: kind_of(t) for n, t in tensors.items()}
         sizes = {n: t.nbytes / max(1, _count(t.shape)) for n, t in tensors.items()}
-        absent = dict.fromkeys(self.signature.symbols(), 0)  # dims that only tensors which were not given have
-        scope = {**absent, **{k: _count(v) if isinstance(v, tuple) else v for k, v in bound.items()}, **arguments}
+        absent = dict.fromkeys(
+            self.signature.symbols(), 0
+        )  # dims that only tensors which were not given have
+        scope = {
+            **absent,
+            **{k: _count(v) if isinstance(v, tuple) else v for k, v in bound.items()},
+            **arguments,
+        }
         outputs = [] if self.mutates else self.outputs({**arguments, **bound}, kinds)
         for (_, dtype), name in zip(outputs, self.signature.outputs, strict=True):
             sizes[name] = dtype.itemsize
         scope["size"] = SimpleNamespace(**sizes)
-        moved = sum(t.nbytes for t in tensors.values()) + sum(_count(s) * d.itemsize for s, d in outputs)
+        moved = sum(t.nbytes for t in tensors.values()) + sum(
+            _count(s) * d.itemsize for s, d in outputs
+        )
         return Cost(float(self.flops(scope)), float(self.bytes(scope) if self.bytes else moved))
 
 
@@ -327,7 +355,8 @@ class _Asked(Exception):
 
 
 class _Ask:
-    """Stands in for the operator in its front, to learn the declared arguments without computing."""
+    """Stands in for the operator in its front, to learn the declared arguments without
+    computing."""
 
     def __init__(self, op: Op[..., Any]) -> None:
         self.op = op
@@ -345,7 +374,8 @@ def op(
 
     shapes      `x[*B, D], bias?[E] -> y[*B, D]`: see shapes.py
     dtypes      `x: float; weight: x | f32 | quant; y: x`: see dtypes.py
-    flops       operations of one call, an expression over dims and arguments; bytes likewise (default: all, once)
+    flops       operations of one call, an expression over dims and arguments; bytes likewise
+                (default: all, once)
     accumulate  terms of the longest sum: drives the tolerance of tests
     autocast    `low: x weight; f32: logits`: what autocast casts; nothing by default
     batch       the leading dim over which calls are independent: torch.vmap folds into it
@@ -354,15 +384,15 @@ def op(
     examples    dims and arguments for tests (the first, small) and benchmarks (model shapes)
     """
     options = dict(
-        flops=flops, bytes=bytes, accumulate=accumulate, autocast=autocast, batch=batch, mutates=mutates,
-        varying=varying, examples=examples,
+        flops=flops, bytes=bytes, accumulate=accumulate, autocast=autocast, batch=batch,
+        mutates=mutates, varying=varying, examples=examples,
     )  # fmt: skip
     return lambda function: Op(function, shapes, dtypes, options)
 
 
 def kind_of(tensor: Any) -> Kind:
     """A tensor's dtype, or a QuantizedWeight's format."""
-    return tensor.format if isinstance(tensor, QuantizedWeight) else tensor.dtype  # type: ignore[no-any-return]
+    return tensor.format if isinstance(tensor, QuantizedWeight) else tensor.dtype
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -370,107 +400,6 @@ def _count(shape: Sequence[int]) -> int:
     for size in shape:
         n *= size
     return n
-
-
-def _fits(value: Any, schema: str) -> bool:
-    if value is None:
-        return schema.endswith("?")
-    kind = schema.removesuffix("?")
-    if kind in ("int", "float") and isinstance(value, bool):
-        return False
-    # SymInt and SymFloat stand for ints and floats while torch traces
-    return isinstance(value, _TYPES[kind]) or type(value).__name__ in ("SymInt", "SymFloat", "SymBool")
-
-
-def _parameters(function: Callable[..., Any], signature: Signature) -> tuple[Parameter, ...]:
-    out = []
-    for p in inspect.signature(function).parameters.values():
-        annotation = p.annotation if isinstance(p.annotation, str) else getattr(p.annotation, "__name__", "")
-        default = None if p.default is p.empty else p.default
-        optional = annotation.endswith("| None")
-        if p.name in signature.inputs:
-            if optional != signature.inputs[p.name].optional:
-                raise TypeError(f"{function.__name__}: {p.name} is annotated {annotation!r}; the shapes say otherwise")
-            role = "weight" if annotation.startswith("Weight") else "tensor"
-            kind = "Tensor?" if optional else "Tensor"
-        elif annotation in _SCHEMA:
-            role, kind = "value", _SCHEMA[annotation]
-        else:
-            raise TypeError(f"{function.__name__}: {p.name} is annotated {annotation!r}; expected one of {[*_SCHEMA]}")
-        has_default = p.default is not p.empty
-        out.append(
-            Parameter(p.name, role, kind, optional or has_default, p.kind is p.KEYWORD_ONLY,
-                      default if has_default else inspect.Parameter.empty)
-        )  # fmt: skip
-    missing = signature.inputs.keys() - {p.name for p in out}
-    if missing:
-        raise TypeError(f"{function.__name__}: shapes name {sorted(missing)}; the function has no such parameters")
-    return tuple(out)
-
-
-def _autocast(text: str) -> dict[str, str]:
-    out = {}
-    for part in filter(None, (p.strip() for p in text.split(";"))):
-        mode, _, names = part.partition(":")
-        if mode not in ("low", "f32"):
-            raise ValueError(f"autocast: {mode!r} is unknown; expected low or f32")
-        out.update(dict.fromkeys(names.split(), mode))
-    return out
-
-
-def _glue(op: Op[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Functions with the operator's own parameters, compiled once as dataclasses do: the hot path has no loop.
-
-    bind     a call's arguments in declared order        invoke   implementation(arguments)
-    key      what a plan depends on                      plain    every tensor is an ordinary torch.Tensor
-    flatten  arguments of the torch operator             unflatten  the reverse
-    """
-    names = [p.name for p in op.parameters]
-    scope: dict[str, Any] = {
-        "_W": QuantizedWeight, "_args": weight_args, "_from": weight_from, "_PLAIN": torch_op.PLAIN,
-        "_PLAIN_WEIGHT": torch_op.PLAIN | {QuantizedWeight},
-    }  # fmt: skip
-    bind, invoke, key, plain, flatten, flat, unflatten = [], [], [], [], [], [], []
-    star = False
-    for p in op.parameters:
-        n = p.name
-        if p.keyword_only and not star:
-            bind.append("*")
-            star = True
-        if p.default is not inspect.Parameter.empty:
-            scope[f"_d_{n}"] = p.default
-        bind.append(n if p.default is inspect.Parameter.empty else f"{n}=_d_{n}")
-        invoke.append(f"{n}={n}" if p.keyword_only else n)
-        absent = f"None if {n} is None else " if p.type == "Tensor?" else ""
-        if p.role == "tensor":
-            key.append(f"{absent}({n}.shape, {n}.stride(), {n}.dtype, {n}.device)")
-            plain.append((f"{n} is None or " if absent else "") + f"type({n}) in _PLAIN")
-            flatten.append(n)
-            flat.append(n)
-            unflatten.append(n)
-        elif p.role == "weight":
-            key.append(f"{absent}({n}.key if type({n}) is _W else ({n}.shape, {n}.stride(), {n}.dtype, {n}.device))")
-            plain.append((f"{n} is None or " if absent else "") + f"type({n}) in _PLAIN_WEIGHT")
-            flatten.append(f"*((None, None, None, '') if {n} is None else _args({n}))" if absent else f"*_args({n})")
-            flat += [n, f"{n}_scales", f"{n}_zeros", f"{n}_spec"]
-            unflatten.append(f"{absent}_from({n}, {n}_scales, {n}_zeros, {n}_spec)")
-        else:
-            key.append(f"None if {n} is None else tuple({n})" if p.type.startswith("int[]") else n)
-            flatten.append(n)
-            flat.append(n)
-            unflatten.append(n)
-    everything = ", ".join(names)
-    source = f"""
-def bind({", ".join(bind)}): return ({everything},)
-def invoke(_f, {everything}): return _f({", ".join(invoke)})
-def key({everything}): return ({", ".join(key)},)
-def plain({everything}): return {" and ".join(f"({p})" for p in plain)}
-def flatten({everything}): return ({", ".join(flatten)},)
-def unflatten({", ".join(flat)}): return ({", ".join(unflatten)},)
-"""
-    exec(compile(source, f"<transom {op.name}>", "exec"), scope)  # noqa: S102
-    scope["bind"].__name__ = scope["bind"].__qualname__ = op.name  # so that a wrong keyword names the operator
-    return scope
 
 
 def _through_numpy(op: Op[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -487,7 +416,9 @@ def _through_numpy(op: Op[..., Any], function: Callable[..., Any]) -> Callable[.
         kinds = {n: kind_of(t) for n, t in tensors.items()}
         outputs = [
             torch.as_tensor(r).to(dtype).reshape(shape).contiguous()
-            for r, (shape, dtype) in zip(results, op.outputs({**arguments, **bound}, kinds), strict=True)
+            for r, (shape, dtype) in zip(
+                results, op.outputs({**arguments, **bound}, kinds), strict=True
+            )
         ]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -495,7 +426,8 @@ def _through_numpy(op: Op[..., Any], function: Callable[..., Any]) -> Callable[.
 
 
 def as_numpy(value: Any) -> Any:
-    """A call's argument as its reference takes it: float64, int64 or bool arrays; plain values as they are."""
+    """A call's argument as its reference takes it: float64, int64 or bool arrays; plain values as
+    they are."""
     if isinstance(value, QuantizedWeight):
         value = value.dequantize()
     if not isinstance(value, Tensor):
@@ -507,7 +439,8 @@ def as_numpy(value: Any) -> Any:
 
 
 def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
-    """The operator of a name ('grouped_gemm' or 'moe/grouped_gemm'); ValueError lists what there is."""
+    """The operator of a name ('grouped_gemm' or 'moe/grouped_gemm'); ValueError lists what there
+    is."""
     if isinstance(which, Op):
         return which
     found = OPS.get(which.rpartition("/")[2])
@@ -516,4 +449,16 @@ def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
     return found
 
 
-__all__ = ["OPS", "Cost", "Gradient", "Impl", "Op", "Parameter", "Weight", "as_numpy", "kind_of", "lookup", "op"]
+__all__ = [
+    "OPS",
+    "Cost",
+    "Gradient",
+    "Impl",
+    "Op",
+    "Parameter",
+    "Weight",
+    "as_numpy",
+    "kind_of",
+    "lookup",
+    "op",
+]

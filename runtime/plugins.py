@@ -1,9 +1,11 @@
-"""Backends in this tree and plugins of vendors: found, probed and loaded when a call first needs them.
+"""Backends in this tree and plugins of vendors: found, probed and loaded when a call first needs
+them.
 
-A backend is a folder of transom.backends with `probe() -> str | None` (None: usable here; else the sentence why not) and
-DEVICES, the device types it can serve. Its implementation of `moe/route` is imported from `moe/route.py` below it.
-A plugin is an entry point of the group `transom.plugins`: a callable that takes the package `transom` and registers
-implementations with public names only. What fails to load becomes a reason, never an import error.
+A backend is a folder of transom.backends with `probe() -> str | None` (None: usable here; else the
+sentence why not) and DEVICES, the device types it can serve. Its implementation of `moe/route` is
+imported from `moe/route.py` below it. A plugin is an entry point of the group `transom.plugins`: a
+callable that takes the package `transom` and registers implementations with public names only. What
+fails to load becomes a reason, never an import error.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import importlib
 import importlib.util
 import pkgutil
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import config
@@ -29,7 +31,8 @@ GROUP = "transom.plugins"
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of this tree: the device types it serves, and why it cannot be used here (None: it can)."""
+    """A backend of this tree: the device types it serves, and why it cannot be used here (None: it
+    can)."""
 
     name: str
     devices: tuple[str, ...]
@@ -38,12 +41,14 @@ class Backend:
 
 @dataclass
 class Plugin:
-    """An installed plugin: where it comes from, and the error that loading it gave (None: loaded or not yet tried)."""
+    """An installed plugin: where it comes from, and the error that loading it gave (None: loaded or
+    not yet tried)."""
 
     name: str
     distribution: str
     devices: tuple[str, ...]
-    """The device types that it names as its entry point's extras; empty: loaded at the first call of all."""
+    """The device types that it names as its entry point's extras; empty: loaded at the first call
+    of all."""
     entry: EntryPoint
     loaded: bool = False
     error: str | None = None
@@ -56,7 +61,9 @@ _loading: str | None = None
 @functools.cache
 def backends() -> dict[str, Backend]:
     """The backends of this tree, each probed once a process."""
-    package = importlib.import_module("transom.backends")  # the attribute transom.backends is the function
+    package = importlib.import_module(
+        "transom.backends"
+    )  # the attribute transom.backends is the function
     out = {}
     for found in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
         if not found.ispkg:
@@ -71,7 +78,8 @@ def backends() -> dict[str, Backend]:
 
 @functools.cache
 def plugins() -> dict[str, Plugin]:
-    """The installed plugins that TRANSOM_PLUGINS lets through, in sorted order; not loaded by this."""
+    """The installed plugins that TRANSOM_PLUGINS lets through, in sorted order; not loaded by
+    this."""
     from importlib.metadata import entry_points  # 15 ms: not at `import transom`
 
     wanted = config.PLUGINS.get()
@@ -81,7 +89,9 @@ def plugins() -> dict[str, Plugin]:
     out = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         if chosen is None or entry.name in chosen:
-            distribution = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"
+            distribution = (
+                f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution"
+            )
             out[entry.name] = Plugin(entry.name, distribution, tuple(entry.extras), entry)
     return out
 
@@ -107,7 +117,9 @@ def load_plugin(plugin: Plugin) -> None:
     try:
         plugin.entry.load()(transom)
         plugin.loaded = True
-    except Exception as error:  # whatever a plugin raises is its reason: one bad plugin must not break a call
+    except (
+        Exception
+    ) as error:  # whatever a plugin raises is its reason: one bad plugin must not break a call
         plugin.error = f"plugin {plugin.name} failed to load: {type(error).__name__}: {error}"
         plugin.trace = traceback.format_exc()
     finally:
@@ -115,7 +127,8 @@ def load_plugin(plugin: Plugin) -> None:
 
 
 def load(op: Op[..., Any], device: str) -> None:
-    """Make every implementation of `op` that could serve `device` known; each source is tried once."""
+    """Make every implementation of `op` that could serve `device` known; each source is tried
+    once."""
     if device in op._loaded:
         return
     op._loaded.add(device)
@@ -145,7 +158,9 @@ def _load_backend(op: Op[..., Any], backend: Backend) -> None:
         except ImportError as error:
             reason = f"{module} failed to import: {error}"
     if backend.name not in op.impls:
-        op._add(Impl(op.name, backend.name, backend.name, _never, tier="portable", unavailable=reason))
+        op._add(
+            Impl(op.name, backend.name, backend.name, _never, tier="portable", unavailable=reason)
+        )
 
 
 def _never(*args: Any, **kwargs: Any) -> Any:
@@ -153,13 +168,9 @@ def _never(*args: Any, **kwargs: Any) -> Any:
 
 
 def serves(impl: Impl, facts: Facts) -> bool:
-    """True if this implementation is for the call's device type, so that not running it is worth a warning."""
+    """True if this implementation is for the call's device type, so that not running it is worth a
+    warning."""
     backend = backends().get(impl.backend)
     if impl.unavailable:
         return backend is not None and facts.device in backend.devices
     return all(r(facts) is None for r in impl.requires if r.kind == "device")
-
-
-def unavailable(impl: Impl, reason: str) -> Impl:
-    """The implementation, marked as unusable on this machine."""
-    return replace(impl, unavailable=reason)

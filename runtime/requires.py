@@ -1,8 +1,9 @@
 """Requirements of an implementation: what a call must look like for it to run.
 
-A requirement looks at Facts only (device, dtypes, dims, layout, mode), never at values, the environment or a clock, and
-answers None or one sentence: `<what was seen>; <what is supported>[; <what to do>]`. Its text goes into the support
-matrix and `reads` lists the facts it looks at, so the conformance kit can walk across each limit.
+A requirement looks at Facts only (device, dtypes, dims, layout, mode), never at values, the
+environment or a clock, and answers None or one sentence: `<what was seen>; <what is supported>[;
+<what to do>]`. Its text goes into the support matrix and `reads` lists the facts it looks at, so
+the conformance kit can walk across each limit.
 """
 
 from __future__ import annotations
@@ -46,17 +47,23 @@ def device(*types: str) -> Requirement:
 
 
 def arch(*prefixes: str) -> Requirement:
-    """The device's architecture string (`sm_90`, `gfx942`, `ascend910b3`, `x86_64`) starts with one of these."""
+    """The device's architecture string (`sm_90`, `gfx942`, `ascend910b3`, `x86_64`) starts with one
+    of these."""
     names = ", ".join(prefixes)
 
     def test(f: Facts) -> str | None:
-        return None if f.arch.startswith(prefixes) else f"architecture is {f.arch!r}; supported: {names}"
+        return (
+            None
+            if f.arch.startswith(prefixes)
+            else f"architecture is {f.arch!r}; supported: {names}"
+        )
 
     return Requirement(f"architecture {names}", ("arch",), test)
 
 
 def dtype(tensor: str, *ok: torch.dtype | str) -> Requirement:
-    """`tensor` holds one of these dtypes, or (as text: 'mxfp4') is a QuantizedWeight of one of these formats."""
+    """`tensor` holds one of these dtypes, or (as text: 'mxfp4') is a QuantizedWeight of one of
+    these formats."""
     names = ", ".join(_dtypes.name(k) for k in ok)
 
     def test(f: Facts) -> str | None:
@@ -65,25 +72,29 @@ def dtype(tensor: str, *ok: torch.dtype | str) -> Requirement:
             return None
         return f"{tensor} is {_dtypes.name(seen)}; supported: {names}"
 
-    return Requirement(f"{tensor} {names}", (f"dtype:{tensor}",), test, limits={"dtype": (tensor, ok)})
+    return Requirement(
+        f"{tensor} {names}", (f"dtype:{tensor}",), test, limits={"dtype": (tensor, ok)}
+    )
 
 
 def at_most(dim: str, limit: int) -> Requirement:
     """The call's `dim` must not exceed `limit` (elements, inclusive)."""
-    return _bound(dim, f"{dim} <= {limit}", lambda n: n <= limit, f"at most {limit}", {"at_most": (dim, limit)})
+    return _bound(
+        dim, "at_most", limit, f"{dim} <= {limit}", f"at most {limit}", lambda n: n <= limit
+    )
 
 
 def at_least(dim: str, limit: int) -> Requirement:
     """The call's `dim` must be `limit` or more (elements)."""
-    return _bound(dim, f"{dim} >= {limit}", lambda n: n >= limit, f"at least {limit}", {"at_least": (dim, limit)})
+    return _bound(
+        dim, "at_least", limit, f"{dim} >= {limit}", f"at least {limit}", lambda n: n >= limit
+    )
 
 
 def multiple_of(dim: str, factor: int) -> Requirement:
     """The call's `dim` must be a multiple of `factor`."""
-    return _bound(
-        dim, f"{dim} % {factor} == 0", lambda n: n % factor == 0, f"multiples of {factor}",
-        {"multiple_of": (dim, factor)},
-    )  # fmt: skip
+    text, supported = f"{dim} % {factor} == 0", f"multiples of {factor}"
+    return _bound(dim, "multiple_of", factor, text, supported, lambda n: n % factor == 0)
 
 
 def one_of(name: str, *ok: object) -> Requirement:
@@ -99,14 +110,13 @@ def one_of(name: str, *ok: object) -> Requirement:
 
 def contiguous(*tensors: str) -> Requirement:
     """These tensors (where given) are contiguous."""
-    return _layout(tensors, "contiguous", ("contiguous",), "contiguous tensors; call .contiguous()")
+    return _layout(tensors, "contiguous", ("contiguous",), "contiguous tensors")
 
 
 def last_dim_contiguous(*tensors: str) -> Requirement:
     """The last dim of these tensors (where given) has stride 1."""
-    return _layout(
-        tensors, "last dim of stride 1", ("contiguous", "rows"), "a last dim of stride 1; call .contiguous()"
-    )
+    what = "last dim of stride 1"
+    return _layout(tensors, what, ("contiguous", "rows"), f"a {what}")
 
 
 def absent(*tensors: str) -> Requirement:
@@ -128,28 +138,29 @@ def inference() -> Requirement:
     return Requirement("inference only", ("gradient",), test)
 
 
-def condition(text: str, reads: tuple[str, ...], test: Callable[[Facts], str | None]) -> Requirement:
+def condition(
+    text: str, reads: tuple[str, ...], test: Callable[[Facts], str | None]
+) -> Requirement:
     """Any other rule on facts; `test` answers None or the sentence."""
     return Requirement(text, reads, test)
 
 
 def _bound(
-    dim: str, text: str, test: Callable[[int], bool], supported: str, limits: dict[str, Any]
+    dim: str, kind: str, limit: int, text: str, supported: str, test: Callable[[int], bool]
 ) -> Requirement:
     def check(f: Facts) -> str | None:
         seen = f.dims.get(dim)
-        if seen is None or test(seen):
-            return None
-        return f"{dim} = {seen}; supported: {supported}"
+        return None if seen is None or test(seen) else f"{dim} = {seen}; supported: {supported}"
 
-    return Requirement(text, (dim,), check, limits=limits)
+    return Requirement(text, (dim,), check, limits={kind: (dim, limit)})
 
 
-def _layout(tensors: tuple[str, ...], what: str, ok: tuple[str, ...], supported: str) -> Requirement:
+def _layout(
+    tensors: tuple[str, ...], what: str, ok: tuple[str, ...], supported: str
+) -> Requirement:
     def test(f: Facts) -> str | None:
-        bad = [t for t in tensors if f.layouts.get(t, ok[0]) not in ok]
-        return f"{', '.join(bad)} is not {what}; supported: {supported}" if bad else None
+        bad = ", ".join(t for t in tensors if f.layouts.get(t, ok[0]) not in ok)
+        return f"{bad} is not {what}; supported: {supported}; call .contiguous()" if bad else None
 
-    return Requirement(
-        f"{', '.join(tensors)} {what}", tuple(f"layout:{t}" for t in tensors), test, limits={"layout": (tensors, ok)}
-    )
+    reads, limits = tuple(f"layout:{t}" for t in tensors), {"layout": (tensors, ok)}
+    return Requirement(f"{', '.join(tensors)} {what}", reads, test, limits=limits)

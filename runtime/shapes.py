@@ -1,8 +1,9 @@
 """Shapes of a declaration: `x[*B, D], bias?[E] -> y[*B, D]`.
 
-A dim is a symbol (bound where it is first seen), `*B` (any leading dims), a number, or an expression over symbols and
-integer arguments (`(2+R)*R`). `?` marks a tensor that may be absent. The same text gives the checks with their
-messages, the shapes of the outputs, fake kernels and the shapes of property tests.
+A dim is a symbol (bound where it is first seen), `*B` (any leading dims), a number, or an
+expression over symbols and integer arguments (`(2+R)*R`). `?` marks a tensor that may be absent.
+The same text gives the checks with their messages, the shapes of the outputs, fake kernels and the
+shapes of property tests.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ Bound = dict[str, Any]
 
 _NODES = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.Call, ast.Name, ast.Load, ast.Constant, ast.Compare,
-    ast.IfExp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.Gt,
-    ast.GtE, ast.Lt, ast.LtE, ast.Eq, ast.NotEq, ast.Attribute,
+    ast.IfExp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub,
+    ast.Gt, ast.GtE, ast.Lt, ast.LtE, ast.Eq, ast.NotEq, ast.Attribute,
 )  # fmt: skip
-_FUNCTIONS: Bound = {"min": min, "max": max, "ceil": math.ceil, "prod": math.prod, "log2": math.log2}
+_FUNCTIONS: Bound = {
+    "min": min,
+    "max": max,
+    "ceil": math.ceil,
+    "prod": math.prod,
+    "log2": math.log2,
+}
 
 
 class Expression:
@@ -38,9 +45,13 @@ class Expression:
         tree = ast.parse(self.text, mode="eval")
         for node in ast.walk(tree):
             if not isinstance(node, _NODES):
-                raise ValueError(f"expression {self.text!r}: {type(node).__name__} is not arithmetic")
+                raise ValueError(
+                    f"expression {self.text!r}: {type(node).__name__} is not arithmetic"
+                )
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") not in _FUNCTIONS:
-                raise ValueError(f"expression {self.text!r}: expected one of {', '.join(_FUNCTIONS)}")
+                raise ValueError(
+                    f"expression {self.text!r}: expected one of {', '.join(_FUNCTIONS)}"
+                )
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} - set(_FUNCTIONS)
         return compile(tree, self.text, "eval"), frozenset(names)
 
@@ -112,7 +123,9 @@ class Signature:
         out: dict[str, None] = {}
         for shape in (*self.inputs.values(), *self.outputs.values()):
             for dim, expression in zip(shape.dims, shape.expressions, strict=True):
-                for symbol in (dim.lstrip("*"),) if expression is None else sorted(expression.names):
+                for symbol in (
+                    (dim.lstrip("*"),) if expression is None else sorted(expression.names)
+                ):
                     out.setdefault(symbol)
         return list(out)
 
@@ -143,7 +156,8 @@ class Signature:
                     bound[dim], source[dim] = size, name
                 elif bound[dim] != size:
                     raise ValueError(
-                        f"{op}: {name} has {dim} = {_text(size)}; {source[dim]} has {dim} = {_text(bound[dim])}"
+                        f"{op}: {name} has {dim} = {_text(size)}; "
+                        f"{source[dim]} has {dim} = {_text(bound[dim])}"
                     )
         for name, dim, expression, size in later:
             if expression.names <= bound.keys() and expression(bound) != size:

@@ -1,9 +1,10 @@
 """Operators as torch operators: the only module that touches torch.library.
 
-Each Op becomes `torch.ops.transom.<name>`: one kernel under CompositeExplicitAutograd, which every device reaches and
-which goes to our selection; a fake kernel from the declared shapes and dtypes; autograd that calls backward operators;
-vmap over the declared batch dim; autocast. Its schema is flat and positional: a weight is four arguments (values, scales,
-zeros, spec). Eager inference on ordinary tensors skips all of it (`direct`).
+Each Op becomes `torch.ops.transom.<name>`: one kernel under CompositeExplicitAutograd, which every
+device reaches and which goes to our selection; a fake kernel from the declared shapes and dtypes;
+autograd that calls backward operators; vmap over the declared batch dim; autocast. Its schema is
+flat and positional: a weight is four arguments (values, scales, zeros, spec). Eager inference on
+ordinary tensors skips all of it (`direct`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from .op import Op, Parameter
 
 LIBRARY = torch.library.Library("transom", "DEF")
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_AUTOCAST_KEYS = {
-    "cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS",
-    "privateuse1": "AutocastPrivateUse1",
-}  # fmt: skip
+_AUTOCAST_KEYS = (
+    "AutocastCPU",
+    "AutocastCUDA",
+    "AutocastXPU",
+    "AutocastMPS",
+    "AutocastPrivateUse1",
+)
 
 compiling = torch.compiler.is_compiling
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -35,7 +38,8 @@ _function_modes = torch._C._len_torch_function_stack
 
 
 def direct(op: Op[..., Any], values: tuple[Any, ...]) -> bool:
-    """True if a call may skip the dispatcher: eager, nothing to differentiate, ordinary tensors, no mode in force."""
+    """True if a call may skip the dispatcher: eager, nothing to differentiate, ordinary tensors, no
+    mode in force."""
     if compiling() or not op._plain(*values):
         return False
     if torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) is True for v in values):
@@ -44,7 +48,9 @@ def direct(op: Op[..., Any], values: tuple[Any, ...]) -> bool:
         return False
     first = values[0]
     return not (
-        first.is_meta or (op.autocast and torch.is_autocast_enabled(first.device.type)) or torch._C._get_tracing_state()
+        first.is_meta
+        or torch.is_autocast_enabled(first.device.type)
+        or torch._C._get_tracing_state()
     )
 
 
@@ -68,18 +74,20 @@ def define(op: Op[..., Any]) -> Any:
     if not op.mutates:
         LIBRARY.impl(op.name, _autograd(op, overload), "Autograd", with_keyset=True)
         torch.library.register_vmap(name, _vmap(op), lib=LIBRARY)
-    if op.autocast:
-        for key in _AUTOCAST_KEYS.values():
-            LIBRARY.impl(op.name, _autocast(op, overload, key), key)
+    for key in _AUTOCAST_KEYS:
+        LIBRARY.impl(op.name, _autocast(op, overload, key), key)
     return overload
 
 
 def _schema(op: Op[..., Any], p: Parameter) -> str:
     if p.role == "weight":
-        return f"{p.type} {p.name}, Tensor? {p.name}_scales, Tensor? {p.name}_zeros, str {p.name}_spec"
+        return (
+            f"{p.type} {p.name}, Tensor? {p.name}_scales, Tensor? {p.name}_zeros, str {p.name}_spec"
+        )
     if p.name in op.mutates:
         return f"Tensor({chr(97 + op.mutates.index(p.name))}!) {p.name}"
-    # SymInt: a number that varies between calls (a position) becomes symbolic instead of a recompile each
+    # SymInt: a number that varies between calls (a position) becomes symbolic instead of a
+    # recompile each
     return f"{p.type.replace('int', 'SymInt') if p.type in ('int', 'int?') else p.type} {p.name}"
 
 
@@ -120,7 +128,8 @@ def _fake(op: Op[..., Any], flat: Sequence[Any]) -> Any:
 
 
 class Saved:
-    """What a gradient function sees: the inputs and outputs it asked for, plain arguments, and needs(name)."""
+    """What a gradient function sees: the inputs and outputs it asked for, plain arguments, and
+    needs(name)."""
 
     def __init__(self, values: dict[str, Any], needed: frozenset[str]) -> None:
         self.__dict__.update(values)
@@ -135,21 +144,23 @@ class Saved:
 
 
 def transformed(op: Op[..., Any]) -> bool:
-    """True within torch.func.grad, vmap, ...: there the call must enter as an autograd.Function from the outside."""
+    """True within torch.func.grad, vmap, ...: there the call must enter as an autograd.Function
+    from the outside."""
     return _functorch_level() is not None and not op.mutates and not compiling()
 
 
 def apply_transformed(op: Op[..., Any], flat: tuple[Any, ...]) -> Any:
     """A call within torch.func transforms."""
-    return _Transformable.apply(op, *flat)
+    return _Transformable.apply(op, *flat)  # type: ignore[no-untyped-call]
 
 
 def _autograd(op: Op[..., Any], overload: Any) -> Callable[..., Any]:
-    """The Autograd kernel: what torch.library.register_autograd makes, with one Function class for all operators."""
+    """The Autograd kernel: what torch.library.register_autograd makes, with one Function class for
+    all operators."""
 
     def kernel(keyset: Any, *flat: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
-            return _Differentiable.apply(op, overload, keyset, *flat)
+            return _Differentiable.apply(op, overload, keyset, *flat)  # type: ignore[no-untyped-call]
         return _below(overload, keyset, flat)
 
     return kernel
@@ -196,7 +207,9 @@ def _save(ctx: Any, op: Op[..., Any], flat: Sequence[Any], output: Any) -> None:
     ctx.op, ctx.plain, ctx.places = op, {}, []
     if op._gradient is None:
         return
-    named = dict(zip(op.signature.outputs, output if isinstance(output, tuple) else (output,), strict=True))
+    named = dict(
+        zip(op.signature.outputs, output if isinstance(output, tuple) else (output,), strict=True)
+    )
     tensors: list[Tensor | None] = []
     for p, at in _slots(op):
         if p.role == "value":
@@ -212,15 +225,20 @@ def _save(ctx: Any, op: Op[..., Any], flat: Sequence[Any], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(
+    ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
     """The gradient of every flat argument, by the operator's gradient function."""
     op, gradient = ctx.op, ctx.op._gradient
     if gradient is None:
         raise NotSupported(f"{op.name}: a gradient through it was asked for; it has none")
     values, saved, at = dict(ctx.plain), ctx.saved_tensors, 0
     for name, width, spec in ctx.places:
-        first, *rest = saved[at : at + width]
-        values[name] = weight_from(first, *rest, spec) if spec else first
+        if spec:
+            stored, scales, zeros = saved[at : at + 3]
+            values[name] = weight_from(stored, scales, zeros, spec)
+        else:
+            values[name] = saved[at]
         at += width
     slots = _slots(op)
     needed = frozenset(p.name for p, i in slots if wanted[i])
@@ -239,7 +257,9 @@ def _vmap(op: Op[..., Any]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
         batch = op.batch
         inputs, outputs = op.signature.inputs, op.signature.outputs
-        leads = {n: bool(s.dims) and s.dims[0] == batch for n, s in (*inputs.items(), *outputs.items())}
+        leads = {
+            n: bool(s.dims) and s.dims[0] == batch for n, s in (*inputs.items(), *outputs.items())
+        }
         size = info.batch_size
         args = list(flat)
         for p, at in _slots(op):
@@ -247,15 +267,27 @@ def _vmap(op: Op[..., Any]) -> Callable[..., Any]:
                 continue
             if not leads[p.name]:
                 if in_dims[at] is not None:
-                    what = f"it is shared by the batch dim {batch}" if batch else "the operator has no batch dim"
-                    raise NotSupported(f"{op.name}: vmap over {p.name}; {what}; loop over it instead")
+                    what = (
+                        f"it is shared by the batch dim {batch}"
+                        if batch
+                        else "the operator has no batch dim"
+                    )
+                    raise NotSupported(
+                        f"{op.name}: vmap over {p.name}; {what}; loop over it instead"
+                    )
                 continue
             value = flat[at]
-            value = value.expand(size, *value.shape) if in_dims[at] is None else value.movedim(in_dims[at], 0)
+            value = (
+                value.expand(size, *value.shape)
+                if in_dims[at] is None
+                else value.movedim(in_dims[at], 0)
+            )
             args[at] = value if batch and batch.startswith("*") else value.flatten(0, 1)
         alone = [n for n in outputs if not leads[n]]
         if alone:
-            raise NotSupported(f"{op.name}: vmap; output {alone[0]} sums over the batch dim; loop over it instead")
+            raise NotSupported(
+                f"{op.name}: vmap; output {alone[0]} sums over the batch dim; loop over it instead"
+            )
         results = op.torch_op(*args)
         several = isinstance(results, tuple)
         unfolded = tuple(
@@ -272,15 +304,22 @@ def _vmap(op: Op[..., Any]) -> Callable[..., Any]:
 
 
 def _autocast(op: Op[..., Any], overload: Any, key: str) -> Callable[..., Any]:
+    """Casts what the declaration names, and keeps autocast out of the implementations: one that
+    calls torch.mm on float32 tiles must get float32."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(*flat: Any) -> Any:
+        args = list(flat)
         device = next(v.device.type for v in flat if isinstance(v, Tensor))
         low = torch.get_autocast_dtype(device)
-        args = list(flat)
         for p, at in _slots(op):
             mode, value = op.autocast.get(p.name), flat[at]
-            if mode and value is not None and value.dtype.is_floating_point and value.dtype != torch.float64:
+            if (
+                mode
+                and value is not None
+                and value.dtype.is_floating_point
+                and value.dtype != torch.float64
+            ):
                 if not (p.role == "weight" and flat[at + 3]):
                     args[at] = value.to(low if mode == "low" else torch.float32)
         with torch._C._ExcludeDispatchKeyGuard(keys):

@@ -1,7 +1,7 @@
 """Measured choices: tune() times what can run a call and keeps the fastest, per machine, on disk.
 
-Keys hold the operator, the device's fingerprint, dtypes and dims, those that vary from call to call rounded up to powers
-of two. The hot path never measures. TRANSOM_TUNE=off ignores the table.
+Keys hold the operator, the device's fingerprint, dtypes and dims, those that vary from call to call
+rounded up to powers of two. The hot path never measures. TRANSOM_TUNE=off ignores the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What tune() found for one call: median seconds of every implementation that can run it, fastest first."""
+    """What tune() found for one call: median seconds of every implementation that can run it,
+    fastest first."""
 
     op: str
     seconds: dict[str, float]
@@ -31,15 +32,19 @@ class Measured:
 
     def __str__(self) -> str:
         fastest = self.seconds[self.chosen]
-        rows = [f"  {name}: {s * 1e6:.1f} us ({s / fastest:.2f} x)" for name, s in self.seconds.items()]
+        rows = [
+            f"  {name}: {s * 1e6:.1f} us ({s / fastest:.2f} x)" for name, s in self.seconds.items()
+        ]
         return "\n".join([f"{self.op}: {self.chosen}", *rows])
 
 
 def tune(op: str | Op[..., Any], *args: Any, repeats: int = 7, **kwargs: Any) -> Measured:
-    """Time every implementation that can run this call, verified against the composite, and remember the fastest.
+    """Time every implementation that can run this call, verified against the composite, and
+    remember the fastest.
 
-    Candidates are interleaved and compared by their medians over `repeats`; the choice is stored for calls with the same
-    dtypes, and dims equal up to rounding of the varying ones, on this machine.
+    Candidates are interleaved and compared by their medians over `repeats`; the choice is stored
+    for calls with the same dtypes, and dims equal up to rounding of the varying ones, on this
+    machine.
     """
     from .op import lookup
 
@@ -83,11 +88,14 @@ def _agree(op: Op[..., Any], name: str, got: Any, want: Any) -> None:
     """A candidate that disagrees with the composite is not timed: fast and wrong is wrong."""
     for a, b in zip(_tuple(got), _tuple(want), strict=True):
         if not a.dtype.is_floating_point:
-            continue  # equal scores may be listed in another order: the conformance kit judges indices
+            # equal scores may be listed in another order: the conformance kit judges indices
+            continue
         a, b = a.float(), b.float()
         scale = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 1.0
         if not bool(((a - b).abs() <= 3e-2 * max(scale, 1e-30)).logical_or(a == b).all()):
-            raise ValueError(f"{op.name}: impl {name!r} differs from the composite; expected equal results")
+            raise ValueError(
+                f"{op.name}: impl {name!r} differs from the composite; expected equal results"
+            )
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -96,7 +104,9 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 def lookup(op: Op[..., Any], facts: Facts) -> str | None:
     """The implementation that was measured fastest for these facts, or None."""
-    if len(op.impls) < 3 or config.TUNE.get() == "off":  # composite and reference alone: nothing to choose
+    if (
+        len(op.impls) < 3 or config.TUNE.get() == "off"
+    ):  # composite and reference alone: nothing to choose
         return None
     name, _, version = _table(facts.device).get(_key(op, facts), "").partition("@")
     impl = op.impls.get(name)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.codes import E4M3_MAX, decode_e8m0, encode_e4m3, encode_e8m0
 from transom.op import op
 from transom.weights import weight_from
+from transom.weights.codes import E4M3_MAX, decode_e8m0, encode_e4m3, encode_e8m0
 
 from .blocks import from_blocks, over_tiles, to_blocks
 from .minifloat import E4M3, nearest_code, power_above, power_of

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.codes import pack_nibbles
 from transom.op import op
 from transom.weights import weight_from
+from transom.weights.codes import pack_nibbles
 
 from .blocks import from_blocks, over_tiles, to_blocks
 

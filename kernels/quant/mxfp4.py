@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.codes import E2M1_MAX, decode_e8m0, encode_e2m1, encode_e8m0, pack_nibbles
 from transom.op import op
 from transom.weights import weight_from
+from transom.weights.codes import E2M1_MAX, decode_e8m0, encode_e2m1, encode_e8m0, pack_nibbles
 
 from .blocks import from_blocks, over_tiles, to_blocks
 from .minifloat import E2M1, nearest_code, power_above, power_of

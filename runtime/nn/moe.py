@@ -265,7 +265,7 @@ class MoE(nn.Module):
         # Casting a model to bfloat16 must not round the bias: near-tied experts would flip (op
         # contracts 11).
         before = self.selection_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.selection_bias
         if before is not None and after is not None and after.dtype != before.dtype:
             self.selection_bias = (

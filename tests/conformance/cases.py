@@ -1,6 +1,7 @@
 """Calls drawn from a declaration: dims, dtypes, layouts and values.
 
-Hypothesis draws dims, dtypes, layouts and a seed, which shrink well; values come from a generator with that seed.
+Hypothesis draws dims, dtypes, layouts and a seed, which shrink well; values come from a generator
+with that seed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Case:
         printer.text(self.text)  # hypothesis shows the call, not the buffers
 
     def intact(self) -> str | None:
-        """None if inputs and guards are as they were, else which is not (arguments that the operator writes excepted)."""
+        """None if inputs and guards are as they were, else which is not (arguments that the
+        operator writes excepted)."""
         names = [p.name for p in self.op.parameters if p.role != "value"]
         written = set(self.op.mutates)
         at = 0
@@ -70,7 +72,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @st.composite
 def cases(
-    draw: st.DrawFn, op: Op[..., Any], device: str = "cpu", floats: tuple[torch.dtype, ...] | None = None
+    draw: st.DrawFn,
+    op: Op[..., Any],
+    device: str = "cpu",
+    floats: tuple[torch.dtype, ...] | None = None,
 ) -> Case:
     """A call of `op` that its declaration accepts."""
     floats = floats or (torch.float32, torch.bfloat16, torch.float16)
@@ -85,10 +90,15 @@ def cases(
         for s in symbols if draw(st.booleans(), label=f"change {s}")
     }  # fmt: skip
     absent = {
-        s.name for s in op.signature.inputs.values() if s.optional and draw(st.booleans(), label=f"without {s.name}")
+        s.name
+        for s in op.signature.inputs.values()
+        if s.optional and draw(st.booleans(), label=f"without {s.name}")
     }
-    layouts = {n: draw(st.sampled_from(LAYOUTS), label=f"layout of {n}") for n in op.signature.inputs}
-    # Changes that the declaration refuses are taken back one by one: a valid call comes out, and shrinking still works.
+    layouts = {
+        n: draw(st.sampled_from(LAYOUTS), label=f"layout of {n}") for n in op.signature.inputs
+    }
+    # Changes that the declaration refuses are taken back one by one: a valid call comes out, and
+    # shrinking still works.
     while True:
         try:
             return build(op, {**base, **changes}, primary, seed, absent, layouts, device)
@@ -103,11 +113,16 @@ def cases(
 
 def build(
     op: Op[..., Any], dims: dict[str, Any], primary: torch.dtype = torch.float32, seed: int = 0,
-    absent: set[str] | frozenset[str] = frozenset(), layouts: dict[str, str] | None = None, device: str = "cpu",
+    absent: set[str] | frozenset[str] = frozenset(), layouts: dict[str, str] | None = None,
+    device: str = "cpu",
 ) -> Case:  # fmt: skip
     """The call that these draws give. Raises what the declaration raises if it refuses them."""
     rng = np.random.default_rng(seed)
-    scope = {p.name: p.default for p in op.parameters if p.role == "value" and p.default is not inspect.Parameter.empty}
+    scope = {
+        p.name: p.default
+        for p in op.parameters
+        if p.role == "value" and p.default is not inspect.Parameter.empty
+    }
     scope.update(dims)
     special = dict(op._sample(rng, dict(scope)) if op._sample else {})
     scope.update({n: v for n, v in special.items() if n not in op.signature.inputs})
@@ -128,7 +143,9 @@ def build(
                 values.append(None)
                 continue
             array = rng.standard_normal(shape.sizes(scope))
-        tensor, buffer = _tensor(op, p.name, np.asarray(array), primary, kinds, rng, layouts or {}, device)
+        tensor, buffer = _tensor(
+            op, p.name, np.asarray(array), primary, kinds, rng, layouts or {}, device
+        )
         values.append(tensor)
         kinds[p.name], given[p.name] = kind_of(tensor), tensor.shape
         if buffer is not None:
@@ -139,8 +156,12 @@ def build(
     check = transom.dispatch._value_check(op, _facts(op, values, bound, kinds, arguments), values)
     if check is not None:
         check(values)
-    text = ", ".join(f"{n}={_describe(v)}" for n, v in zip((p.name for p in op.parameters), values, strict=True))
-    return Case(op, tuple(values), tuple(buffers), {**arguments, **bound}, f"{op.name}({text}) seed={seed}")
+    text = ", ".join(
+        f"{n}={_describe(v)}" for n, v in zip((p.name for p in op.parameters), values, strict=True)
+    )
+    return Case(
+        op, tuple(values), tuple(buffers), {**arguments, **bound}, f"{op.name}({text}) seed={seed}"
+    )
 
 
 def _facts(op: Any, values: Any, bound: Any, kinds: Any, arguments: Any) -> Any:
@@ -150,10 +171,16 @@ def _facts(op: Any, values: Any, bound: Any, kinds: Any, arguments: Any) -> Any:
 
 
 def _elements(op: Op[..., Any], example: dict[str, Any]) -> int:
-    scope = {p.name: p.default for p in op.parameters if p.role == "value" and p.default is not inspect.Parameter.empty}
+    scope = {
+        p.name: p.default
+        for p in op.parameters
+        if p.role == "value" and p.default is not inspect.Parameter.empty
+    }
     scope.update(example)
     sizes = [
-        int(np.prod([n for n in s.sizes(scope)], dtype=np.int64)) for s in op.signature.inputs.values() if _bindable(s, scope)
+        int(np.prod([n for n in s.sizes(scope)], dtype=np.int64))
+        for s in op.signature.inputs.values()
+        if _bindable(s, scope)
     ]
     return max(sizes, default=0)
 
@@ -170,12 +197,23 @@ def _tensor(
     op: Op[..., Any], name: str, array: np.ndarray, primary: torch.dtype, kinds: dict[str, Any],
     rng: np.random.Generator, layouts: dict[str, str], device: str,
 ) -> tuple[Any, torch.Tensor | None]:  # fmt: skip
-    """The array as a tensor of a dtype that the rules allow, in a guarded buffer of the layout asked for."""
-    ok = op.rules.allowed(name, {**dict.fromkeys(op.signature.inputs, primary), **kinds}) if name in op.rules.alternatives else [primary]
+    """The array as a tensor of a dtype that the rules allow, in a guarded buffer of the layout
+    asked for."""
+    ok = (
+        op.rules.allowed(name, {**dict.fromkeys(op.signature.inputs, primary), **kinds})
+        if name in op.rules.alternatives
+        else [primary]
+    )
     plain = [k for k in ok if not isinstance(k, str)]
     if array.dtype == np.float64:
         quantised = [k for k in ok if k in QUANTIZED]
-        if quantised and array.ndim >= 2 and array.size and array.shape[-1] % 32 == 0 and rng.random() < 0.4:
+        if (
+            quantised
+            and array.ndim >= 2
+            and array.size
+            and array.shape[-1] % 32 == 0
+            and rng.random() < 0.4
+        ):
             weight = torch.from_numpy(array).float().to(device)
             return transom.quantize(weight, str(rng.choice(quantised))), None
         dtype = primary if primary in plain else plain[int(rng.integers(len(plain)))]
@@ -183,11 +221,16 @@ def _tensor(
             dtype = plain[int(rng.integers(len(plain)))]
     else:
         dtype = plain[int(rng.integers(len(plain)))]
-    return guarded(torch.from_numpy(np.ascontiguousarray(array)).to(dtype), layouts.get(name, "contiguous"), device)
+    return guarded(
+        torch.from_numpy(np.ascontiguousarray(array)).to(dtype),
+        layouts.get(name, "contiguous"),
+        device,
+    )
 
 
 def guarded(value: torch.Tensor, layout: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`value` inside a larger buffer whose other elements are poison (NaN, or a number out of every range)."""
+    """`value` inside a larger buffer whose other elements are poison (NaN, or a number out of every
+    range)."""
     shape, dim = list(value.shape), value.dim()
     steps = [1] * dim
     if layout == "strided" and dim:

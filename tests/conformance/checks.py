@@ -1,4 +1,5 @@
-"""What one call must show; each check answers None or a sentence, so that the meta-tests can feed it wrong kernels."""
+"""What one call must show; each check answers None or a sentence, so that the meta-tests can feed
+it wrong kernels."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def refuses(op: Op[..., Any], impl: str, case: Case) -> list[str]:
 
 
 def requirements(op: Op[..., Any], impl: str, case: Case) -> str | None:
-    """What it refuses has non-empty sentences, the same ones twice, and asking for it raises them."""
+    """What it refuses has non-empty sentences, the same ones twice, and asking for it raises
+    them."""
     reasons = refuses(op, impl, case)
     if not reasons:
         return None
@@ -52,12 +54,17 @@ def requirements(op: Op[..., Any], impl: str, case: Case) -> str | None:
     try:
         run(op, impl, case.values)
     except transom.NotSupported as error:
-        return None if reasons[0] in str(error) else f"it raised {error}; expected its reason {reasons[0]!r}"
+        return (
+            None
+            if reasons[0] in str(error)
+            else f"it raised {error}; expected its reason {reasons[0]!r}"
+        )
     return "it ran a call that it refuses"
 
 
 def numbers(op: Op[..., Any], impl: str, case: Case) -> str | None:
-    """Outputs agree with the float64 reference: shape, dtype, contiguity, values; guards and inputs are intact."""
+    """Outputs agree with the float64 reference: shape, dtype, contiguity, values; guards and inputs
+    are intact."""
     assert op._reference is not None, f"{op.name} has no reference"
     before = [as_numpy(v) for v in case.values]
     before = [v.copy() if isinstance(v, np.ndarray) else v for v in before]
@@ -69,7 +76,9 @@ def numbers(op: Op[..., Any], impl: str, case: Case) -> str | None:
     with np.errstate(all="ignore"):
         want = [np.asarray(w) for w in tolerance.as_tuple(op._reference(*before))]
         spread = tolerance.spread(op._reference, before, want, np.random.default_rng(0))
-    terms = float(op.accumulate({**dict.fromkeys(op.signature.symbols(), 0), **_scalars(case.dims)}))
+    terms = float(
+        op.accumulate({**dict.fromkeys(op.signature.symbols(), 0), **_scalars(case.dims)})
+    )
     if len(got) != len(want):
         return f"{len(got)} outputs; expected {len(want)}"
     names = op.mutates or tuple(op.signature.outputs)
@@ -115,7 +124,8 @@ def repeatable(op: Op[..., Any], impl: str, case: Case) -> str | None:
 
 
 def unbiased(op: Op[..., Any], impl: str, cases: Sequence[Case]) -> str | None:
-    """Over many results the mean rounding error is near zero: truncation instead of rounding shows here."""
+    """Over many results the mean rounding error is near zero: truncation instead of rounding shows
+    here."""
     assert op._reference is not None
     for case in cases:
         got = run(op, impl, case.values)
@@ -126,12 +136,13 @@ def unbiased(op: Op[..., Any], impl: str, cases: Sequence[Case]) -> str | None:
             if g.dtype in (torch.bfloat16, torch.float16):
                 mean = tolerance.bias(g, np.asarray(w))
                 if mean is not None and abs(mean) > 0.1:
-                    return f"{name} is off by {mean:+.2f} units in the last place on average; expected none"
+                    return f"{name} is off by {mean:+.2f} units in the last place on average"
     return None
 
 
 def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
-    """Every float input's gradient along a random direction equals a central difference of the reference.
+    """Every float input's gradient along a random direction equals a central difference of the
+    reference.
 
     With `impl`, forward and backward operators run that backend's implementations where they exist.
     """
@@ -139,21 +150,36 @@ def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
     rng = np.random.default_rng(1)
     names = [p.name for p in op.parameters]
     values = [
-        v.detach().clone().requires_grad_(True) if isinstance(v, torch.Tensor) and v.dtype.is_floating_point else v
+        v.detach().clone().requires_grad_(True)
+        if isinstance(v, torch.Tensor) and v.dtype.is_floating_point
+        else v
         for v in case.values
     ]
     with transom.use(**({op.name: impl} if impl else {})):
         out = tolerance.as_tuple(op.call(**dict(zip(names, values, strict=True))))
     want = [torch.from_numpy(rng.standard_normal(tuple(o.shape))).to(o.dtype) for o in out]
-    pairs = [(o, w) for o, w in zip(out, want, strict=True) if o.dtype.is_floating_point and o.requires_grad]
-    inputs = [(n, v) for n, v in zip(names, values, strict=True) if isinstance(v, torch.Tensor) and v.requires_grad]
+    pairs = [
+        (o, w)
+        for o, w in zip(out, want, strict=True)
+        if o.dtype.is_floating_point and o.requires_grad
+    ]
+    inputs = [
+        (n, v)
+        for n, v in zip(names, values, strict=True)
+        if isinstance(v, torch.Tensor) and v.requires_grad
+    ]
     if not pairs:
         return "no output can be differentiated"
     for o, w in pairs:
         w[~torch.isfinite(o.detach())] = 0
-    found = torch.autograd.grad([o for o, _ in pairs], [v for _, v in inputs], [w for _, w in pairs], allow_unused=True)
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], [v for _, v in inputs], [w for _, w in pairs], allow_unused=True
+    )
     plain = [as_numpy(v) for v in case.values]
-    weights = [w.double().numpy() if o.dtype.is_floating_point else None for o, w in zip(out, want, strict=True)]
+    weights = [
+        w.double().numpy() if o.dtype.is_floating_point else None
+        for o, w in zip(out, want, strict=True)
+    ]
     for (name, value), gradient in zip(inputs, found, strict=True):
         if name in op._gradient.constant:
             if gradient is not None and gradient.abs().max() > 0:
@@ -164,19 +190,32 @@ def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
         difference, size = _difference(op._reference, plain, at, direction, weights)
         if gradient is None:
             if abs(difference) > 1e-7 * max(size, 1.0):
-                return f"{name} has no gradient; the reference changes by {difference:.3g} along a random direction"
+                return (
+                    f"{name} has no gradient; the reference changes by {difference:.3g} along a "
+                    "random direction"
+                )
             continue
         if gradient.dtype != value.dtype or gradient.shape != value.shape:
-            return f"the gradient of {name} is {gradient.dtype}{list(gradient.shape)}; expected {value.dtype}{list(value.shape)}"
+            return (
+                f"the gradient of {name} is {gradient.dtype}{list(gradient.shape)}; "
+                f"expected {value.dtype}{list(value.shape)}"
+            )
         g = gradient.double().numpy()
         got, scale = float((g * direction).sum()), float(np.abs(g * direction).sum())
         if not abs(got - difference) <= GRADIENT_TOLERANCE * max(scale, size * 1e-3, 1e-6):
-            return f"the gradient of {name} along a random direction is {got:.8g}; expected {difference:.8g}"
+            return (
+                f"the gradient of {name} along a random direction is {got:.8g}; "
+                f"expected {difference:.8g}"
+            )
     return None
 
 
 def _difference(
-    reference: Callable[..., Any], plain: list[Any], at: int, direction: np.ndarray, weights: list[Any]
+    reference: Callable[..., Any],
+    plain: list[Any],
+    at: int,
+    direction: np.ndarray,
+    weights: list[Any],
 ) -> tuple[float, float]:
     def value(sign: float) -> tuple[float, float]:
         moved = list(plain)
@@ -211,28 +250,40 @@ def compiles(op: Op[..., Any], case: Case) -> str | None:
 
 
 def opcheck(op: Op[..., Any], case: Case) -> None:
-    """torch.library.opcheck: schema, autograd registration, fake kernel, AOT dispatch. Raises what it finds."""
+    """torch.library.opcheck: schema, autograd registration, fake kernel, AOT dispatch. Raises what
+    it finds."""
     asked = [
         v.detach().clone().requires_grad_(True)
-        if isinstance(v, torch.Tensor) and v.dtype.is_floating_point and op._gradient is not None else v
+        if isinstance(v, torch.Tensor) and v.dtype.is_floating_point and op._gradient is not None
+        else v
         for v in case.values
     ]  # fmt: skip
-    first, aot = ("test_schema", "test_autograd_registration", "test_faketensor"), "test_aot_dispatch_dynamic"
+    first, aot = (
+        ("test_schema", "test_autograd_registration", "test_faketensor"),
+        "test_aot_dispatch_dynamic",
+    )
     torch.library.opcheck(op.torch_op, op._flatten(*asked), test_utils=first)
-    # torch's own check adds all outputs into one sum that starts as the first output: an index there refuses floats
-    leading = op.rules.alternatives[next(iter(op.signature.outputs))] if op.signature.outputs else ()
+    # torch's own check adds all outputs into one sum that starts as the first output: an index
+    # there refuses floats
+    leading = (
+        op.rules.alternatives[next(iter(op.signature.outputs))] if op.signature.outputs else ()
+    )
     values = case.values if set(leading) & {"i32", "i64", "bool"} else asked
     torch.library.opcheck(op.torch_op, op._flatten(*values), test_utils=aot)
 
 
 def implementations(op: Op[..., Any], device: str, name: str | None) -> list[Impl]:
-    """The implementations of `op` that may run on `device`: all, or those of one name or backend."""
+    """The implementations of `op` that may run on `device`: all, or those of one name or
+    backend."""
     load(op, device)
     return [
         i for i in op.impls.values()
-        if i.tier != "reference" and (name is None or name in (i.name, i.backend)) and not i.unavailable
+        if i.tier != "reference" and not i.unavailable
+        and (name is None or name in (i.name, i.backend))
     ]  # fmt: skip
 
 
 def _scalars(dims: dict[str, Any]) -> dict[str, Any]:
-    return {k: int(np.prod(v, dtype=np.int64)) if isinstance(v, tuple) else v for k, v in dims.items()}
+    return {
+        k: int(np.prod(v, dtype=np.int64)) if isinstance(v, tuple) else v for k, v in dims.items()
+    }

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, settings
 import transom
 from transom.conformance import checks
 
-
 OPTIONS = {
     "--transom-impl": (None, "only this implementation or backend (default: all)"),
     "--transom-device": ("cpu", "device type of the tensors"),
     "--transom-ops": (None, "only these operators, separated by commas"),
     "--transom-examples": (
-        os.environ.get("TRANSOM_TEST_EXAMPLES", "15"), "drawn calls per operator and implementation",
+        os.environ.get("TRANSOM_TEST_EXAMPLES", "15"),
+        "drawn calls per operator and implementation",
     ),
 }  # fmt: skip
 
@@ -37,12 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile(
         "transom", derandomize=True, database=None, deadline=None, print_blob=True,
         max_examples=int(option(config, "--transom-examples") or 15),
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+        suppress_health_check=[
+            HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture,
+        ],
     )  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    wanted, device = option(metafunc.config, "--transom-ops"), option(metafunc.config, "--transom-device")
+    wanted, device = (
+        option(metafunc.config, "--transom-ops"),
+        option(metafunc.config, "--transom-device"),
+    )
     ops = [
         op for name, op in transom.ops().items()
         if op.module.startswith("transom.") and (not wanted or name in wanted.split(","))

@@ -1,11 +1,13 @@
-"""The one tolerance model: how far a result may lie from the float64 reference on the same rounded inputs.
+"""The one tolerance model: how far a result may lie from the float64 reference on the same rounded
+inputs.
 
     |y - ref| <= u_out |ref| + min((n + 16) u_acc, CAP) * (max |ref| + spread)
 
-u_out is the unit roundoff of the output's dtype: one rounding at the end. u_acc is that of the accumulator and n the
-number of terms of the longest sum (the declaration's `accumulate`): the standard bound of a sum in any order (Higham 2002,
-section 4.2) on a few operations before and after it. `spread` is how far the reference itself moves when its inputs
-move by one unit roundoff, divided by that roundoff: the condition of the problem, measured with random signs.
+u_out is the unit roundoff of the output's dtype: one rounding at the end. u_acc is that of the
+accumulator and n the number of terms of the longest sum (the declaration's `accumulate`): the
+standard bound of a sum in any order (Higham 2002, section 4.2) on a few operations before and after
+it. `spread` is how far the reference itself moves when its inputs move by one unit roundoff,
+divided by that roundoff: the condition of the problem, measured with random signs.
 """
 
 from __future__ import annotations
@@ -19,16 +21,22 @@ import torch
 from transom.dtypes import UNIT_ROUNDOFF, accumulator
 
 CAP = 2e-5
-"""No float32 sum of ours may be worse than this, relative to the largest output and the condition."""
+"""No float32 sum of ours may be worse than this, relative to the largest output and the
+condition."""
 
 PERTURBATION = 2.0**-30
-"""Relative change of the inputs that measures the condition: small against curvature, large against float64."""
+"""Relative change of the inputs that measures the condition: small against curvature, large against
+float64."""
 
 
 def spread(
-    reference: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[np.ndarray], rng: np.random.Generator
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[np.ndarray],
+    rng: np.random.Generator,
 ) -> list[float]:
-    """For each output, the largest change per unit of relative change of the float inputs (two random sign patterns)."""
+    """For each output, the largest change per unit of relative change of the float inputs (two
+    random sign patterns)."""
     worst = [0.0] * len(outputs)
     for _ in range(2):
         moved = [
@@ -44,7 +52,9 @@ def spread(
     return worst
 
 
-def allowed(reference: np.ndarray, dtype: torch.dtype, terms: float, condition: float) -> np.ndarray:
+def allowed(
+    reference: np.ndarray, dtype: torch.dtype, terms: float, condition: float
+) -> np.ndarray:
     """The tolerance of each element of an output of `dtype`."""
     finite = np.abs(reference[np.isfinite(reference)])
     scale = float(finite.max(initial=0.0)) + condition
@@ -65,7 +75,10 @@ def compare(
         if not len(wrong):
             return None
         at = tuple(int(i) for i in wrong[0])
-        return f"{name}{list(at)} is {got.cpu().numpy()[at]}; expected {reference[at]} ({len(wrong)} differ)"
+        return (
+            f"{name}{list(at)} is {got.cpu().numpy()[at]}; expected {reference[at]} "
+            f"({len(wrong)} differ)"
+        )
     value = got.detach().cpu().double().numpy()
     limit = allowed(reference, got.dtype, terms, condition)
     largest = torch.finfo(got.dtype).max
@@ -73,7 +86,11 @@ def compare(
         near = np.abs(value - reference) <= limit
         near |= value == reference
         near |= np.isnan(value) & np.isnan(reference)
-        near |= np.isinf(value) & (np.abs(reference) > largest * (1 - 1e-3)) & (np.sign(value) == np.sign(reference))
+        near |= (
+            np.isinf(value)
+            & (np.abs(reference) > largest * (1 - 1e-3))
+            & (np.sign(value) == np.sign(reference))
+        )
     if near.all():
         return None
     at = tuple(int(i) for i in np.argwhere(~near)[0])
@@ -84,10 +101,15 @@ def compare(
 
 
 def bias(got: torch.Tensor, reference: np.ndarray) -> float | None:
-    """Mean signed rounding error in units of the last place, over elements away from zero; None if there are too few."""
+    """Mean signed rounding error in units of the last place, over elements away from zero; None if
+    there are too few."""
     value = got.detach().cpu().double().numpy()
     u = UNIT_ROUNDOFF[got.dtype]
-    keep = np.isfinite(value) & np.isfinite(reference) & (np.abs(reference) > 1e-3 * np.abs(reference).max(initial=0))
+    keep = (
+        np.isfinite(value)
+        & np.isfinite(reference)
+        & (np.abs(reference) > 1e-3 * np.abs(reference).max(initial=0))
+    )
     if keep.sum() < 400:
         return None
     ulp = np.exp2(np.floor(np.log2(np.abs(reference[keep])))) * 2 * u

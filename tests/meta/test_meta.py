@@ -1,4 +1,5 @@
-"""Tests of the checks: every deliberately wrong kernel must be caught, and by what should catch it; a right one passes."""
+"""Tests of the checks: every deliberately wrong kernel must be caught, and by what should catch it;
+a right one passes."""
 
 from __future__ import annotations
 
@@ -87,12 +88,17 @@ def test_wrong_numbers_are_caught(function, register):
     ids=lambda f: f.__name__,
 )
 def test_wrong_selections_are_caught(function, register):
-    assert verdict(checks.numbers, wrong.meta_gather, register(wrong.meta_gather, function)) is not None
+    assert (
+        verdict(checks.numbers, wrong.meta_gather, register(wrong.meta_gather, function))
+        is not None
+    )
 
 
 def test_truncation_is_caught_by_the_bias_and_not_by_the_tolerance(register):
     name = register(wrong.meta_norm, wrong.truncates)
-    drawn = [build(wrong.meta_norm, wrong.meta_norm.examples[1], torch.bfloat16, s) for s in range(3)]
+    drawn = [
+        build(wrong.meta_norm, wrong.meta_norm.examples[1], torch.bfloat16, s) for s in range(3)
+    ]
     assert "units in the last place" in checks.unbiased(wrong.meta_norm, name, drawn)
     assert checks.unbiased(wrong.meta_norm, "composite", drawn) is None
 
@@ -105,7 +111,9 @@ def test_varying_bits_are_caught(register):
 def test_a_wrong_gradient_is_caught(register):
     register(wrong.meta_norm_backward, wrong.gradient_without_the_mean)
     case = build(wrong.meta_norm, wrong.meta_norm.examples[0])
-    assert "the gradient of x along a random direction" in checks.gradients(wrong.meta_norm, None, case)
+    assert "the gradient of x along a random direction" in checks.gradients(
+        wrong.meta_norm, None, case
+    )
 
 
 def test_a_missing_gradient_is_caught():
@@ -144,7 +152,9 @@ def test_another_implementation_running_is_caught(register, monkeypatch):
     assert checks.numbers(wrong.meta_norm, name, case) == f"{name} was asked for; ['composite'] ran"
 
 
-@pytest.mark.parametrize("op", [wrong.meta_norm, wrong.meta_gather, wrong.meta_norm_backward], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "op", [wrong.meta_norm, wrong.meta_gather, wrong.meta_norm_backward], ids=lambda o: o.name
+)
 def test_the_right_kernel_passes_every_check(op):
     for check in (checks.requirements, checks.numbers, checks.repeatable):
         assert verdict(check, op, "composite") is None

@@ -1,4 +1,5 @@
-"""Two small operators and deliberately wrong implementations of them: each must be caught by the check that is named."""
+"""Two small operators and deliberately wrong implementations of them: each must be caught by the
+check that is named."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def _(x, weight, eps):
     accumulate="D*T",
     examples=[dict(T=5, D=16)],
 )
-def meta_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, *, eps: float = 0.01) -> tuple[Tensor, Tensor]:
+def meta_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, *, eps: float = 0.01
+) -> tuple[Tensor, Tensor]:
     """Gradients of meta_norm."""
     f, g = x.float(), dy.float()
     r = torch.rsqrt(f.square().mean(-1, keepdim=True) + eps)
@@ -65,10 +68,13 @@ def _(saved, dy):
     examples=[dict(T=6, L=4, N=9, D=8)],
 )
 def meta_gather(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """y[t] = sum of table[index[t,l]] over valid l (-1: none); best[t] = first l whose row has the largest first element."""
+    """y[t] = sum of table[index[t,l]] over valid l (-1: none); best[t] = first l whose row has the
+    largest first element."""
     valid = index >= 0
     if table.shape[0] == 0:
-        return table.new_zeros(index.shape[0], table.shape[1]), index.new_full((index.shape[0],), -1, dtype=torch.int32)
+        return table.new_zeros(index.shape[0], table.shape[1]), index.new_full(
+            (index.shape[0],), -1, dtype=torch.int32
+        )
     rows = torch.where(valid[..., None], table[index.clamp(min=0).long()], 0).float()
     first = torch.where(valid, rows[..., 0] if table.shape[1] else 0.0, -torch.inf)
     best = _first_of_largest(first, valid)
@@ -79,7 +85,11 @@ def _first_of_largest(score: Tensor, valid: Tensor) -> Tensor:
     if score.shape[1] == 0:
         return score.new_full((score.shape[0],), -1, dtype=torch.int32)
     is_best = (score == score.amax(1, keepdim=True)) & valid
-    place = torch.arange(score.shape[1], dtype=torch.int32).where(is_best, torch.iinfo(torch.int32).max).amin(1)
+    place = (
+        torch.arange(score.shape[1], dtype=torch.int32)
+        .where(is_best, torch.iinfo(torch.int32).max)
+        .amin(1)
+    )
     return torch.where(valid.any(1), place, -1).to(torch.int32)
 
 
@@ -140,7 +150,11 @@ def ignores_storage_offset(x, weight, *, eps=0.01):
 
 
 def accumulates_in_half(x, weight, *, eps=0.01):
-    mean = x.half().square().cumsum(-1)[..., -1:] / x.shape[-1] if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    mean = (
+        x.half().square().cumsum(-1)[..., -1:] / x.shape[-1]
+        if x.shape[-1]
+        else x.new_zeros(*x.shape[:-1], 1)
+    )
     return (x.float() * torch.rsqrt(mean.float() + eps) * weight.float()).to(x.dtype)
 
 
@@ -153,7 +167,9 @@ def truncates(x, weight, *, eps=0.01):
 
 def writes_past_the_end(x, weight, *, eps=0.01):
     y = NORM(x, weight, eps=eps)
-    end = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+    end = (
+        x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+    )
     if x.numel():
         torch.as_strided(x, (1,), (1,), end).fill_(0)
     return y
@@ -193,7 +209,11 @@ def fails_on_no_rows(x, weight, *, eps=0.01):
 
 def multiplies_sentinels_by_zero(table, index):
     valid = (index >= 0).float()
-    rows = table[index.long()].float() if table.shape[0] else index.new_zeros(*index.shape, table.shape[1]).float()
+    rows = (
+        table[index.long()].float()
+        if table.shape[0]
+        else index.new_zeros(*index.shape, table.shape[1]).float()
+    )
     return (rows * valid[..., None]).sum(1).to(table.dtype), GATHER(table, index)[1]
 
 
@@ -216,7 +236,6 @@ def gradient_without_the_mean(dy, x, weight, *, eps=0.01):
     f, g = x.float(), dy.float()
     r = torch.rsqrt(f.square().mean(-1, keepdim=True) + eps)
     return (r * g * weight.float()).to(x.dtype), (g * f * r).sum(0).to(weight.dtype)
-
 
 
 SILENT = Requirement("silent", ("D",), lambda f: " " if f.dims["D"] > 8 else None)

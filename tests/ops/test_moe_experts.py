@@ -280,7 +280,7 @@ def test_edge_13_the_sizes_of_gpt_oss(rng):
 
 
 def test_edge_14_addresses_beyond_two_to_the_32(rng):
-    """Expert tensors of 2**33 elements as views of one expert: the last expert stands beyond 2**32."""
+    """Expert tensors of 2**33 elements as views of one expert: the last stands beyond 2**32."""
     one = inputs(rng, T=2, D=64, I=32, E=1, K=1)
     experts = 2**21
     wide = {n: one[n].expand(experts, *one[n].shape[1:]) for n in ("gate_up", "down")}

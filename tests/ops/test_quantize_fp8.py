@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import transom
-from transom.codes import decode_e8m0
 from transom.kernels.quant.fp8 import dequantize_fp8, quantize_fp8, quantize_fp8_e8m0
+from transom.weights.codes import decode_e8m0
 
 QUANTIZE = {"f32": quantize_fp8, "e8m0": quantize_fp8_e8m0}
 CASES = [

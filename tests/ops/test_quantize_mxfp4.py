@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import transom
-from transom.codes import decode_e8m0
 from transom.kernels.quant.fp8 import dequantize_fp8, quantize_fp8_e8m0
 from transom.kernels.quant.mxfp4 import dequantize_mxfp4, quantize_mxfp4
+from transom.weights.codes import decode_e8m0
 
 SHAPES = [(3, 5, 70), (4, 64), (2, 1, 3, 6), (0, 8), (3, 0), (2, 32)]
 

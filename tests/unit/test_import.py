@@ -22,7 +22,9 @@ def test_no_toolchain_is_imported():
 
 
 def test_no_device_is_initialised():
-    out = python("import transom, torch; print(torch.cuda.is_initialized(), torch.accelerator.is_available())")
+    out = python(
+        "import transom, torch;print(torch.cuda.is_initialized(), torch.accelerator.is_available())"
+    )
     assert out.startswith("False")
 
 

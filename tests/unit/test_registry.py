@@ -1,4 +1,5 @@
-"""Selection: asked for > measured > tier, reasons, use(), record(), the plan cache, value checks."""
+"""Selection: asked for > measured > tier, reasons, use(), record(), the plan cache, value
+checks."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 
 import transom
 from transom import dispatch
-from transom.tune import _table
 from transom.requires import absent, at_most, device, dtype, last_dim_contiguous, multiple_of
+from transom.tune import _table
 
 
 def call(op, dtype=torch.float32, d=8):
@@ -49,7 +50,10 @@ def test_ties_within_a_tier_go_to_the_first_name(norm):
 
 def test_every_reason_is_told_and_a_drop_warns_once(norm):
     add(norm, "small", at_most("D", 4), dtype("x", torch.float16), last_dim_contiguous("x"))
-    with pytest.warns(transom.SlowPath, match=r"scaled_norm: runs as composite; small: D = 8; supported: at most 4"):
+    with pytest.warns(
+        transom.SlowPath,
+        match=r"scaled_norm: runs as composite; small: D = 8; supported: at most 4",
+    ):
         call(norm)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -77,7 +81,9 @@ def test_fallback_can_be_made_an_error(norm, monkeypatch):
 def test_a_forced_choice_that_cannot_run_raises_with_its_reasons(norm):
     add(norm, "small", at_most("D", 4))
     with transom.use(scaled_norm="small"):
-        with pytest.raises(transom.NotSupported, match=r"'small' was asked for and cannot run; small: D = 8"):
+        with pytest.raises(
+            transom.NotSupported, match=r"'small' was asked for and cannot run; small: D = 8"
+        ):
             call(norm)
         call(norm, d=4)
     with transom.use("nowhere"), pytest.raises(transom.NotSupported, match="not registered"):
@@ -106,7 +112,9 @@ def test_environment_asks_for_implementations(norm, monkeypatch):
 
 
 def test_use_of_an_unknown_operator_lists_what_there_is():
-    with pytest.raises(ValueError, match="scaled_nrom: is not an operator; expected one of .*scaled_norm"):
+    with pytest.raises(
+        ValueError, match="scaled_nrom: is not an operator; expected one of .*scaled_norm"
+    ):
         with transom.use(scaled_nrom="composite"):
             pass
 
@@ -133,7 +141,9 @@ def test_a_requirement_on_an_unknown_dim_is_refused_at_registration(norm):
 
 
 def test_an_implementation_must_have_the_declared_parameters(norm):
-    with pytest.raises(TypeError, match=r"impl 'short' takes \['x'\]; expected \['x', 'weight', 'bias', 'eps'\]"):
+    with pytest.raises(
+        TypeError, match=r"impl 'short' takes \['x'\]; expected \['x', 'weight', 'bias', 'eps'\]"
+    ):
 
         @norm.impl()
         def short(x):
@@ -175,10 +185,26 @@ def test_value_checks_run_on_every_call_and_before_anything_else(linear):
 @pytest.mark.parametrize(
     "arguments, error, text",
     [
-        (lambda: (torch.randn(3, 8), torch.randn(7)), ValueError, "scaled_norm: weight has D = 7; x has D = 8"),
-        (lambda: (torch.randn(3, 8), torch.randn(2, 8)), ValueError, r"weight has shape \[2, 8\]; expected \[D\]"),
-        (lambda: (torch.tensor(1.0), torch.randn(8)), ValueError, r"x has shape \[\]; expected \[\*B, D\]"),
-        (lambda: (torch.ones(3, 8, dtype=torch.int32), torch.randn(8)), TypeError, "x is int32; expected float64, fl"),
+        (
+            lambda: (torch.randn(3, 8), torch.randn(7)),
+            ValueError,
+            "scaled_norm: weight has D = 7; x has D = 8",
+        ),
+        (
+            lambda: (torch.randn(3, 8), torch.randn(2, 8)),
+            ValueError,
+            r"weight has shape \[2, 8\]; expected \[D\]",
+        ),
+        (
+            lambda: (torch.tensor(1.0), torch.randn(8)),
+            ValueError,
+            r"x has shape \[\]; expected \[\*B, D\]",
+        ),
+        (
+            lambda: (torch.ones(3, 8, dtype=torch.int32), torch.randn(8)),
+            TypeError,
+            "x is int32; expected float64, fl",
+        ),
         (lambda: ([1.0], torch.randn(8)), TypeError, "x is list; expected a torch.Tensor"),
         (lambda: (torch.randn(3, 0), torch.randn(0)), ValueError, "D is 0; expected 1 or more"),
     ],
@@ -195,7 +221,9 @@ def test_bad_plain_arguments(norm):
         norm(torch.randn(3, 8), torch.ones(8), eps=-1.0)
     with pytest.raises(TypeError, match="scaled_norm: eps is '1'; expected float"):
         norm(torch.randn(3, 8), torch.ones(8), eps="1")
-    with pytest.raises(TypeError, match=r"scaled_norm\(\) got an unexpected keyword argument 'epz'"):
+    with pytest.raises(
+        TypeError, match=r"scaled_norm\(\) got an unexpected keyword argument 'epz'"
+    ):
         norm(torch.randn(3, 8), torch.ones(8), epz=1.0)
 
 
@@ -244,7 +272,9 @@ def test_tune_chooses_the_fastest_verified_implementation(norm, monkeypatch, tmp
     found = transom.tune("scaled_norm", x, w, repeats=3)
     assert found.chosen == "composite" and found.seconds["slow"] > 0.01
     assert norm.explain(x, w).chosen == "composite"
-    assert norm.explain(torch.randn(4, 8), w).why == "measured fastest", "3 and 4 rows round to the same power of two"
+    assert norm.explain(torch.randn(4, 8), w).why == "measured fastest", (
+        "3 and 4 rows round to the same power of two"
+    )
     assert norm.explain(torch.randn(9, 8), w).chosen == "slow"
     monkeypatch.setenv("TRANSOM_TUNE", "off")
     assert norm.explain(x, w).chosen == "slow"

@@ -26,7 +26,10 @@ def test_leading_dims_may_stand_in_the_middle():
 def test_expressions_are_checked_whatever_the_order():
     text = "fn[(2+R)*R,R*D], x[T,R,D]"
     assert bind(text, fn=(24, 32), x=(5, 4, 8))["R"] == 4
-    with pytest.raises(ValueError, match=r"op: fn has 23 where \[\(2\+R\)\*R, R\*D\] is declared; expected \(2\+R\)\*R = 24"):
+    with pytest.raises(
+        ValueError,
+        match=r"op: fn has 23 where \[\(2\+R\)\*R, R\*D\] is declared; expected \(2\+R\)\*R = 24",
+    ):
         bind(text, fn=(23, 32), x=(5, 4, 8))
 
 
@@ -63,7 +66,9 @@ def test_dtype_rules():
     rules.check("op", {**seen, "w": "mxfp4"})
     assert rules.output("y", seen) == torch.float32
     assert rules.output("y", {"x": torch.float64}) == torch.float64
-    with pytest.raises(TypeError, match="op: w is float16; expected bfloat16, float32 or a QuantizedWeight"):
+    with pytest.raises(
+        TypeError, match="op: w is float16; expected bfloat16, float32 or a QuantizedWeight"
+    ):
         rules.check("op", {**seen, "w": torch.float16})
     with pytest.raises(TypeError, match="op: i is float32; expected int32, int64"):
         rules.check("op", {**seen, "i": torch.float32})

@@ -1,4 +1,5 @@
-"""Operators as torch operators: opcheck, compile, autograd, vmap, autocast, meta, quantised weights."""
+"""Operators as torch operators: opcheck, compile, autograd, vmap, autocast, meta, quantised
+weights."""
 
 from __future__ import annotations
 
@@ -14,13 +15,19 @@ def x():
 
 
 def test_opcheck(norm, linear, x):
-    torch.library.opcheck(norm.torch_op, (x.requires_grad_(), torch.rand(8, requires_grad=True), None, 1e-6))
-    torch.library.opcheck(linear.torch_op, (torch.randn(2, 4), torch.randn(3, 4), None, None, "", None, "plain"))
+    torch.library.opcheck(
+        norm.torch_op, (x.requires_grad_(), torch.rand(8, requires_grad=True), None, 1e-6)
+    )
+    torch.library.opcheck(
+        linear.torch_op, (torch.randn(2, 4), torch.randn(3, 4), None, None, "", None, "plain")
+    )
 
 
 def test_fullgraph_compile_equals_eager(norm, x):
     w = torch.rand(8)
-    step = torch.compile(lambda x, w: norm(x * 2, w, eps=1e-3)[0] + 1, backend="aot_eager", fullgraph=True)
+    step = torch.compile(
+        lambda x, w: norm(x * 2, w, eps=1e-3)[0] + 1, backend="aot_eager", fullgraph=True
+    )
     torch.testing.assert_close(step(x, w), norm(x * 2, w, eps=1e-3)[0] + 1)
 
 
@@ -31,7 +38,9 @@ def test_compiled_gradients_equal_eager(norm, x):
         return a.grad, w.grad
 
     eager = gradients(norm)
-    compiled = gradients(torch.compile(lambda a, w: norm(a, w), backend="aot_eager", fullgraph=True))
+    compiled = gradients(
+        torch.compile(lambda a, w: norm(a, w), backend="aot_eager", fullgraph=True)
+    )
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -77,7 +86,9 @@ def test_per_sample_gradients_say_what_is_in_the_way(norm, x):
 def test_a_second_derivative_is_refused_clearly(norm, x):
     y = norm(x.requires_grad_(), torch.rand(8))[0].sum()
     (g,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(transom.NotSupported, match="scaled_norm_backward: a gradient through it was asked for"):
+    with pytest.raises(
+        transom.NotSupported, match="scaled_norm_backward: a gradient through it was asked for"
+    ):
         g.sum().backward()
 
 
@@ -89,13 +100,19 @@ def test_direct_and_torch_paths_give_the_same_bits(norm, x):
 def test_vmap_folds_into_the_batch_dim(norm, linear, x):
     xs, w = torch.randn(5, 3, 8), torch.rand(8)
     torch.testing.assert_close(torch.vmap(lambda a: norm(a, w)[0])(xs), norm(xs, w)[0])
-    torch.testing.assert_close(torch.vmap(lambda a: norm(a, w)[0], in_dims=1)(xs), norm(xs.movedim(1, 0), w)[0])
+    torch.testing.assert_close(
+        torch.vmap(lambda a: norm(a, w)[0], in_dims=1)(xs), norm(xs.movedim(1, 0), w)[0]
+    )
     lw = torch.randn(6, 8)
-    torch.testing.assert_close(torch.vmap(lambda a: linear(a, lw))(xs), linear(xs.flatten(0, 1), lw).view(5, 3, 6))
+    torch.testing.assert_close(
+        torch.vmap(lambda a: linear(a, lw))(xs), linear(xs.flatten(0, 1), lw).view(5, 3, 6)
+    )
 
 
 def test_vmap_over_a_shared_argument_names_it(norm, x):
-    with pytest.raises(transom.NotSupported, match="scaled_norm: vmap over weight; it is shared by the batch dim"):
+    with pytest.raises(
+        transom.NotSupported, match="scaled_norm: vmap over weight; it is shared by the batch dim"
+    ):
         torch.vmap(lambda w: norm(x, w)[0])(torch.rand(5, 8))
 
 
@@ -135,5 +152,24 @@ def test_quantised_weights_pass_through_every_path(linear):
     x, w = torch.randn(3, 64), transom.quantize(torch.randn(8, 64), "int8")
     want = x @ w.dequantize().t()
     torch.testing.assert_close(linear(x, w), want)
-    torch.testing.assert_close(torch.compile(lambda x: linear(x, w), backend="aot_eager", fullgraph=True)(x), want)
+    torch.testing.assert_close(
+        torch.compile(lambda x: linear(x, w), backend="aot_eager", fullgraph=True)(x), want
+    )
     torch.testing.assert_close(linear(x.requires_grad_(), w), want)
+
+
+def test_autocast_stays_out_of_implementations():
+    """A composite that multiplies float32 tiles gets float32, forward and backward."""
+    x = torch.randn(8, 64, requires_grad=True)
+    w, ends = torch.randn(2, 16, 64, requires_grad=True), torch.tensor([4, 8])
+    want = transom.grouped_gemm(x.bfloat16(), w, ends)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = transom.grouped_gemm(x, w, ends)
+        got.float().sum().backward()  # inside autocast: gradient operators too
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    exact = w.detach().sum(1).repeat_interleave(4, 0)
+    assert float((x.grad - exact).abs().max()) < 2e-2 * float(exact.abs().max())
+    logits = torch.randn(3, 4, 4)
+    alone = transom.sinkhorn(logits, iterations=3, eps=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(transom.sinkhorn(logits, iterations=3, eps=1e-6), alone)

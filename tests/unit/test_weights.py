@@ -10,11 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from transom import codes, weights
+from transom import weights
 from transom.weights import (
     QuantizedWeight,
+    codes,
+    fn_from_fnuz,
+    fnuz_from_fn,
     gather_rows,
     logical_shape,
+    quantized_weight,
     weight_args,
     weight_from,
     weight_tile,
@@ -113,7 +117,7 @@ def test_edge_16_a_transposed_payload_dequantises_to_contiguous_memory(rng):
 def test_dequantize_in_tiles_changes_no_bit(rng, kind, monkeypatch):
     w = make(rng, kind, (3, 37, 66))
     whole = w.dequantize()
-    monkeypatch.setattr(weights, "TILE_ELEMENTS", 500)
+    monkeypatch.setattr(quantized_weight, "TILE_ELEMENTS", 500)
     assert torch.equal(w.dequantize(), whole)
 
 
@@ -443,13 +447,13 @@ def test_fnuz_conversion_keeps_every_value(e8m0):
     every = torch.arange(256, dtype=torch.uint8)
     scale = torch.tensor([100], dtype=torch.uint8) if e8m0 else torch.tensor([0.3])
     decoded = codes.decode_e8m0 if e8m0 else torch.Tensor.float
-    values, scales = codes.fnuz_from_fn(every, scale)
+    values, scales = fnuz_from_fn(every, scale)
     there = values.view(torch.float8_e4m3fnuz).float() * decoded(scales)
     here = codes.decode_e4m3(every) * decoded(scale)
     torch.testing.assert_close(there, here, rtol=0, atol=0, equal_nan=True)
 
     exact = every[(every & 0x7F) != 0x7F]
-    values, scales = codes.fn_from_fnuz(exact, scale)
+    values, scales = fn_from_fnuz(exact, scale)
     there = exact.view(torch.float8_e4m3fnuz).float() * decoded(scale)
     here = codes.decode_e4m3(values) * decoded(scales)
     torch.testing.assert_close(here, there, rtol=0, atol=0, equal_nan=True)
@@ -457,7 +461,7 @@ def test_fnuz_conversion_keeps_every_value(e8m0):
 
 def test_fnuz_bytes_that_cannot_keep_their_bits_are_rounded_to_the_nearest():
     every = torch.arange(256, dtype=torch.uint8)
-    values, scales = codes.fn_from_fnuz(every, torch.tensor([0.5]))
+    values, scales = fn_from_fnuz(every, torch.tensor([0.5]))
     meant = every.view(torch.float8_e4m3fnuz).float()
     assert scales.item() == 0.5
     assert torch.equal(values & 0x7F, meant.to(torch.float8_e4m3fn).view(torch.uint8) & 0x7F)

@@ -1,0 +1,133 @@
+"""The layout of a quantised weight: its spec, its shapes, the dtypes its parts are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .quantized_weight import QuantizedWeight
+
+FORMATS = ("int8", "int4", "fp8", "mxfp4")
+DEFAULT_GROUP = {"int8": (1, 0), "int4": (1, 128), "fp8": (128, 128), "mxfp4": (1, 32)}
+
+
+def logical_shape(values_shape: Sequence[int], spec: str) -> tuple[int, ...]:
+    """The shape in elements of a payload of that shape (sizes may be symbolic); "" is a tensor."""
+    if spec.startswith(("int4", "mxfp4")):
+        return (*values_shape[:-1], values_shape[-1] * 2)
+    return tuple(values_shape)
+
+
+def parse_spec(spec: str) -> tuple[str, int, int]:
+    """ "fp8:128x64" -> ("fp8", 128, 64)."""
+    format, _, group = spec.partition(":")
+    rows, _, columns = group.partition("x")
+    return format, int(rows), int(columns)
+
+
+def grid_size(extent: int, block: int) -> int:
+    """How many blocks cover `extent` elements; a block of 0 is the whole extent."""
+    return -(-extent // block) if block else min(extent, 1)
+
+
+def checked_group(
+    format: str, group: int | tuple[int, int] | None, caller: str = "QuantizedWeight"
+) -> tuple[int, int]:
+    """(rows, columns) of `group` for `format`, with the format's default for None.
+
+    Raises ValueError if there is no such format or the format has no such group.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"{caller}: format is {format!r}; expected one of {', '.join(FORMATS)}")
+    if group is None:
+        return DEFAULT_GROUP[format]
+    rows, columns = (1, group) if isinstance(group, int) else group
+    if rows < 0 or columns < 0:
+        raise ValueError(f"{caller}: group is {group}; expected sizes >= 0 (0: the whole extent)")
+    if format == "mxfp4" and (rows, columns) != (1, 32):
+        raise ValueError(f"{caller}: group is {rows}x{columns}; mxfp4 has one scale for each 1x32")
+    return rows, columns
+
+
+def parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """(values, scales, zeros, spec): all that reading `weight` needs."""
+    held: dict[str, Any] = weight._buffers  # nn.Module.__getattr__ is three times as slow
+    return held["values"], held["scales"], held["zeros"], weight.spec
+
+
+# Parts as they are stored
+
+
+def stored_values(format: str, values: Tensor) -> Tensor:
+    """The payload as bytes, viewed, never converted."""
+    stored = torch.int8 if format == "int8" else torch.uint8
+    same_bytes = {
+        "int8": (),
+        "fp8": ("float8_e4m3fn",),
+        "int4": ("int8",),
+        "mxfp4": ("int8", "float4_e2m1fn_x2"),
+    }
+    if values.dtype != stored:
+        name = str(values.dtype).removeprefix("torch.")
+        if name not in same_bytes[format]:
+            hint = "; convert with fn_from_fnuz" if name == "float8_e4m3fnuz" else ""
+            expected = " or ".join((str(stored).removeprefix("torch."), *same_bytes[format]))
+            raise TypeError(
+                f"QuantizedWeight: values are {name}; {format} expects {expected}{hint}"
+            )
+        return values.view(stored)
+    return values
+
+
+def stored_scales(format: str, scales: Tensor, scale_format: str | None) -> Tensor:
+    """float32, or E8M0 bytes as uint8."""
+    if scale_format not in (None, "f32", "e8m0"):
+        raise ValueError(f"QuantizedWeight: scale_format is {scale_format!r}; expected f32 or e8m0")
+    name = str(scales.dtype).removeprefix("torch.")
+    if name == "float8_e8m0fnu":
+        scales = scales.view(torch.uint8)
+    elif scales.dtype in (torch.float16, torch.bfloat16):
+        scales = scales.float()
+    seen = {torch.uint8: "e8m0", torch.float32: "f32"}.get(scales.dtype)
+    allowed = {"mxfp4": ("e8m0",), "fp8": ("f32", "e8m0")}.get(format, ("f32",))
+    if scale_format is not None:
+        allowed = tuple(kind for kind in allowed if kind == scale_format)
+    if seen not in allowed:
+        words = {"f32": "float32", "e8m0": "E8M0 bytes (uint8 or float8_e8m0fnu)"}
+        if not allowed:
+            raise ValueError(
+                f"QuantizedWeight: scale_format is {scale_format}; {format} has none such"
+            )
+        hint = (
+            "; unpack the four E8M0 bytes of each int32 into rows first"
+            if scales.dtype == torch.int32
+            else ""
+        )
+        raise TypeError(
+            f"QuantizedWeight: scales are {name}; {format} expects "
+            f"{' or '.join(words[kind] for kind in allowed)}{hint}"
+        )
+    return scales
+
+
+def stored_zeros(format: str, zeros: Tensor | None) -> Tensor | None:
+    """uint8 for int4, nothing for the other formats."""
+    if (zeros is None) == (format == "int4"):
+        raise ValueError(
+            f"QuantizedWeight: zeros are {'missing' if zeros is None else 'given'}; "
+            f"{format} has {'a zero point for each group' if zeros is None else 'none'}"
+        )
+    if zeros is not None and zeros.dtype != torch.uint8:
+        raise TypeError(
+            f"QuantizedWeight: zeros are {str(zeros.dtype).removeprefix('torch.')}; expected uint8"
+        )
+    return zeros
+
+
+def dtype_and_shape(tensor: Tensor) -> str:
+    """ "float32 [2, 3]": a tensor as error messages show it."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
