@@ -221,6 +221,24 @@ def test_other_configurations(family: str, changes: dict[str, object]) -> None:
         m.agree(pieces(m.plain, ids, steps), pieces(m.patched, ids, steps))
 
 
+@pytest.mark.parametrize("length", [3, 127, 128, 129, 255, 256, 259])
+@torch.no_grad()
+def test_the_released_window_and_ratios(length: int) -> None:
+    """Window 128, CSA 4, HCA 128: the window's wrap, HCA's first entries, prompts of 3 mod 4."""
+    m = _released()
+    ids = prompt(1, length + 3, seed=length)
+    with nothing_slow():
+        steps = [length, 1, 1, 1]
+        m.agree(pieces(m.plain, ids, steps), pieces(m.patched, ids, steps))
+
+
+@functools.cache
+def _released() -> Twins:
+    csa, hca = "compressed_sparse_attention", "heavily_compressed_attention"
+    ratios = {csa: 4, hca: 128}
+    return twins("deepseek_v4", sliding_window=128, compress_rates=ratios, index_topk=16)
+
+
 @pytest.mark.parametrize("family", SPARSE)
 @torch.no_grad()
 def test_yarn_positions(family: str) -> None:

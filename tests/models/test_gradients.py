@@ -10,8 +10,8 @@ from agreement import EXPERTS_ONLY, SPARSE, gradients, nothing_slow, prompt, twi
 # layers.
 CLOSE = 1e-4
 
-# A clamp (SwiGLU's limit) has a kink: where a value lies within rounding of the limit, one of the two
-# models may pass its gradient and the other not. About one seed in forty has such a value.
+# A clamp (SwiGLU's limit) has a kink: where a value lies within rounding of the limit, one of the
+# two models may pass its gradient and the other not. About one seed in forty has such a value.
 SEED = 7
 
 LENGTHS = (3, 4, 9, 22)
@@ -75,7 +75,7 @@ def test_gradient_checkpointing(family: str) -> None:
     m = twins(family, seed=SEED)
     ids = prompt(2, 10)
     expected = gradients(m.plain, ids, use_cache=False)
-    m.patched.gradient_checkpointing_enable()
+    m.patched.activation_checkpointing_enable()
     compare(expected, gradients(m.patched, ids, use_cache=False))
 
 

@@ -177,9 +177,9 @@ def test_the_report_names_every_module_and_prints() -> None:
     assert len(report) == len(list(report)) == len(report.replaced) == 25
     assert not report.left_alone
     by_path = {r.path: r for r in report}
-    assert (
-        "top 3" in by_path["model.layers.1.self_attn"].operators
-        or "3 entries" in by_path["model.layers.1.self_attn"].operators
+    assert by_path["model.layers.1.self_attn"].operators == (
+        "sparse_attention over a window of 6 and 3 entries of 4 tokens (CSA), "
+        "compress_kv, lightning_indexer"
     )
     assert by_path["model.layers.0.mlp.gate"].operators == "route (ids from the table)"
     text = str(report)

@@ -1,0 +1,321 @@
+"""DeepSeek-V4 of transformers through the operators: attention, compressors, indexer, routing, mHC.
+
+Attention can't come in through the attention registry: there a selection of entries arrives as a
+dense mask over all of them. So the module's forward is replaced; its projections, norms, rotations
+and caches stay Hugging Face's own, in their layout, and a sequence can go on with or without the
+patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
+
+import transom
+from transom.kernels.attention.compress_kv import CompressState
+
+from .patching import Family, Replacement
+from .slots import SLOTS, covered
+
+# Public signatures are those of the operators' fronts, which a type checker does not see.
+_ops: Any = transom
+
+_SCORES = {"SqrtSoftplusActivation": "sqrtsoftplus", "Sigmoid": "sigmoid"}
+
+
+class DeepseekV4Attention(hf.DeepseekV4Attention):
+    """Window, HCA or CSA attention as one `sparse_attention` over entries, window and sink."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the original; without `Slots` (see slots.py) it is the original."""
+        slots = kwargs.pop(SLOTS, None)
+        if not covered(slots, "DeepseekV4Attention"):
+            return super().forward(
+                hidden_states,
+                position_embeddings,
+                position_ids,
+                attention_mask,
+                past_key_values,
+                **kwargs,
+            )
+        batch, queries = hidden_states.shape[:2]
+        cos, sin = position_embeddings[self.rope_layer_type]
+        q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
+        q = self.q_b_norm(self.q_b_proj(q_residual).view(batch, queries, -1, self.head_dim))
+        q = hf.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2)
+        kv = self.kv_norm(self.kv_proj(hidden_states)).view(batch, 1, queries, self.head_dim)
+        kv = hf.apply_rotary_pos_emb(kv, cos, sin)
+        if past_key_values is not None:
+            kv = past_key_values.update(kv, kv, self.layer_idx)[0]
+        local = kv.squeeze(1)
+
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        entries, indices, visible = local[:, :0], None, None
+        if self.compressor is not None:
+            entries = _entries(self.compressor, "compressor", hidden_states, layer)
+            count = (position_ids + 1) // self.compressor.compress_rate
+            count = count.clamp(0, entries.shape[1]).expand(batch, queries)
+            if self.layer_type == "compressed_sparse_attention":
+                with torch.no_grad():  # what is selected is an index; no gradient passes
+                    indices = _select(
+                        self.compressor.indexer,
+                        hidden_states,
+                        q_residual,
+                        position_ids,
+                        layer,
+                        count,
+                    )
+            elif queries > 1:  # a single query sees every entry that there is, as in the original
+                visible = count
+        o = _ops.sparse_attention(
+            q,
+            entries.to(q.dtype),
+            indices,
+            visible=visible,
+            local_kv=local,
+            window=self.sliding_window,
+            sink=_as_or_wide(self.sinks, q),
+            scale=self.scaling,
+            local_valid=slots.last(local.shape[1], local.device),
+        )
+        # Values were rotated with their keys: turned back at the query's position.
+        o = hf.apply_rotary_pos_emb(o, cos, -sin, unsqueeze_dim=2)
+        grouped = o.reshape(batch, queries, self.config.o_groups, -1)
+        return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
+
+
+def _entries(part: Any, name: str, hidden_states: Tensor, layer: Any) -> Tensor:
+    """entries[B, N, D] of the compressor or indexer `part`, with those in the cache `layer`."""
+    m, dim = part.compress_rate, part.head_dim
+    overlap = not isinstance(part, hf.DeepseekV4HCACompressor)
+    kv, gate, first = part.kv_proj(hidden_states), part.gate_proj(hidden_states), 0
+    if layer is not None:
+        kv, gate, first = layer.store_compression_weights(name, kv, gate)
+    if kv.shape[1] < m:
+        entries = kv.new_zeros(kv.shape[0], 0, dim)
+    else:
+        state = None
+        if overlap and layer is not None:
+            block = kv[:, -m:][:, None], (gate[:, -m:] + part.position_bias)[:, None]
+            state = _previous_block(*layer.update_overlap_state(name, *block, dim))
+        entries, _ = _ops.compress_kv(kv, gate, part.position_bias, overlap=overlap, state=state)
+        entries = part.kv_norm(entries)
+        positions = torch.arange(entries.shape[1], device=entries.device) * m + first
+        positions = positions.unsqueeze(0).expand(entries.shape[0], -1)
+        cos, sin = part.rotary_emb(entries, position_ids=positions, layer_type=part.rope_layer_type)
+        entries = hf.apply_rotary_pos_emb(entries.unsqueeze(1), cos, sin).squeeze(1)
+    return entries if layer is None else layer.update_compressor_states(name, entries)
+
+
+def _previous_block(kv: Tensor | None, gate: Tensor | None) -> CompressState | None:
+    """compress_kv's state before a whole block, from the half of its channels in the cache."""
+    if kv is None or gate is None:
+        return None
+    wide = torch.promote_types(kv.dtype, torch.float32)
+    m, dim = kv.shape[1:]
+    # The second half of the previous block's channels is never read again; the m rows after it are
+    # not filled yet.
+    return CompressState(
+        nn.functional.pad(kv.to(wide), (0, dim, 0, m)),
+        nn.functional.pad(gate.to(wide), (0, dim, 0, m), value=-torch.inf),
+        position=0,
+    )
+
+
+def _select(
+    indexer: Any,
+    hidden_states: Tensor,
+    q_residual: Tensor,
+    position_ids: Tensor,
+    layer: Any,
+    count: Tensor,
+) -> Tensor | None:
+    """indices[B, S, K]: the best of each query's first count[B, S] entries; None without any."""
+    keys = _entries(indexer, "indexer", hidden_states, layer)
+    if not keys.shape[1]:
+        return None
+    batch, queries = hidden_states.shape[:2]
+    cos, sin = indexer.rotary_emb(
+        hidden_states, position_ids=position_ids, layer_type=indexer.rope_layer_type
+    )
+    q = indexer.q_b_proj(q_residual).view(batch, queries, -1, indexer.head_dim)
+    q = hf.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2)
+    scorer = indexer.scorer
+    weights = scorer.weights_proj(hidden_states).float() * (
+        scorer.weights_scaling * scorer.softmax_scale
+    )
+    top_k = min(indexer.index_topk, keys.shape[1])
+    return _ops.lightning_indexer(q, keys.to(q.dtype), weights, top_k, visible=count)
+
+
+class DeepseekV4TopKRouter(hf.DeepseekV4TopKRouter):
+    """Top-k routing: `route` on the logits of the learned gate."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the original: logits, weights, ids."""
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        ids, weights = _ops.route(
+            logits,
+            self.top_k,
+            score=_SCORES[type(self.score_fn).__name__],
+            bias=self.e_score_correction_bias,
+            scale=self.routed_scaling_factor,
+        )
+        return logits, weights.to(logits.dtype), ids.long()
+
+
+class DeepseekV4HashRouter(hf.DeepseekV4HashRouter):
+    """Hash routing: `route` with the ids of the token's row in the table."""
+
+    def forward(self, hidden_states: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the original: logits, weights, ids."""
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        preset = self.tid2eid[input_ids.reshape(-1)].long()
+        ids, weights = _ops.route(
+            logits,
+            self.top_k,
+            score=_SCORES[type(self.score_fn).__name__],
+            scale=self.routed_scaling_factor,
+            preset=preset,
+        )
+        return logits, weights.to(logits.dtype), ids.long()
+
+
+class DeepseekV4HyperConnection(hf.DeepseekV4HyperConnection):
+    """The coefficients of one sublayer and its input: `mhc_pre`."""
+
+    def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the original: post[B, S, R], comb[B, S, R, R] and the collapsed input [B, S, D]."""
+        h, post, comb = _ops.mhc_pre(
+            hidden_streams,
+            *(_as_or_wide(p, hidden_streams) for p in (self.fn, self.scale, self.base)),
+            iterations=self.hc_sinkhorn_iters,
+            eps=self.hc_eps,
+            rms_eps=self.input_norm.eps,
+            post_scale=2.0,
+        )
+        return post, comb, h
+
+
+class DeepseekV4HyperHead(hf.DeepseekV4HyperHead):
+    """The last collapse of the streams: `mhc_head`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the original: [B, S, R, D] -> [B, S, D]."""
+        coefficients = (_as_or_wide(p, x) for p in (self.hc_fn, self.hc_scale, self.hc_base))
+        return _ops.mhc_head(x, *coefficients, eps=self.eps, rms_eps=self.input_norm.eps)
+
+
+class DeepseekV4DecoderLayer(hf.DeepseekV4DecoderLayer):
+    """A block whose two residual mixes are `mhc_post`."""
+
+    def forward(
+        self, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As the original: [B, S, R, D] -> [B, S, D] streams of the same shape."""
+        post, comb, collapsed = self.attn_hc(hidden_states)
+        f, _ = self.self_attn(self.input_layernorm(collapsed), **kwargs)
+        hidden_states = _mix(f, hidden_states, post, comb)
+        post, comb, collapsed = self.ffn_hc(hidden_states)
+        f = self.mlp(self.post_attention_layernorm(collapsed), input_ids=input_ids)
+        return _mix(f, hidden_states, post, comb)
+
+
+def _mix(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    # Hugging Face rounds both coefficients to the streams' dtype before it mixes.
+    return _ops.mhc_post(f.to(x.dtype), x, post.to(x.dtype), comb.to(x.dtype))
+
+
+def _as_or_wide(parameter: Tensor, x: Tensor) -> Tensor:
+    """`parameter` if the operators take it beside x as it is, else in float32."""
+    return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.float()
+
+
+def _attention_operators(module: Any) -> str:
+    window = f"sparse_attention over a window of {module.sliding_window}"
+    if module.layer_type == "sliding_attention":
+        return window
+    m = module.compressor.compress_rate
+    if module.layer_type == "heavily_compressed_attention":
+        return f"{window} and all entries of {m} tokens (HCA), compress_kv"
+    top = module.compressor.indexer.index_topk
+    return f"{window} and {top} entries of {m} tokens (CSA), compress_kv, lightning_indexer"
+
+
+def _refuse_attention(module: Any) -> str | None:
+    known = {
+        "sliding_attention": type(None),
+        "heavily_compressed_attention": hf.DeepseekV4HCACompressor,
+        "compressed_sparse_attention": hf.DeepseekV4CSACompressor,
+    }
+    if module.layer_type not in known:
+        return f"layer type is {module.layer_type!r}; covered: {', '.join(known)}"
+    if type(module.compressor) is not known[module.layer_type]:
+        return (
+            f"its compressor is a {type(module.compressor).__name__}; covered: {hf.__name__}'s own"
+        )
+    if module.compressor is not None and hasattr(module.compressor, "indexer"):
+        if type(module.compressor.indexer) is not hf.DeepseekV4Indexer:
+            name = type(module.compressor.indexer).__name__
+            return f"its indexer is a {name}; covered: {hf.__name__}'s own"
+    chosen = module.config._attn_implementation
+    if chosen not in ("eager", None):
+        return f"the attention chosen is {chosen!r}; covered: eager"
+    return None
+
+
+def _refuse_router(module: Any) -> str | None:
+    score = type(module.score_fn).__name__
+    if score not in _SCORES:
+        return f"its scoring function is {score}; covered: sqrtsoftplus, sigmoid"
+    if type(module.score_fn) not in (type(ACT2FN["sqrtsoftplus"]), nn.Sigmoid):
+        return (
+            f"its scoring function is a {score} of another library; covered: sqrtsoftplus, sigmoid"
+        )
+    return None
+
+
+def _never(module: Any) -> str | None:
+    return None
+
+
+def _always(text: str) -> Any:
+    return lambda module: text
+
+
+FAMILY = Family(
+    replacements=(
+        Replacement(
+            hf.DeepseekV4Attention, DeepseekV4Attention, _attention_operators, _refuse_attention
+        ),
+        Replacement(
+            hf.DeepseekV4TopKRouter, DeepseekV4TopKRouter, _always("route"), _refuse_router
+        ),
+        Replacement(
+            hf.DeepseekV4HashRouter,
+            DeepseekV4HashRouter,
+            _always("route (ids from the table)"),
+            _refuse_router,
+        ),
+        Replacement(
+            hf.DeepseekV4HyperConnection, DeepseekV4HyperConnection, _always("mhc_pre"), _never
+        ),
+        Replacement(hf.DeepseekV4HyperHead, DeepseekV4HyperHead, _always("mhc_head"), _never),
+        Replacement(hf.DeepseekV4DecoderLayer, DeepseekV4DecoderLayer, _always("mhc_post"), _never),
+    ),
+    base=hf.DeepseekV4Model,
+    attention=hf.DeepseekV4Attention,
+    mixes=True,
+)

@@ -1,0 +1,198 @@
+"""What an attention module needs to know about a call: which slots of the sequence hold a token.
+
+A transformers model turns its attention mask into a dense [B, 1, S, N] tensor before the layers
+run. Causality and the window follow from the positions alone, so all that is left to say is one bit
+a token. A hook in front of the base model's forward says it (`Slots`), or says why this call is not
+covered (`Uncovered`): then the attention modules run their original forward, with the dense mask
+that the model makes as ever.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transom import config
+from transom.errors import NotSupported, SlowPath
+
+SLOTS = "transom_slots"
+"""The keyword under which the layers hand `Slots` or `Uncovered` on to their attention."""
+
+_FORWARD = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """`past` tokens before this call; valid[B, past + S]: False for padding; None: no padding."""
+
+    past: int
+    valid: Tensor | None = None
+    _packed: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
+
+    def last(self, count: int, device: torch.device) -> Tensor | None:
+        """valid[B, count] of the last `count` slots, or None if no slot is padding."""
+        return (
+            None if self.valid is None else self.valid[:, self.valid.shape[1] - count :].to(device)
+        )
+
+    def packed(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """order[B, N]: slots, tokens in front; visible[B, S]: tokens up to each query's own slot.
+
+        Only for calls with padding: with keys in this order a query sees a prefix of them.
+        """
+        if self.valid is None:
+            raise ValueError("Slots.packed: no slot is padding; nothing to pack")
+        if not self._packed:
+            order = torch.argsort((~self.valid).to(torch.int8), dim=1, stable=True)
+            self._packed.append((order, self.valid.cumsum(1)[:, self.past :]))
+        order, visible = self._packed[0]
+        return order.to(device), visible.to(device)
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """Why this call runs Hugging Face's own attention: what was seen; what is covered."""
+
+    reason: str
+
+
+def covered(slots: object, name: str) -> bool:
+    """True if attention may run through the operators; else warns (`SlowPath`) with the reason."""
+    if isinstance(slots, Slots):
+        return True
+    reason = (
+        slots.reason
+        if isinstance(slots, Uncovered)
+        else ("called outside the forward of the model that was patched; padding is not known here")
+    )
+    text = f"patch: {reason}; {name} runs Hugging Face's own attention"
+    mode = config.fallback()
+    if mode == "error":
+        raise NotSupported(text)
+    if mode == "warn":
+        warnings.warn(text, SlowPath, stacklevel=3)
+    return False
+
+
+def announce_slots(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a base model whose attention modules are all replaced: no dense mask."""
+    given = {**dict(zip(_FORWARD, args)), **kwargs}
+    given[SLOTS] = slots = read_slots(module, given)
+    if isinstance(slots, Slots):
+        # A dictionary of masks is taken as it is: one for every kind of layer, here for the only
+        # one there is.
+        given["attention_mask"] = {"indexed_attention": None}
+    return (), given
+
+
+def announce_slots_beside_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a base model of which some attention modules need the dense mask."""
+    given = {**dict(zip(_FORWARD, args)), **kwargs}
+    given[SLOTS] = read_slots(module, given)
+    return (), given
+
+
+def read_slots(module: nn.Module, given: dict[str, Any]) -> Slots | Uncovered:
+    """`Slots` of one call of the base model `module`, or the first reason why it is not covered."""
+    tokens = (
+        given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    )
+    if tokens is None:
+        return Uncovered("neither input_ids nor inputs_embeds was given; one is expected")
+    settings: Any = module.config
+    asked = given.get("output_attentions")
+    if getattr(settings, "output_attentions", False) if asked is None else asked:
+        return Uncovered(
+            "output_attentions is on; sparse attention has no attention matrix to return"
+        )
+    if module.training and settings.attention_dropout:
+        return Uncovered(
+            f"attention_dropout is {settings.attention_dropout} in training; only 0 is covered"
+        )
+    if settings._attn_implementation not in ("eager", "sdpa"):
+        return Uncovered(
+            f"the attention chosen is {settings._attn_implementation!r}; covered: eager, sdpa"
+        )
+    cache = given.get("past_key_values")
+    reason = _uncovered_cache(cache, settings)
+    if reason:
+        return Uncovered(reason)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    total = past + tokens.shape[1]
+    mask = given.get("attention_mask")
+    if mask is None:
+        positions = given.get("position_ids")
+        if cache is None and positions is not None and _restarts(positions):
+            return Uncovered(
+                "position_ids don't count up by one (packed sequences); covered: one sequence a row"
+            )
+        return Slots(past)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        seen = (
+            f"has {mask.ndim} dims" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        )
+        return Uncovered(f"attention_mask {seen}; covered: [B, tokens], one bit a token")
+    if mask.shape[1] != total:
+        return Uncovered(f"attention_mask has {mask.shape[1]} slots; the sequence has {total}")
+    valid = mask.to(device=tokens.device, dtype=torch.bool)
+    # One look at the values a call, as transformers itself takes it; not while tracing, where it
+    # would break the graph.
+    if not torch.compiler.is_compiling() and bool(valid.all()):
+        return Slots(past)
+    return Slots(past, valid)
+
+
+def _restarts(positions: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    return positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
+
+
+def _uncovered_cache(cache: Any, settings: Any) -> str | None:
+    """The sentence why this cache is not covered, or None."""
+    if cache is None:
+        return None
+    from transformers.cache_utils import (
+        Cache,
+        DynamicCache,
+        DynamicIndexedLayer,
+        DynamicSlidingWindowLayer,
+    )
+
+    if type(cache) not in (Cache, DynamicCache):
+        return f"the cache is a {type(cache).__name__}; covered: DynamicCache"
+    layers = settings.num_hidden_layers
+    if len(cache.layers) < layers:
+        return (
+            f"the cache has {len(cache.layers)} layers and the model {layers}; "
+            "make it with DynamicCache(config=...)"
+        )
+    expected = {
+        "indexed_attention": DynamicIndexedLayer,
+        "sliding_attention": DynamicSlidingWindowLayer,
+    }
+    if settings.model_type == "deepseek_v4":
+        from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
+
+        expected["heavily_compressed_attention"] = v4.DeepseekV4HCACache
+        expected["compressed_sparse_attention"] = v4.DeepseekV4CSACache
+    for i, kind in enumerate(settings.layer_types[:layers]):
+        if type(cache.layers[i]) is not expected.get(kind):
+            name = type(cache.layers[i]).__name__
+            return f"layer {i} of the cache is a {name}; covered: DynamicCache(config=...)"
+    return None
