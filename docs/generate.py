@@ -56,8 +56,21 @@ def page(op: Op) -> str:
     return (
         f"### `{op.name}`\n\n```python\ntransom.{op.name}{signature}\n```\n\n"
         f"```text\n{text}\n```\n\n"
-        f"Declared as `{op.shapes_text}`; dtypes `{op.dtypes_text}`.\n"
+        f"Declared as `{op.shapes_text}`; dtypes `{op.dtypes_text}`. {transforms(op)}\n"
     )
+
+
+def transforms(op: Op) -> str:
+    """What vmap and autocast do with an operator."""
+    casts = {
+        mode: ", ".join(n for n, m in op.autocast.items() if m == mode) for mode in ("low", "f32")
+    }
+    cast = "; ".join(
+        f"autocast casts {names} to {'its dtype' if mode == 'low' else 'float32'}"
+        for mode, names in casts.items() if names
+    )  # fmt: skip
+    batch = f"vmap folds into {op.batch}" if op.batch else "no vmap"
+    return f"{batch}; {cast or 'autocast changes nothing'}."
 
 
 INTRODUCTION = """\
@@ -75,6 +88,11 @@ at trace time for shapes and dtypes, at run time for values). *Values* (offsets 
 out of range, ...) are checked on CPU tensors at every call. On accelerators that would wait for
 the device, so they are checked there only with `TRANSOM_DEBUG=1`; without it, out-of-range values
 are clamped before an address is formed from them, and results for them are unspecified.
+
+**Transforms.** `torch.vmap` is free where calls along a leading dim are independent: it folds into
+that dim, and refuses by name an argument that the dim shares. Autocast casts the arguments that an
+operator names; inside implementations it is off. `torch.compile(fullgraph=True)` and
+`torch.export` keep each operator as one node.
 
 **Gradients** are first order, deterministic, and operators of their own, so that they too are
 selected, recorded and explained.

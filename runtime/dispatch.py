@@ -146,13 +146,7 @@ def facts_of(op: Op[..., Any], values: Sequence[Any], gradient: bool = False) ->
     tensors, arguments = op.tensors(values), op.arguments(values)
     kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
     bound = op.validate({name: tensor.shape for name, tensor in tensors.items()}, kinds, arguments)
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{op.name}: {name} is on {tensor.device}; {first_name} is on {first.device}"
-            )
-    device = first.device
+    device = op.check_devices({name: tensor.device for name, tensor in tensors.items()})
     return Facts(
         device.type, _device.arch(device.type, device.index or 0), kinds, bound,
         {name: _layout(tensor) for name, tensor in tensors.items()}, arguments, gradient,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from . import dispatch, torch_op
@@ -115,6 +116,7 @@ class Op(Generic[P, R]):
         self._sample: Callable[..., Mapping[str, Any]] | None = None
         self._gradient: Gradient | None = None
         self._front: Callable[..., Any] | None = None
+        self._front_tensors: tuple[tuple[int, str, bool, bool], ...] = ()
         self._plans: dict[Any, dispatch.Plan] = {}
         self._loaded: set[str] = set()
         glue = call_glue(self.name, self.parameters)
@@ -182,9 +184,16 @@ class Op(Generic[P, R]):
         """The public call, when it differs from the declared one: (call, ...) -> result, calling
         `call` once."""
         self._front = function
+        function.__name__ = function.__qualname__ = self.name  # a missing argument names it
         self.__doc__ = function.__doc__ or self.__doc__
         signature = inspect.signature(function)
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        parameters = list(signature.parameters.values())[1:]
+        self.__signature__ = signature.replace(parameters=parameters)
+        self._front_tensors = tuple(
+            (i, p.name, str(p.annotation).startswith("Weight"), "None" in str(p.annotation))
+            for i, p in enumerate(parameters)
+            if str(p.annotation).startswith(("Tensor", "Weight"))
+        )
         return function
 
     def impl(
@@ -240,6 +249,11 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self._front is not None:
+            for at, name, weight, optional in self._front_tensors:
+                if at < len(args) or name in kwargs:
+                    value = args[at] if at < len(args) else kwargs[name]
+                    if not (optional and value is None):
+                        self._check_tensor(name, value, weight)
             return self._front(self.call, *args, **kwargs)
         return self.call(*args, **kwargs)
 
@@ -248,8 +262,7 @@ class Op(Generic[P, R]):
         values = self._bind(*args, **kwargs)
         if torch_op.direct(self, values):
             return dispatch.run(self, values)
-        if not torch_op.compiling():
-            self._check_types(values)
+        self._check_types(values)
         if torch_op.transformed(self):
             return torch_op.apply_transformed(self, self._flatten(*values))
         return self.torch_op(*self._flatten(*values))
@@ -293,12 +306,13 @@ class Op(Generic[P, R]):
                         f"{self.name}: {p.name} is {value!r}; "
                         f"expected {p.type.replace('?', ' or None')}"
                     )
-            elif not isinstance(value, (Tensor, QuantizedWeight)) and not (
-                value is None and p.type == "Tensor?"
-            ):
-                raise TypeError(
-                    f"{self.name}: {p.name} is {type(value).__name__}; expected a torch.Tensor"
-                )
+            elif not (value is None and p.type == "Tensor?"):
+                self._check_tensor(p.name, value, p.role == "weight")
+
+    def _check_tensor(self, name: str, value: Any, weight: bool) -> None:
+        if not isinstance(value, Tensor) and not (weight and isinstance(value, QuantizedWeight)):
+            kind = "torch.Tensor or QuantizedWeight" if weight else "torch.Tensor"
+            raise TypeError(f"{self.name}: {name} is {type(value).__name__}; expected a {kind}")
 
     def validate(
         self,
@@ -317,6 +331,14 @@ class Op(Generic[P, R]):
                 raise ValueError(f"{self.name}: {text}")
         return bound
 
+    def check_devices(self, devices: Mapping[str, torch.device]) -> torch.device:
+        """The device that the tensors of a call share; ValueError names one that is elsewhere."""
+        (first, device), *others = devices.items()
+        for name, other in others:
+            if other != device:
+                raise ValueError(f"{self.name}: {name} is on {other}; {first} is on {device}")
+        return device
+
     def outputs(self, bound: Bound, kinds: Mapping[str, Kind]) -> list[tuple[tuple[int, ...], Any]]:
         """Shape and dtype of every output."""
         return [
@@ -331,11 +353,9 @@ class Op(Generic[P, R]):
         bound = self.signature.bind(self.name, {n: t.shape for n, t in tensors.items()}, arguments)
         kinds = {n: kind_of(t) for n, t in tensors.items()}
         sizes = {n: t.nbytes / max(1, _count(t.shape)) for n, t in tensors.items()}
-        absent = dict.fromkeys(
-            self.signature.symbols(), 0
-        )  # dims that only tensors which were not given have
         scope = {
-            **absent,
+            # dims that only tensors which were not given have
+            **dict.fromkeys(self.signature.symbols(), 0),
             **{k: _count(v) if isinstance(v, tuple) else v for k, v in bound.items()},
             **arguments,
         }

@@ -106,7 +106,7 @@ def _slots(op: Op[..., Any]) -> list[tuple[Parameter, int]]:
 
 
 def _fake(op: Op[..., Any], flat: Sequence[Any]) -> Any:
-    shapes, kinds, arguments, first = {}, {}, {}, None
+    shapes, kinds, arguments, devices = {}, {}, {}, {}
     for p, at in _slots(op):
         value = flat[at]
         if p.role == "value":
@@ -115,12 +115,15 @@ def _fake(op: Op[..., Any], flat: Sequence[Any]) -> Any:
             spec = flat[at + 3] if p.role == "weight" else ""
             shapes[p.name] = logical_shape(value.shape, spec) if spec else value.shape
             kinds[p.name] = spec.partition(":")[0] if spec else value.dtype
-            first = value if first is None else first
+            devices[p.name] = value.device
     bound = op.validate(shapes, kinds, arguments)
+    op.check_devices(devices)
     if op.mutates:
         return None
-    assert first is not None
-    outputs = [first.new_empty(s, dtype=d) for s, d in op.outputs({**arguments, **bound}, kinds)]
+    device = next(iter(devices.values()))
+    outputs = [
+        torch.empty(s, dtype=d, device=device) for s, d in op.outputs({**arguments, **bound}, kinds)
+    ]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 

@@ -173,3 +173,38 @@ def test_autocast_stays_out_of_implementations():
     alone = transom.sinkhorn(logits, iterations=3, eps=1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(transom.sinkhorn(logits, iterations=3, eps=1e-6), alone)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training", "compiled"])
+def test_a_device_mismatch_is_seen_in_every_mode(mode):
+    x, w, ends = torch.randn(6, 4), torch.randn(3, 5, 4), torch.tensor([2, 2, 6])
+    call = transom.grouped_gemm
+    if mode == "compiled":
+        call = torch.compile(
+            lambda *a: transom.grouped_gemm(*a), backend="aot_eager", fullgraph=True
+        )
+    elif mode == "training":
+        x.requires_grad_()
+    with pytest.raises(Exception, match="grouped_gemm: weight is on meta; x is on cpu"):
+        call(x, w.to("meta"), ends)
+    with pytest.raises(Exception, match="grouped_gemm: weight is on cpu; x is on meta"):
+        call(x.to("meta"), w, ends)
+
+
+def test_plain_arguments_of_a_wrong_type_keep_their_line_under_compile():
+    step = torch.compile(
+        lambda x: transom.route(x, "two", score="softmax"), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match="route: k is 'two'; expected int"):
+        step(torch.randn(3, 8))
+
+
+def test_fronts_name_what_is_wrong_with_their_tensors():
+    kv = torch.randn(1, 4, 8)
+    with pytest.raises(TypeError, match="sparse_attention: q is list; expected a torch.Tensor"):
+        transom.sparse_attention([[1.0]], kv)
+    with pytest.raises(TypeError, match=r"sparse_attention\(\) missing 1 required .* 'kv'"):
+        transom.sparse_attention(torch.randn(1, 2, 2, 8))
+    weight = transom.quantize(torch.randn(4, 8), "int8")
+    with pytest.raises(TypeError, match="kv is QuantizedWeight; expected a torch.Tensor"):
+        transom.sparse_attention(torch.randn(1, 2, 2, 8), weight)
