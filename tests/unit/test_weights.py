@@ -174,10 +174,8 @@ class Uses(nn.Module):
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rebuilt = weight_from(*weight_args(self.weight))
-        assert isinstance(rebuilt, QuantizedWeight)
-        tile = weight_tile(rebuilt, 1, 2, 6, x.dtype)
-        return x @ tile.T + rebuilt.shape[1] + (rebuilt.format == "fp8")
+        tile = weight_tile(self.weight, 1, 2, 6, x.dtype)
+        return x @ tile.T + self.weight.shape[1] + (self.weight.format == "fp8")
 
 
 def test_fullgraph_compile_traces_tiles_and_attributes(rng, kind):
