@@ -1,8 +1,8 @@
 """The conformance kit: what an implementation must show, generated from the operators'
 declarations.
 
-    pytest --pyargs transom.conformance [--transom-impl NAME] [--transom-device TYPE] [--transom-ops
-    a,b] [--transom-examples N]
+    python -m transom.conformance [--transom-impl NAME] [--transom-device TYPE]
+        [--transom-ops a,b] [--transom-examples N] [any option of pytest]
 
 Level 1, requirements: what it accepts runs, what it refuses has a sentence. Level 2, numbers:
 against the NumPy float64 reference under one tolerance model (tolerance.py), over shapes, dtypes,
