@@ -24,9 +24,14 @@ NOT_SOURCE = shutil.ignore_patterns(
 )  # fmt: skip
 
 
+# Of the environment that a test runs in: what would change where the package comes from or what
+# importing it costs.
+DROPPED = ("PYTHONPATH", "TRANSOM_NO_EXT", "PYTHONDONTWRITEBYTECODE")
+
+
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """What the command printed; a failure shows it and fails the test."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRANSOM_NO_EXT")}
+    inherited = {k: v for k, v in os.environ.items() if k not in DROPPED}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,

@@ -44,6 +44,12 @@ def test_the_installed_command_answers(installed: Environment, tmp_path: Path) -
     assert "doctor" in run(installed.python.parent / "transom", "--help", cwd=tmp_path)
 
 
+def test_the_installed_kit_runs_with_its_options(installed: Environment, tmp_path: Path) -> None:
+    chosen = "--transom-ops", "sinkhorn", "--transom-examples", "2"
+    said = run(installed.python, "-m", "transom.conformance", *chosen, cwd=tmp_path)
+    assert " passed" in said and "failed" not in said
+
+
 def test_an_editable_install_uses_the_folders(editable: tuple[Environment, Path]) -> None:
     environment, source = editable
     folders = ("runtime", "kernels", "backends", "tests/conformance", "csrc/include")
