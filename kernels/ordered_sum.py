@@ -22,14 +22,16 @@ def add_rows(into: Tensor, index: Tensor, rows: Tensor) -> None:
     if index.shape[0] == 0 or into.numel() == 0:
         return
     skipped = index < 0
-    # A multiplication by zero would let NaN through, so skipped rows are replaced by zeros;
-    # filtering them out would need their number, which is a synchronisation on an accelerator. The
-    # zeros are spread over all rows, since a device adds what goes to one row one after the other.
-    rows = rows.masked_fill(skipped[:, None], 0)
-    spread = torch.arange(index.shape[0], device=index.device) % into.shape[0]
-    index = torch.where(skipped, spread, index.long())
     if into.device.type == "cpu":
+        if skipped.any():
+            kept = (~skipped).nonzero()[:, 0]
+            index, rows = index[kept], rows.index_select(0, kept)
         # index_put_ splits its rows between threads on the CPU and adds them in any order.
         into.index_add_(0, index, rows)
-    else:
-        into.index_put_((index,), rows, accumulate=True)
+        return
+    # A multiplication by zero would let NaN through, so skipped rows are replaced by zeros;
+    # filtering them out would need their number, which is a synchronisation. The zeros are spread
+    # over all rows, since a device adds what goes to one row one after the other.
+    rows = rows.masked_fill(skipped[:, None], 0)
+    spread = torch.arange(index.shape[0], device=index.device) % into.shape[0]
+    into.index_put_((torch.where(skipped, spread, index.long()),), rows, accumulate=True)

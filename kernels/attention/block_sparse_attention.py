@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from transom.dtypes import accumulator
 from transom.kernels.ordered_sum import add_rows
 from transom.op import op
 
+from . import block_groups
 from .online_softmax import (
     OnlineSoftmax,
     finite,
@@ -28,6 +30,9 @@ from .online_softmax import (
 
 # Keys of a tile when a list is shared by more queries than fit with all its keys.
 SHARED_TILE = 1024
+# Temporaries of lists that no two queries share: their keys are loaded for a single query, so the
+# time goes into moving them, and what leaves the caches between two steps is moved again.
+CACHED = 16 * 2**20
 
 
 @op(
@@ -67,26 +72,34 @@ def block_sparse_attention(
     """o = sum_j softmax(scale * q . k)_j v_j over the tokens of listed blocks and the sink; lse.
 
     The declared operator behind the public function, which documents the arguments; here `scale` is
-    given and the lse is always returned. Temporaries stay within the workspace: lists are taken a
-    few at a time, long ones in tiles of keys with an online softmax over the tiles.
+    given and the lse is always returned. Temporaries stay within the workspace. Blocks that many
+    queries name are taken one by one, with all those queries; otherwise lists are taken a few at a
+    time, long ones in tiles of keys with an online softmax over the tiles.
     """
+    if at_once := block_groups.queries_at_once(q, v, block_indices, block_size):
+        return block_groups.forward(
+            q, k, v, block_indices, block_size, causal, sink, scale, at_once
+        )
     dtype = accumulator(q.dtype)
     o = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=dtype)
-    work = _Work.of(q, k, v, block_indices, block_size, causal, copies=3)
+    work = _Work.of(q, k, v, block_indices, block_size, causal, copies=(2, 3))
+    sources = _Rows.of(k), _Rows.of(v)
     sinks = None if sink is None else sink.to(dtype).view(work.kv_heads, 1, -1)
     for block in work.blocks():
         x = work.take(q, block).to(dtype) * scale
         softmax = OnlineSoftmax(x.shape[:-1], v.shape[3], x)
-        for place, loaded, seen in work.tiles(block, block_indices):
-            keys = work.load(k, block, place, loaded, dtype)
-            values = work.load(v, block, place, loaded, dtype)
-            logits = products(x, keys).masked_fill_(~seen, -torch.inf)
+        for tile in work.tiles(block, block_indices):
+            keys, values = (y.load(block.batches, tile.place).to(dtype) for y in sources)
+            logits = products(x, keys).masked_fill_(~tile.seen, -torch.inf)
             weights = softmax.weights(logits)
+            if work.span == 1:
+                softmax.add(mixtures(weights, values).masked_fill_(tile.blind, 0))
+                continue
             # Queries that share a list share its tokens, seen or not: NaN among the values must
-            # reach the queries that see it, and only those.
-            spoilt = ~values.isfinite().all(-1)
-            weights.masked_fill_(seen & spoilt[..., None, None, :], torch.nan)
+            # reach the queries that see it, and only those. 0 * v is not 0 where v is not finite.
+            spoilt = values.mul(0).sum(-1) != 0
+            weights.masked_fill_(tile.seen & spoilt[..., None, None, :], torch.nan)
             softmax.add(mixtures(weights, finite(values)))
         part, part_lse = softmax.finish(sinks)
         work.put(o, block, part)
@@ -101,6 +114,22 @@ class _Block(NamedTuple):
     lists: slice
     first: int
     width: int
+
+
+class _Tile(NamedTuple):
+    """The n keys that a block meets next, by token, as [batches, lists, Hkv, n].
+
+    `place` is safe to load. Where a list is one query's own, what the query does not see is
+    replaced by a token that it sees: then no weight of 0 meets a value that it must not meet.
+    `seen` says which query sees which key and broadcasts against the logits; `blind`, against what
+    a query collects from the tile, which list has no key that any of its queries sees. `loaded`
+    marks the keys that some query of the list sees.
+    """
+
+    place: Tensor
+    loaded: Tensor
+    seen: Tensor
+    blind: Tensor
 
 
 class _Work(NamedTuple):
@@ -130,18 +159,20 @@ class _Work(NamedTuple):
         indices: Tensor,
         block_size: int,
         causal: bool,
-        copies: int,
+        copies: tuple[int, int],
     ) -> _Work:
-        """The cut with which keys, values, logits (`copies` of each) and sums of a block fit the
-        workspace; at least one query and 16 keys."""
+        """The cut with which a block's keys and values, and its logits and sums, fit the workspace,
+        `copies` of the former and of the latter; at least one query and 16 keys."""
         (b, s, hq, d), (_, lists, kv_heads, length) = q.shape, indices.shape
         n, dv = k.shape[1], v.shape[3]
         item, budget = accumulator(q.dtype).itemsize, workspace_bytes()
-        span = -(-s // lists) if lists else 1
+        span = span_of(s, lists, block_size)
+        if span == 1:
+            budget = min(budget, CACHED)
         total = max(1, length * block_size)
-        per_key = item * kv_heads * (d + dv) * copies + 64 * kv_heads
-        per_query = item * hq * (d + dv) * copies
-        per_pair = item * hq * copies
+        per_key = item * kv_heads * (d + dv) * copies[0] + 64 * kv_heads
+        per_query = item * hq * (d + dv) * copies[1]
+        per_pair = item * hq * copies[1]
         whole = span * per_query + total * (per_key + span * per_pair)
         batches, at_once, width, tile = 1, 1, span, total
         if whole <= budget:
@@ -190,46 +221,66 @@ class _Work(NamedTuple):
         part = part.transpose(2, 3).flatten(1, 2).flatten(2, 3)
         into[block.batches, rows] = part[:, : rows.stop - rows.start]
 
-    def tiles(self, block: _Block, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(place, loaded, seen) of each tile of n keys: token numbers [batches, lists, Hkv, n],
-        safe to load; which of them any query of the block sees; and which query sees which,
-        broadcasting against [batches, lists, Hkv, width, Hq/Hkv, n]."""
+    def tiles(self, block: _Block, indices: Tensor) -> Iterator[_Tile]:
+        """The keys of a block, a tile at a time, in the order of the lists."""
         if self.keys == 0:
             return
         device = indices.device
-        here = indices[block.batches, block.lists]
+        # Clamped before it is multiplied: an id of 2**62 must not wrap round to a token.
+        named = indices[block.batches, block.lists].long().clamp(-1, self.keys)
         first = self.keys - self.queries + block.first
         lists = torch.arange(block.lists.start, block.lists.stop, device=device)
         position = first + lists[:, None] * self.span + torch.arange(block.width, device=device)
         for start in range(0, indices.shape[3] * self.block_size, self.keys_at_once):
             stop = min(start + self.keys_at_once, indices.shape[3] * self.block_size)
             slot = torch.arange(start, stop, device=device)
-            # Clamped before it is multiplied: an id of 2**62 must not wrap round to a token.
-            number = here.index_select(3, slot // self.block_size).long().clamp(-1, self.keys)
+            number = named.index_select(3, slot // self.block_size)
             place = number * self.block_size + slot % self.block_size
             exists = (number >= 0) & (place < self.keys)
             seen = exists[..., None, None, :]
             if self.causal:
                 seen = seen & (place[..., None, None, :] <= position[:, None, :, None, None])
-                exists = seen.any(3).squeeze(3)
-            yield place.clamp(0, self.keys - 1), exists, seen
+                exists = seen.any(3).squeeze(3) if self.span > 1 else seen[..., 0, 0, :]
+            largest = place.masked_fill(~exists, -1).amax(-1, keepdim=True)
+            place = torch.where(exists, place, largest.clamp(min=0))
+            yield _Tile(place, exists, seen, (largest < 0)[..., None, None])
 
-    def load(
-        self, x: Tensor, block: _Block, place: Tensor, loaded: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """x[B,N,Hkv,D] -> [batches, lists, Hkv, n, D], with 0 for what no query of the block
-        sees."""
-        batches = torch.arange(block.batches.start, block.batches.stop, device=x.device)
-        heads = torch.arange(self.kv_heads, device=x.device)[:, None]
-        rows = x[batches[:, None, None, None], place, heads]
-        return rows.masked_fill_(~loaded[..., None], 0).to(dtype)
 
-    def row_numbers(self, block: _Block, place: Tensor, loaded: Tensor) -> Tensor:
-        """Rows of [B*N*Hkv, D] at which loaded tokens stand, -1 for the others."""
-        batches = torch.arange(block.batches.start, block.batches.stop, device=place.device)
-        heads = torch.arange(self.kv_heads, device=place.device)[:, None]
-        token = batches[:, None, None, None] * self.keys + place
-        return torch.where(loaded, token * self.kv_heads + heads, -1)
+class _Rows(NamedTuple):
+    """x[B,N,Hkv,D] as a matrix, without a copy: token t of a batch and a head is its row
+    first[batch,0,head,0] + t * apart. Rows overlap where x's strides ask for it."""
+
+    matrix: Tensor
+    first: Tensor
+    apart: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Rows:
+        (b, n, h, d), (of_batch, of_token, of_head, of_element) = x.shape, x.stride()
+        moving = ((b, of_batch), (n, of_token), (h, of_head))
+        unit = gcd(*(stride for size, stride in moving if size > 1)) or 1
+        end = (b - 1) * of_batch + (n - 1) * of_token + (h - 1) * of_head
+        batches = torch.arange(b, device=x.device)[:, None, None, None] * (of_batch // unit)
+        heads = torch.arange(h, device=x.device)[:, None] * (of_head // unit)
+        matrix = x.as_strided((end // unit + 1 if b * n * h else 0, d), (unit, of_element))
+        return cls(matrix, batches + heads, of_token // unit)
+
+    def load(self, batches: slice, place: Tensor) -> Tensor:
+        """[batches, lists, Hkv, n, D] at the tokens `place`."""
+        number = place * self.apart + self.first[batches]
+        # Whole rows: torch takes several times as long to index with one tensor for each dim.
+        taken = self.matrix.index_select(0, number.flatten())
+        return taken.view(*place.shape, taken.shape[1])
+
+    def add(self, batches: slice, tile: _Tile, parts: Tensor) -> None:
+        """Add [batches, lists, Hkv, n, D] to the tokens of a tile that were loaded, in order."""
+        number = torch.where(tile.loaded, tile.place * self.apart + self.first[batches], -1)
+        add_rows(self.matrix, number.flatten(), parts.flatten(0, 3))
+
+
+def span_of(queries: int, lists: int, block_size: int) -> int:
+    """How many queries share a list: one, or those of a block."""
+    return 1 if lists == queries else max(1, min(block_size, queries))
 
 
 @op(
@@ -277,10 +328,16 @@ def block_sparse_attention_backward(
     float64), in a fixed order, and rounded once.
     *Source:* Dao et al. 2022, arXiv:2205.14135, appendix B, with a sink and a gradient of the lse.
     """
+    if at_once := block_groups.queries_at_once(q, v, block_indices, block_size):
+        dq, dk, dv, dsink = block_groups.backward(
+            do, dlse, q, k, v, block_indices, sink, o, lse, block_size, causal, scale, at_once
+        )
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsink.to(sink.dtype)
     dtype = accumulator(q.dtype)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv = k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
-    work = _Work.of(q, k, v, block_indices, block_size, causal, copies=6)
+    work = _Work.of(q, k, v, block_indices, block_size, causal, copies=(3, 6))
+    sources, sums = (_Rows.of(k), _Rows.of(v)), (_Rows.of(dk), _Rows.of(dv))
     sinks = sink.to(dtype).view(work.kv_heads, 1, -1)
     dsink = torch.zeros_like(sinks)
     for block in work.blocks():
@@ -290,19 +347,19 @@ def block_sparse_attention_backward(
         share = kept_share(norm, sinks).unsqueeze(-1)
         dsink -= (sink_share(norm, sinks) * delta).sum((0, 1, 3)).unsqueeze(1)
         dx = torch.zeros_like(x)
-        for place, loaded, seen in work.tiles(block, block_indices):
-            keys = work.load(k, block, place, loaded, dtype)
-            values = work.load(v, block, place, loaded, dtype)
-            logits = products(x * scale, keys).masked_fill_(~seen, -torch.inf)
+        for tile in work.tiles(block, block_indices):
+            keys, values = (y.load(block.batches, tile.place).to(dtype) for y in sources)
+            logits = products(x * scale, keys).masked_fill_(~tile.seen, -torch.inf)
             p = recomputed_weights(logits, norm)
             ds = products(dy, values).sub_(delta.unsqueeze(-1)).mul_(share).add_(dnorm)
             # p is 0 where a token is not seen, but do . v there may be NaN or have overflowed.
-            ds.mul_(p).mul_(scale).masked_fill_(~seen, 0)
-            dx += mixtures(ds, finite(keys))
-            rows = work.row_numbers(block, place, loaded).flatten()
-            add_rows(dk.flatten(0, 2), rows, gathered_back(ds, x, 3).flatten(0, 3))
-            p.mul_(share)
-            add_rows(dv.flatten(0, 2), rows, gathered_back(p, dy, 3).flatten(0, 3))
+            ds.mul_(p).mul_(scale).masked_fill_(~tile.seen, 0)
+            if work.span == 1:
+                dx += mixtures(ds, keys).masked_fill_(tile.blind, 0)
+            else:
+                dx += mixtures(ds, finite(keys))
+            sums[0].add(block.batches, tile, gathered_back(ds, x, 3))
+            sums[1].add(block.batches, tile, gathered_back(p.mul_(share), dy, 3))
         work.put(dq, block, dx)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink.flatten().to(sink.dtype)
 
@@ -328,8 +385,9 @@ def _(
     k, v           [B,N,Hkv,D] and [B,N,Hkv,Dv], Hq a multiple of Hkv; N may be 0.
     block_indices  [B,Sq,Hkv,L], int32 or int64. Block i is tokens i*block_size .. of k, the last
                    block may be short; ids < 0 or >= ceil(N/block_size) stand for none. A block
-                   named twice counts twice. Sq = S: a list for each query. Otherwise g = ceil(S/Sq)
-                   queries share a list, list i those from i*g, and Sq = ceil(S/g).
+                   named twice counts twice. Sq = S: a list for each query. Sq =
+                   ceil(S/block_size): a list for each block of queries; query s uses list
+                   s // block_size.
     block_size     tokens of a block, >= 1.
     causal         query s stands at N-S+s and sees tokens up to its own, also inside a block.
     sink           [Hq], q's dtype or float32: a logit per head that takes part in the denominator
@@ -362,11 +420,10 @@ def _layout(S: int, Sq: int, Hq: int, Hkv: int, block_size: int) -> str | None:
         return f"block_size is {block_size}; must be >= 1"
     if Hkv == 0 or Hq % Hkv:
         return f"q has Hq = {Hq} heads; must be a multiple of the Hkv = {Hkv} heads of k"
-    span = -(-S // Sq) if Sq else 0
-    if (span and Sq != -(-S // span)) or (S > 0) != (Sq > 0):
+    if Sq not in (S, -(-S // block_size)):
         return (
-            f"block_indices has Sq = {Sq} lists; expected S = {S}, or ceil(S/g) where g queries"
-            " share a list"
+            f"block_indices has Sq = {Sq} lists; expected S = {S} or ceil(S/block_size) ="
+            f" {-(-S // block_size)}"
         )
     return None
 
@@ -422,9 +479,9 @@ def _reference(
     (B, S, Hq, _), (_, N, Hkv, Dv) = q.shape, v.shape
     o, lse = np.zeros((B, S, Hq, Dv)), np.full((B, S, Hq), -np.inf)
     for b, s, h in np.ndindex(B, S, Hq):
-        span = -(-S // block_indices.shape[1])
+        own = s if block_indices.shape[1] == S else s // block_size
         g = h // (Hq // Hkv)
-        tokens = _seen_tokens(N, S, s, block_indices[b, s // span, g], block_size, causal)
+        tokens = _seen_tokens(N, S, s, block_indices[b, own, g], block_size, causal)
         if tokens:
             logits = scale * k[b, tokens, g] @ q[b, s, h]
             lse[b, s, h] = np.logaddexp.reduce(logits)
@@ -453,9 +510,9 @@ def _(
     for b, s, h in np.ndindex(B, S, Hq):
         if lse[b, s, h] == -np.inf:
             continue
-        span = -(-S // block_indices.shape[1])
+        own = s if block_indices.shape[1] == S else s // block_size
         g = h // (Hq // Hkv)
-        tokens = _seen_tokens(N, S, s, block_indices[b, s // span, g], block_size, causal)
+        tokens = _seen_tokens(N, S, s, block_indices[b, own, g], block_size, causal)
         keys, values = k[b, tokens, g], v[b, tokens, g]
         delta = do[b, s, h] @ o[b, s, h]
         with_sink = np.logaddexp(lse[b, s, h], sink[h])

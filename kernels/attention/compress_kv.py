@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +123,7 @@ def _(
     if state is None:
         entries, next_kv, next_gate = call(kv, gate, position_bias, overlap=overlap)
         return entries, CompressState(next_kv, next_gate, kv.shape[1])
+    _check_state(state, kv, position_bias, overlap)
     # Only the place within a block matters, and it takes few values: one plan serves all blocks.
     entries, next_kv, next_gate = call(
         kv,
@@ -133,6 +135,21 @@ def _(
         pending=state.position % max(1, position_bias.shape[0]),
     )
     return entries, CompressState(next_kv, next_gate, state.position + kv.shape[1])
+
+
+def _check_state(state: Any, kv: Tensor, position_bias: Tensor, overlap: bool) -> None:
+    """Refuse what is no state, and the state of another layer, by the sizes that a user knows."""
+    if not isinstance(state, CompressState):
+        raise TypeError(f"compress_kv: state is {type(state).__name__}; expected a CompressState")
+    if kv.dim() != 3 or position_bias.dim() != 2:
+        return  # the operator says what is wrong with them
+    m = position_bias.shape[0]
+    seen, expected = state.kv.shape, (kv.shape[0], 2 * m if overlap else m, kv.shape[2])
+    if tuple(seen) != expected:
+        raise ValueError(
+            f"compress_kv: state is of shape [B, R, W] = {list(seen)}; this kv with m = {m} and"
+            f" overlap = {overlap} has {list(expected)}"
+        )
 
 
 class _Rows:

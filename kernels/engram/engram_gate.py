@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transom import config
 from transom.dtypes import accumulator
+from transom.kernels.same_bits import sigmoid
 from transom.op import op
 
 _EXAMPLES = [
@@ -170,7 +171,7 @@ def _gate(dot: Tensor, clamp: float) -> Tensor:
     # Compared with 0 rather than by sign bit: whether a sum of negative zeros is +0 or -0 depends
     # on where it starts.
     root = dot.abs().clamp_min(clamp).sqrt()
-    return torch.sigmoid(torch.where(dot < 0, -root, root))
+    return sigmoid(torch.where(dot < 0, -root, root))
 
 
 @engram_gate.gradient(save="x key value weight mask")

@@ -18,6 +18,7 @@ from .ngram_hash import (
     last_row,
     modulus_rules,
     sample_hash,
+    whole_lookback,
 )
 
 _HASHED = "multipliers[n], moduli[n-1,h], offsets[(n-1)*h], lookback?[B,n-1], blocked?[B,S]"
@@ -94,11 +95,12 @@ def _(
                  False: a dense tensor.
 
     Returns [B,S,(n-1)*h*d], new memory, column order n-gram size major, then head; dtype of
-    `table`, float32 for a
-    QuantizedWeight.  Raises ValueError for moduli <= 0 or rows outside the table.
+    `table`, float32 for a QuantizedWeight.  Raises ValueError for moduli <= 0, rows outside the
+    table, or a lookback of more than n-1 columns.
 
     *Source:* Engram, arXiv 2601.07372, section 3.
     """
+    lookback = whole_lookback("hashed_embedding", lookback, multipliers)
     if shard is None:
         part: tuple[int, ...] = ()
     else:

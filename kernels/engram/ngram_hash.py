@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from transom import config
 from transom.op import op
@@ -38,6 +39,31 @@ def ngram_hash(
     lookback: Tensor | None = None,
     blocked: Tensor | None = None,
 ) -> Tensor:
+    """rows[b,s,c] = the hash of the n-gram that ends at token s, for column c; lookback is whole.
+
+    The declared operator behind `transom.ngram_hash`, which documents formula and arguments.
+    """
+    B, S = tokens.shape
+    rows = torch.empty((B, S, moduli.numel()), dtype=torch.int32, device=tokens.device)
+    for batch, span, columns in hash_columns(
+        tokens, multipliers, moduli, offsets, pad, lookback, blocked
+    ):
+        rows[batch, span] = columns.to(torch.int32)
+    return rows
+
+
+@ngram_hash.front
+def _(
+    call: Callable[..., Tensor],
+    tokens: Tensor,
+    multipliers: Tensor,
+    moduli: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
+) -> Tensor:
     """rows[b,s,(g-1)*h+j] = (t_0*m[0] XOR ... XOR t_g*m[g]) mod moduli[g-1,j], for g = 1..n-1.
 
     tokens       ids (after compression, if the model has one); t_g is the token g places before s.
@@ -48,26 +74,43 @@ def ngram_hash(
                  64 bits.
     pad          the id hashed where no token is: before the start of the sequence and from a block
                  on.
-    lookback     the n-1 tokens before this chunk, oldest first; a negative id stands for "before
-                 the start" or "blocked".  Absent: the chunk starts the sequence.
+    lookback     [B, at most n-1], the tokens before this chunk, oldest first; a negative id stands
+                 for "before the start" or "blocked".  Fewer than n-1 columns: the sequence starts
+                 with them.  Absent: the chunk starts the sequence.
     blocked      True at positions that no n-gram may read (image spans, padding, other sequences).
                  The walk to the left stops there: that token and all earlier ones are hashed as
                  `pad`, also for the n-grams that end at the position itself.  A negative id blocks
                  likewise.
 
     Returns int32 row numbers, n-gram size major, then head; bit-exact on every device.  Raises
-    ValueError for moduli <= 0, negative offsets, or rows beyond int32.
+    ValueError for moduli <= 0, negative offsets, rows beyond int32, or a longer lookback.
 
     *Source:* Engram, arXiv 2601.07372, section 3; blocked positions as DeepSeek-V4.1-Flash has
     them.
     """
-    B, S = tokens.shape
-    rows = torch.empty((B, S, moduli.numel()), dtype=torch.int32, device=tokens.device)
-    for batch, span, columns in hash_columns(
-        tokens, multipliers, moduli, offsets, pad, lookback, blocked
-    ):
-        rows[batch, span] = columns.to(torch.int32)
-    return rows
+    return call(
+        tokens,
+        multipliers,
+        moduli,
+        offsets=offsets,
+        pad=pad,
+        lookback=whole_lookback("ngram_hash", lookback, multipliers),
+        blocked=blocked,
+    )
+
+
+def whole_lookback(name: str, lookback: Tensor | None, multipliers: Tensor) -> Tensor | None:
+    """`lookback` with its n-1 columns: -1, before the start, stands for those that it lacks."""
+    if lookback is None or lookback.dim() != 2 or multipliers.dim() != 1:
+        return lookback  # nothing to fill, or shapes that the operator refuses
+    width = max(0, multipliers.shape[0] - 1)
+    missing = width - lookback.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"{name}: lookback has {lookback.shape[1]} columns; expected at most n-1 = {width};"
+            " pass the newest"
+        )
+    return functional.pad(lookback, (missing, 0), value=-1) if missing else lookback
 
 
 def hash_columns(

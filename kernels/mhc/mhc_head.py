@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transom.dtypes import accumulator
+from transom.kernels.same_bits import sigmoid
 from transom.op import op
 
 from .mhc_pre import mixes, mixes_backward
@@ -48,7 +49,7 @@ def mhc_head(
     for rows in blocks(T, (2 * R + 1) * max(1, D) * wide.itemsize):
         xw = flat[rows].to(wide)
         a, _, _, _ = mixes(xw, fn, scale, base, rms_eps)
-        hs[rows] = torch.bmm(torch.sigmoid(a)[:, None] + eps, xw)[:, 0].to(x.dtype)
+        hs[rows] = torch.bmm(sigmoid(a)[:, None] + eps, xw)[:, 0].to(x.dtype)
     return h
 
 
@@ -88,7 +89,7 @@ def mhc_head_backward(
     for rows in blocks(T, (6 * R + 1) * max(1, D) * wide.itemsize):
         xw, dhw = flat[rows].to(wide), dhs[rows].to(wide)
         a, u, r, _ = mixes(xw, fn, scale, base, rms_eps)
-        gate = torch.sigmoid(a)
+        gate = sigmoid(a)
         da = torch.bmm(xw, dhw[:, :, None])[:, :, 0] * gate * (1 - gate)
         dxw = mixes_backward(da, xw, fn, scale, u, r, (dfn, dscale, dbase))
         dxw += (gate + eps)[:, :, None] * dhw[:, None]

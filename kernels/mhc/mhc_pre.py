@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transom.dtypes import accumulator
+from transom.kernels.same_bits import multiply, sigmoid
 from transom.op import op
 
 from .sinkhorn import (
@@ -75,9 +76,9 @@ def mhc_pre(
     for rows in blocks(T, (2 * R + 1) * max(1, D) * wide.itemsize):
         xw = flat[rows].to(wide)
         a, _, _, _ = mixes(xw, fn, _spread(scale, R), base, rms_eps)
-        pre = torch.sigmoid(a[:, :R]) + eps
+        pre = sigmoid(a[:, :R]) + eps
         hs[rows] = torch.bmm(pre[:, None], xw)[:, 0].to(x.dtype)
-        posts[rows] = post_scale * torch.sigmoid(a[:, R : 2 * R])
+        posts[rows] = post_scale * sigmoid(a[:, R : 2 * R])
         combs[rows] = normalised(a[:, 2 * R :].unflatten(-1, (R, R)), iterations, eps)
     return h, post, comb
 
@@ -129,7 +130,7 @@ def mhc_pre_backward(
     for rows in blocks(T, each * wide.itemsize):
         xw, dhw = flat[rows].to(wide), dhs[rows].to(wide)
         a, u, r, _ = mixes(xw, fn, scale, base, rms_eps)
-        gates = torch.sigmoid(a[:, : 2 * R])
+        gates = sigmoid(a[:, : 2 * R])
         slope = gates * (1 - gates)
         da = torch.empty_like(a)
         torch.mul(torch.bmm(xw, dhw[:, :, None])[:, :, 0], slope[:, :R], out=da[:, :R])
@@ -149,7 +150,7 @@ def mixes(
     """(mix*scale + base, u, r, mix) of x [t,R,D]: u = x_flat @ fn.T, r [t,1] = 1/rms, mix = r*u."""
     xf = x.flatten(1)
     r = torch.rsqrt(xf.square().sum(-1, keepdim=True) / max(1, xf.shape[1]) + rms_eps)
-    u = xf @ fn.T
+    u = multiply(xf, fn.T)
     # The norm is one number a token, so it may follow the product: exact, and x is read once.
     mix = u * r
     return mix * scale + base, u, r, mix
@@ -172,7 +173,7 @@ def mixes_backward(
     dmix = da * scale
     dfn.addmm_((dmix * r).T, xf)
     along = (dmix * u).sum(-1, keepdim=True) * r.pow(3) / max(1, xf.shape[1])
-    return ((dmix * r) @ fn - xf * along).view_as(x)
+    return (multiply(dmix * r, fn) - xf * along).view_as(x)
 
 
 def _spread(scale: Tensor, R: int) -> Tensor:

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.kernels.same_bits import ROW_TILE, multiply
 from transom.op import Weight, op
 from transom.weights import weight_tile
 
-# Rows of every product under torch.use_deterministic_algorithms: a matrix product of one fixed
-# shape gives a row the same bits wherever it stands (measured with MKL on AVX-512, torch 2.13), one
-# of a varying shape does not.
-ROW_TILE = 32
 # Rows of a cast or dequantised weight tile are a multiple of this, the largest block of a quantised
 # format.
 WEIGHT_BLOCK = 128
@@ -52,15 +49,6 @@ def weight_steps(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, int]
     step = max(WEIGHT_BLOCK, fit - fit % WEIGHT_BLOCK)
     for start in range(0, N, step):
         yield start, min(N, start + step)
-
-
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right; under deterministic algorithms in tiles, so that rows do not depend on M."""
-    rows = left.shape[0]
-    if not torch.are_deterministic_algorithms_enabled() or rows == 0:
-        return left @ right
-    padded = torch.nn.functional.pad(left, (0, 0, 0, -rows % ROW_TILE))
-    return torch.cat([tile @ right for tile in padded.split(ROW_TILE)])[:rows]
 
 
 def times_weight(rows: Tensor, weight: Weight, expert: int) -> Tensor:

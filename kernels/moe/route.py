@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from transom import config
+from transom.dtypes import accumulator
+from transom.kernels.same_bits import sigmoid
 from transom.op import op
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "topk_softmax")
@@ -75,38 +79,42 @@ def route(
     *Source:* op contracts 4.1 to 4.3; DeepSeek-V3, arXiv 2412.19437, equations 13 to 16 (sigmoid
     with bias and groups); DeepSeek-V4, arXiv 2606.19348 (sqrtsoftplus, hash routing).
     """
-    z = logits.to(_accumulator(logits.dtype)).contiguous()
-    if mask is not None:
-        z = z.masked_fill(~mask[:, None], 0.0)
-    s = z if score == "topk_softmax" else _scores(z, score)
-    if preset is not None:
-        ids = preset.long()
-    else:
-        ids = _select(
-            s if bias is None else s + bias.to(s.dtype), k, bias is not None, groups, top_groups
-        )
-    if mask is not None:
-        ids = ids.masked_fill(~mask[:, None], -1)
-    valid = (ids >= 0) & (ids < logits.shape[1])
-    chosen = s.gather(1, ids.clamp(0, logits.shape[1] - 1))
-    if score == "topk_softmax":
-        weights = _softmax_of_chosen(chosen, valid)
-    else:
-        weights = torch.where(valid, chosen, 0.0)
-        if renormalize:
-            weights = weights / _sum_over_slots(weights)
-    ids = torch.where(valid, ids, -1).to(torch.int32)
-    return ids.contiguous(), torch.where(valid, weights * scale, 0.0).contiguous()
+    T, E = logits.shape
+    dtype = accumulator(logits.dtype)
+    ids = torch.empty(T, k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(T, k, dtype=dtype, device=logits.device)
+    # At the most: z, s, the key, its masked copy, and the sorted keys with their int64 places.
+    for rows in _blocks(T, E * (6 * dtype.itemsize + 16) + k * (4 * dtype.itemsize + 32)):
+        z = logits[rows].to(dtype).contiguous()
+        taken = None if mask is None else mask[rows, None]
+        if taken is not None:
+            z = z.masked_fill(~taken, 0.0)
+        s = z if score == "topk_softmax" else _scores(z, score)
+        if preset is not None:
+            at = preset[rows].long()
+        else:
+            key = s if bias is None else s + bias.to(dtype)
+            at = _select(key, k, bias is not None, groups, top_groups)
+        if taken is not None:
+            at = at.masked_fill(~taken, -1)
+        valid = (at >= 0) & (at < E)
+        chosen = s.gather(1, at.clamp(0, E - 1))
+        if score == "topk_softmax":
+            chosen = _softmax_of_chosen(chosen, valid)
+        else:
+            chosen = torch.where(valid, chosen, 0.0)
+            if renormalize:
+                chosen = chosen / _sum_over_slots(chosen)
+        ids[rows] = torch.where(valid, at, -1).to(torch.int32)
+        weights[rows] = torch.where(valid, chosen * scale, 0.0)
+    return ids, weights
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _sigmoid(z: Tensor) -> Tensor:
-    # torch.sigmoid rounds the last elements of an array differently from the others (its vector and
-    # scalar code differ, torch 2.13 on AVX-512): equal logits would not tie.  exp has one code.
-    return 1.0 / (1.0 + torch.exp(-z))
+def _blocks(tokens: int, bytes_each: int) -> Iterator[slice]:
+    """Slices of the tokens whose temporaries, `bytes_each` for one token, fit the workspace."""
+    step = max(1, config.workspace_bytes() // max(1, bytes_each))
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
 
 
 def _softplus(z: Tensor) -> Tensor:
@@ -122,7 +130,7 @@ def _scores(z: Tensor, score: str) -> Tensor:
     if score == "softmax":
         return torch.softmax(z, -1)
     if score == "sigmoid":
-        return _sigmoid(z)
+        return sigmoid(z)
     # exp(z) leaves float32 at -104, its root only at -208: where weights are still decided.
     return torch.where(z < ROOT_BELOW, torch.exp(0.5 * z), _softplus(z).sqrt())
 
@@ -314,16 +322,29 @@ def route_backward(
 
     *Source:* op contracts 4.4.
     """
+    (T, E), k = logits.shape, ids.shape[1]
+    dlogits = torch.empty(T, E, dtype=logits.dtype, device=logits.device)
+    item = accumulator(logits.dtype).itemsize
+    # At the most: z, s, the scattered gradient and five of the size of z in its slope.
+    for rows in _blocks(T, E * (9 * item + 8) + k * (6 * item + 24)):
+        dlogits[rows] = _dlogits(dweights[rows], logits[rows], ids[rows], score, renormalize, scale)
+    return dlogits
+
+
+def _dlogits(
+    dweights: Tensor, logits: Tensor, ids: Tensor, score: str, renormalize: bool, scale: float
+) -> Tensor:
+    """dlogits of some tokens, in the accumulator's dtype."""
     E = logits.shape[1]
     valid = (ids >= 0) & (ids < E)
     at = ids.long().clamp(0, E - 1)
-    z = logits.to(_accumulator(logits.dtype)).contiguous()
+    z = logits.to(accumulator(logits.dtype)).contiguous()
     z = torch.where(valid.any(1, keepdim=True), z, 0.0)
     dw = torch.where(valid, dweights, 0.0) * scale
     if score == "topk_softmax":
         p = _softmax_of_chosen(z.gather(1, at), valid)
         ds = p * (dw - (dw * p).sum(1, keepdim=True))
-        return _scattered(ds, at, valid, E).to(logits.dtype)
+        return _scattered(ds, at, valid, E)
     s = _scores(z, score)
     ds = dw
     if renormalize:
@@ -332,13 +353,11 @@ def route_backward(
         ds = (dw - (dw * (chosen / total)).sum(1, keepdim=True)) / total
     full = _scattered(ds, at, valid, E)
     if score == "softmax":
-        dz = s * (full - (full * s).sum(1, keepdim=True))
-    elif score == "sigmoid":
-        dz = full * s * _sigmoid(-z)
-    else:
-        slope = torch.where(z < ROOT_BELOW, 0.5 * s, 0.5 * _sigmoid(z) / s.clamp_min(TINY))
-        dz = full * slope
-    return dz.to(logits.dtype).contiguous()
+        return s * (full - (full * s).sum(1, keepdim=True))
+    if score == "sigmoid":
+        return full * s * sigmoid(-z)
+    slope = torch.where(z < ROOT_BELOW, 0.5 * s, 0.5 * sigmoid(z) / s.clamp_min(TINY))
+    return full * slope
 
 
 def _scattered(ds: Tensor, at: Tensor, valid: Tensor, E: int) -> Tensor:

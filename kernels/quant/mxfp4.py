@@ -16,6 +16,8 @@ from .minifloat import E2M1, nearest_code, power_above, power_of
 BLOCK = 32
 # The least scale is 2^-126, the smallest float32 that is not subnormal.
 FLOOR = 6 * 2.0**-126
+# The byte of 2^126, the largest scale that float32 weights ask for: 4 * 2^126 is no float32.
+TOP = 253
 
 
 @op(
@@ -30,7 +32,8 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     6*2^-126)/6.
 
     One scale for each 32 neighbours along K; the last block may be partial. Rounding the scale up
-    means that nothing is clipped.
+    means that nothing is clipped, but for weights of 3.5 * 2^126 (2.98e38) and more: they become
+    3 * 2^126, since 4 * 2^126 would read back as Inf.
 
     weight   [*B,N,K], K even, any float dtype; float64 is rounded to float32 first.
     Returns values uint8 [*B,N,K/2], low nibble: even element, each nibble sign and magnitude of
@@ -50,7 +53,9 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
         # Divided by a tensor on purpose: on some devices torch multiplies by 1/6 for a number.
         stored = encode_e8m0(largest.clamp(min=FLOOR) / largest.new_full((), E2M1_MAX))
         scale = decode_e8m0(stored)
-        codes = encode_e2m1(blocks / scale.unsqueeze(-1).unsqueeze(-3))
+        largest_code = torch.where(stored >= TOP, 3.0, E2M1_MAX).unsqueeze(-1).unsqueeze(-3)
+        quotients = blocks / scale.unsqueeze(-1).unsqueeze(-3)
+        codes = encode_e2m1(quotients.clamp(-largest_code, largest_code))
         codes = codes.masked_fill((stored == 255).unsqueeze(-1).unsqueeze(-3), 0)
         return pack_nibbles(from_blocks(codes, *tile.shape[-2:])), stored
 
@@ -70,7 +75,9 @@ def _(weight):
         with np.errstate(invalid="ignore"):
             quotient = part / power_of(byte)[..., None]
         sign = np.where(np.signbit(quotient), 8, 0)
-        found = nearest_code(quotient, E2M1) + sign
+        code = nearest_code(quotient, E2M1)
+        code = np.where((byte >= TOP)[..., None] & (E2M1[code] > 3), list(E2M1).index(3), code)
+        found = code + sign
         codes[..., start : start + BLOCK] = np.where((byte == 255)[..., None], 0, found)
         scales.append(byte)
     values = codes[..., 0::2] + 16 * codes[..., 1::2]

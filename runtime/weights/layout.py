@@ -37,15 +37,22 @@ def grid_size(extent: int, block: int) -> int:
 def checked_group(
     format: str, group: int | tuple[int, int] | None, caller: str = "QuantizedWeight"
 ) -> tuple[int, int]:
-    """(rows, columns) of `group` for `format`, with the format's default for None.
+    """(rows, columns) of `group` for `format`: an int is (group, group) for fp8, whose blocks are
+    square, and (1, group) for the others; None is the format's default.
 
-    Raises ValueError if there is no such format or the format has no such group.
+    Raises ValueError if there is no such format or the format has no such group, TypeError for
+    what is neither an int nor two.
     """
     if format not in FORMATS:
         raise ValueError(f"{caller}: format is {format!r}; expected one of {', '.join(FORMATS)}")
     if group is None:
         return DEFAULT_GROUP[format]
-    rows, columns = (1, group) if isinstance(group, int) else group
+    if type(group) is int:
+        rows, columns = (group, group) if format == "fp8" else (1, group)
+    elif isinstance(group, (tuple, list)) and [type(size) for size in group] == [int, int]:
+        rows, columns = group
+    else:
+        raise TypeError(f"{caller}: group is {group!r}; expected an int or (rows, columns)")
     if rows < 0 or columns < 0:
         raise ValueError(f"{caller}: group is {group}; expected sizes >= 0 (0: the whole extent)")
     if format == "mxfp4" and (rows, columns) != (1, 32):

@@ -40,10 +40,10 @@ class QuantizedWeight(nn.Module):
     Constructing takes tensors as checkpoints hold them and converts no value: float8_e4m3fn,
     float8_e8m0fnu, float4_e2m1fn_x2 and (for packed formats) int8 payloads are viewed as bytes;
     float16 and bfloat16 scales are widened to float32, which is exact. `group` is (rows, columns)
-    or an int for (1, columns); 0 is the whole extent; None is int8 (1, 0), int4 (1, 128), fp8 (128,
-    128), mxfp4 (1, 32). `scale_format` ("f32" or "e8m0") states what the caller believes the scales
-    to be; a contradiction raises. With float32 arithmetic that flushes subnormals to zero, a scale
-    of byte 0 (2^-127) reads as 0.
+    or an int g: (g, g) for fp8, (1, g) for the others; 0 is the whole extent; None is int8 (1, 0),
+    int4 (1, 128), fp8 (128, 128), mxfp4 (1, 32). `scale_format` ("f32" or "e8m0") states what the
+    caller believes the scales to be; a contradiction raises. With float32 arithmetic that flushes
+    subnormals to zero, a scale of byte 0 (2^-127) reads as 0.
 
     Raises ValueError for unknown formats, groups and shapes that disagree, TypeError for dtypes.
     Source: OCP Microscaling Formats 1.0 (E2M1, E8M0); OCP 8-bit floating point 1.0 (E4M3).

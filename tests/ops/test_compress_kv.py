@@ -339,8 +339,19 @@ def test_bad_inputs(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match=r"compress_kv: position_bias has W = 8; kv has W = 16"):
         compress_kv(kv, gate, bias[:, :8], overlap=True)
     _, state = compress_kv(kv, gate, bias, overlap=True)
-    with pytest.raises(ValueError, match=r"compress_kv: state_kv has 8 where .* expected .* = 4"):
+    text = (
+        r"compress_kv: state is of shape \[B, R, W\] = \[2, 8, 16\]; this kv with m = 4 and "
+        r"overlap = False has \[2, 4, 16\]$"
+    )
+    with pytest.raises(ValueError, match=text):
         compress_kv(kv, gate, bias, overlap=False, state=state)
+    with pytest.raises(ValueError, match=r"= \[2, 8, 16\]; this kv .* has \[2, 8, 8\]$"):
+        compress_kv(kv[..., :8], gate[..., :8], bias[:, :8], overlap=True, state=state)
+    for wrong in (3, (state.kv, state.gate)):
+        seen = type(wrong).__name__
+        text = f"compress_kv: state is {seen}; expected a CompressState$"
+        with pytest.raises(TypeError, match=text):
+            compress_kv(kv, gate, bias, overlap=True, state=wrong)
     half = CompressState(state.kv.bfloat16(), state.gate.bfloat16(), 6)
     with pytest.raises(TypeError, match=r"compress_kv: state_kv is bfloat16; expected float32"):
         compress_kv(kv, gate, bias, overlap=True, state=half)

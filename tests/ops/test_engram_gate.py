@@ -150,6 +150,15 @@ def test_blocks_of_any_size_give_the_same_result(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("d", [8, 100, 576])
+def test_a_token_has_the_same_bits_alone_and_among_many(d):
+    *streams, weight = inputs(torch.float32, t=77, d=d)
+    whole = transom.engram_gate(*streams, weight, eps=1e-20)
+    for t in range(77):
+        alone = transom.engram_gate(*(a[t : t + 1] for a in streams), weight, eps=1e-20)
+        assert torch.equal(alone[0], whole[t])
+
+
 def test_gradients_repeat_bit_for_bit():
     call = inputs(torch.bfloat16)
     dy = normal(T, R, D, seed=9, dtype=torch.bfloat16)

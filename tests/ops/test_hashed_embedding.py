@@ -88,6 +88,32 @@ def test_edge_51_no_tokens():
     assert y.shape == (B, 0, MODULI.numel() * D)
 
 
+@pytest.mark.parametrize("columns", range(N))
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse gradient"])
+def test_edge_51_before_a_short_lookback_is_the_start(columns, sparse):
+    ids = tokens()
+    call = dict(hashed(), lookback=ids[:, :columns])
+    own, whole = table().requires_grad_(), table().requires_grad_()
+    y = transom.hashed_embedding(ids[:, columns:], own, **call, sparse_gradient=sparse)
+    expected = transom.hashed_embedding(ids, whole, **hashed())[:, columns:]
+    assert torch.equal(y, expected)
+    out = torch.empty_like(y)
+    with torch.no_grad():
+        transom.hashed_embedding(ids[:, columns:], own, **call, out=out)
+    assert torch.equal(out, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(own.grad.to_dense() if sparse else own.grad, whole.grad)
+    chosen = transom.explain("hashed_embedding", ids[:, columns:], table(), **call).chosen
+    assert chosen == "composite"
+
+
+def test_edge_51_a_lookback_longer_than_n_minus_1_is_refused():
+    text = "hashed_embedding: lookback has 3 columns; expected at most n-1 = 2; pass the newest"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        transom.hashed_embedding(tokens(), table(), **hashed(lookback=tokens()[:, :3]))
+
+
 def test_edge_60_chunks_with_lookback_equal_the_whole():
     ids, weights = tokens(), table()
     blocked = torch.zeros(B, S, dtype=torch.bool)

@@ -148,6 +148,26 @@ def test_blocks_leading_dims_and_vmap(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_token_has_the_same_bits_alone_and_among_many(deterministic):
+    x, *rest = inputs(torch.float32, t=77)
+    whole = transom.mhc_pre(x, *rest, **ARGS)
+    grads = [normal(*y.shape, seed=9, dtype=y.dtype) for y in whole]
+    dx = mhc_pre_backward(*grads, x, *rest, **ARGS)[0]
+    for t in (0, 1, 31, 32, 50, 76):
+        one = slice(t, t + 1)
+        alone = transom.mhc_pre(x[one], *rest, **ARGS)
+        assert all(torch.equal(a, b[one]) for a, b in zip(alone, whole, strict=True))
+        own = mhc_pre_backward(*(g[one] for g in grads), x[one], *rest, **ARGS)[0]
+        assert torch.equal(own, dx[one])
+
+
 def test_gradients_repeat_bit_for_bit():
     call = inputs(torch.bfloat16)
     dy = [torch.ones_like(a) for a in transom.mhc_pre(*call, **ARGS)]

@@ -61,9 +61,21 @@ def test_edge_51_no_tokens_and_fewer_tokens_than_n(s):
     np.testing.assert_array_equal(rows.numpy(), oracle(with_start(ids), **call))
 
 
-def test_edge_51_a_lookback_shorter_than_n_minus_1_is_refused():
-    with pytest.raises(ValueError, match=r"ngram_hash: lookback has .*expected n-1 = 3"):
-        transom.ngram_hash(tokens(), **numbers(), pad=PAD, lookback=tokens(s=2))
+@pytest.mark.parametrize("columns", range(N))
+def test_edge_51_before_a_short_lookback_is_the_start(columns):
+    ids, call = tokens(), numbers()
+    whole = transom.ngram_hash(ids, **call, pad=PAD)
+    cut = dict(**call, pad=PAD, lookback=ids[:, :columns])
+    assert torch.equal(transom.ngram_hash(ids[:, columns:], **cut), whole[:, columns:])
+    assert transom.explain("ngram_hash", ids[:, columns:], **cut).chosen == "composite"
+    compiled = torch.compile(transom.ngram_hash, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(ids[:, columns:], **cut), whole[:, columns:])
+
+
+def test_edge_51_a_lookback_longer_than_n_minus_1_is_refused():
+    text = "ngram_hash: lookback has 4 columns; expected at most n-1 = 3; pass the newest"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        transom.ngram_hash(tokens(), **numbers(), pad=PAD, lookback=tokens(s=4))
 
 
 def test_edge_51_a_short_history_is_filled_with_negative_ids():

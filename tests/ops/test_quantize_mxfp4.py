@@ -84,6 +84,18 @@ def test_numbers_at_the_ends_of_float32():
     assert ((back[:, :2] - x[:, :2]).abs() <= x[:, :2].abs() / 4 + 2.0**-128).all()
 
 
+@pytest.mark.parametrize("largest", [torch.finfo(torch.float32).max, 3.5 * 2.0**126, 3e38, 2.9e38])
+def test_finite_weights_near_the_end_of_float32_stay_finite(largest):
+    x = torch.linspace(-1, 1, 64).reshape(2, 32) * largest
+    found = quantize_mxfp4(x)
+    back = dequantize_mxfp4(*found)
+    assert back.abs().max() == 3 * 2.0**126
+    assert found[1].tolist() == [[253], [253]]
+    with transom.use("reference"):
+        assert all(torch.equal(a, b) for a, b in zip(found, quantize_mxfp4(x), strict=True))
+    assert torch.equal(dequantize_mxfp4(*quantize_mxfp4(back)), back)
+
+
 def test_quantising_what_was_dequantised_is_lossless(rng):
     x = torch.from_numpy(rng.standard_normal((16, 96)).astype(np.float32))
     once = dequantize_mxfp4(*quantize_mxfp4(x))

@@ -12,7 +12,8 @@ from transom import QuantizedWeight, quantize
 CASES = {
     "int8": dict(), "int8:1x16": dict(group=16), "int4": dict(), "int4:1x32": dict(group=32),
     "fp8": dict(), "fp8:32x32": dict(group=(32, 32), scale_format="e8m0"),
-    "fp8:1x128": dict(group=128), "fp8:0x0": dict(group=(0, 0)), "mxfp4": dict(),
+    "fp8:1x128": dict(group=(1, 128)), "fp8:16x16": dict(group=16),
+    "fp8:0x0": dict(group=(0, 0)), "mxfp4": dict(),
 }  # fmt: skip
 # Largest |error| over the largest |weight| of normal numbers: half of the coarsest step.
 BOUND = {"int8": 0.5 / 127, "int4": 1 / 15, "fp8": 2.0**-4, "mxfp4": 2.0**-2}
@@ -50,6 +51,20 @@ def test_bytes_are_those_of_the_format():
 def test_bad_arguments_raise_one_line(error, text, call):
     with pytest.raises(error, match=f"^quantize: {text}"):
         quantize(torch.ones(4, 64), call[0], **call[1])
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("group", [0.5, "x", (128,), (1, 2, 3), (1, 0.5), True])
+def test_groups_of_another_kind_raise_one_line(format, group):
+    with pytest.raises(TypeError) as error:
+        quantize(torch.ones(4, 64), format, group=group)
+    assert str(error.value) == f"quantize: group is {group!r}; expected an int or (rows, columns)"
+
+
+@pytest.mark.parametrize("group", [-1, (-1, 4), (4, -1)])
+def test_negative_groups_raise_one_line(group):
+    with pytest.raises(ValueError, match=r"^quantize: group is .*; expected sizes >= 0 \(0: the "):
+        quantize(torch.ones(4, 64), "fp8", group=group)
 
 
 def test_bad_weights_raise_one_line():

@@ -273,6 +273,20 @@ def test_edge_19_a_token_has_the_same_bits_alone_and_among_many(rng):
             assert torch.equal(one_ids[0], ids[t]) and torch.equal(one[0], w[t])
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_bits_do_not_depend_on_how_many_tokens_the_workspace_holds(rng, score, monkeypatch):
+    z, bias, mask = logits_of(rng, 150, 32), logits_of(rng, 32), logits_of(rng, 150) > -1
+    call = dict(score=score, bias=bias, groups=4, top_groups=2, mask=mask, scale=1.5)
+    ids, weights = route(z, 4, **call)
+    dweights = logits_of(rng, 150, 4)
+    gradient = route_backward(dweights, z, ids, score=score, scale=1.5)
+    for bytes_held in (1, 9000, 60_000):  # one token, a few, about fifty
+        monkeypatch.setenv("TRANSOM_WORKSPACE_MB", str(bytes_held / 2**20))
+        cut = route(z, 4, **call)
+        assert torch.equal(cut[0], ids) and torch.equal(cut[1], weights)
+        assert torch.equal(route_backward(dweights, z, ids, score=score, scale=1.5), gradient)
+
+
 def test_strides_and_index_dtypes_change_nothing(rng):
     z = logits_of(rng, 9, 12)
     want = route(z, 3, score="sigmoid")

@@ -1,4 +1,4 @@
-"""Memory of the attention composites: blocks and tiles of the workspace, never queries x keys."""
+"""Memory of composites: blocks and tiles of the workspace, never queries x keys or tokens x all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import transom
+from transom.kernels.moe.route import SCORES
 
 
 def integers(low: int, high: int, shape: tuple[int, ...]) -> Tensor:
@@ -76,7 +77,7 @@ def test_temporaries_of_sparse_attention_keep_to_the_workspace(
 
 @pytest.mark.parametrize(
     "lists, length, block_size",
-    [(256, 8, 16), (8, 8, 64), (1, 1, 1024)],
+    [(256, 8, 16), (4, 8, 64), (1, 1, 1024)],
     ids=["own lists", "shared lists", "dense"],
 )
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
@@ -97,3 +98,17 @@ def test_temporaries_of_block_sparse_attention_keep_to_the_workspace(
     own = queries * heads * (width + 1) * 4 * (4 if gradient else 1)
     own += 4 * tokens * width * 4 if gradient else 0
     assert most < own + 3 * 2**20  # logits of all queries would be 8 MiB in the dense case
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
+def test_temporaries_of_route_keep_to_the_workspace(
+    score: str, gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSOM_WORKSPACE_MB", "2")
+    tokens, experts, k = 8192, 128, 8
+    call = dict(logits=torch.zeros(tokens, experts), mask=torch.ones(tokens).bool())
+    settings = dict(k=k, score=score, groups=4, top_groups=2, bias=torch.zeros(experts))
+    most = peak(lambda **tensors: transom.route(**tensors, **settings)[1], call, gradient)
+    own = tokens * k * (4 + 4) + (tokens * (experts * 4 + k * 4) if gradient else 0)
+    assert most < own + 5 * 2**19  # the logits are 4 MiB, and scores, keys and places as large each
