@@ -112,7 +112,11 @@ def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> An
     """Run a call of plain tensors by its plan; the direct path of eager inference and the kernel of
     the torch operator."""
     key = (op._key(*values), _choice, gradient, torch.are_deterministic_algorithms_enabled())
-    plan = op._plans.get(key)
+    try:
+        plan = op._plans.get(key)
+    except TypeError:  # an argument that cannot be hashed is one of a wrong type: say which
+        op._check_types(values)
+        raise
     if plan is None or (plan.facts.device == "cuda" and torch.cuda.is_current_stream_capturing()):
         plan = _make_plan(op, values, key, gradient)
     if plan.check is not None:
@@ -174,26 +178,20 @@ def select(op: Op[..., Any], facts: Facts, asked: str | None = None) -> Explanat
         wanted = [i for i in order if asked in (i.name, i.backend)]
         if not wanted:
             have = ", ".join(sorted(i.name for i in order))
-            return Explanation(
-                op.name,
-                None,
-                None,
-                f"{asked!r} was asked for",
-                {asked: (f"not registered; {have}",)},
-            )
+            reasons = {asked: (f"not registered; {have}",)}
+            return Explanation(op.name, None, None, f"{asked!r} was asked for", reasons)
         rejected: dict[str, tuple[str, ...]] = {}
         for impl in wanted:
-            reasons = impl.reasons(facts)
-            if not reasons:
+            if not (why := impl.reasons(facts)):
                 return Explanation(op.name, impl.name, impl.tier, "asked for", rejected)
-            rejected[impl.name] = tuple(reasons)
+            rejected[impl.name] = tuple(why)
         return Explanation(op.name, None, None, f"{asked!r} was asked for", rejected)
     rejected, able = {}, []
     for impl in order:
         if impl.tier == "reference":
             rejected[impl.name] = ("runs only when asked for by name",)
-        elif reasons := impl.reasons(facts):
-            rejected[impl.name] = tuple(reasons)
+        elif why := impl.reasons(facts):
+            rejected[impl.name] = tuple(why)
         else:
             able.append(impl)
     measured = measured_choice(op, facts)

@@ -227,6 +227,11 @@ def test_bad_plain_arguments(norm):
         norm(torch.randn(3, 8), torch.ones(8), epz=1.0)
 
 
+def test_arguments_that_cannot_be_hashed_are_named(norm):
+    with torch.no_grad(), pytest.raises(TypeError, match=r"scaled_norm: eps is \[1\]; expected"):
+        norm(torch.randn(3, 8), torch.ones(8), eps=[1])
+
+
 def test_tensors_must_share_a_device(norm):
     with pytest.raises(ValueError, match="weight is on meta; x is on cpu"):
         norm(torch.randn(3, 8), torch.ones(8, device="meta"))
