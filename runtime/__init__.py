@@ -45,6 +45,7 @@ def _declare_operators() -> None:
 _declare_operators()
 
 if TYPE_CHECKING:
+    from .abi import CPlugin
     from .kernels.attention.block_sparse_attention import block_sparse_attention
     from .kernels.attention.compress_kv import compress_kv
     from .kernels.attention.lightning_indexer import lightning_indexer
@@ -67,6 +68,7 @@ _LAZY = {
     "patch": "transom.models",
     "unpatch": "transom.models",
     "quantize": "transom.kernels.quant.quantize",
+    "CPlugin": "transom.abi",
     "nn": "",
     "models": "",
     "conformance": "",
@@ -93,10 +95,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "Call", "Explanation", "Facts", "Impl", "NotSupported", "Op", "PluginError", "QuantizedWeight",
-    "SlowPath", "Weight", "backends", "block_sparse_attention", "compress_kv", "declare", "dtypes",
-    "engram_gate", "errors", "explain", "grouped_gemm", "hashed_embedding", "lightning_indexer",
-    "mhc_head", "mhc_post", "mhc_pre", "moe_experts", "ngram_hash", "ops", "patch", "plugins",
-    "quantize", "record", "requires", "route", "short_conv", "sinkhorn", "sparse_attention",
-    "tune", "unpatch", "use",
+    "CPlugin", "Call", "Explanation", "Facts", "Impl", "NotSupported", "Op", "PluginError",
+    "QuantizedWeight", "SlowPath", "Weight", "backends", "block_sparse_attention",
+    "compress_kv", "declare", "dtypes", "engram_gate", "errors", "explain", "grouped_gemm",
+    "hashed_embedding", "lightning_indexer", "mhc_head", "mhc_post", "mhc_pre", "moe_experts",
+    "ngram_hash", "ops", "patch", "plugins", "quantize", "record", "requires", "route",
+    "short_conv", "sinkhorn", "sparse_attention", "tune", "unpatch", "use",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 
 from . import config
 from . import device as _device
+from .abi.call import described
 from .dtypes import Kind
 from .errors import NotSupported, SlowPath
 from .plugins import load, loading, serves
@@ -53,6 +54,8 @@ class Facts:
     gradient: bool = False
     deterministic: bool = False
     capturing: bool = False
+    parts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    """By tensor: shape, strides and dtype, of a QuantizedWeight those of its tensors and spec."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,7 @@ class Explanation:
     rejected: Mapping[str, tuple[str, ...]]
 
     def __str__(self) -> str:
-        head = (
-            f"{self.op}: {self.chosen} ({self.why})"
-            if self.chosen
-            else f"{self.op}: nothing can run ({self.why})"
-        )
+        head = f"{self.op}: {self.chosen or 'nothing can run'} ({self.why})"
         return "\n".join(
             [head, *(f"  {name}: {'; '.join(why)}" for name, why in self.rejected.items())]
         )
@@ -156,6 +155,7 @@ def facts_of(op: Op[..., Any], values: Sequence[Any], gradient: bool = False) ->
         {name: _layout(tensor) for name, tensor in tensors.items()}, arguments, gradient,
         torch.are_deterministic_algorithms_enabled(),
         device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
+        {name: described(tensor) for name, tensor in tensors.items()},
     )  # fmt: skip
 
 
