@@ -1,7 +1,7 @@
 """Assemble the import package `transom` from the fixed top-level folders.
 
 Everything that can be said as data stands in pyproject.toml. Here is what can't: which folder
-becomes which package, the C++ extension (found, not listed), and the link tree that an editable
+becomes which package, the C++ library (found, not listed), and the link tree that an editable
 install leaves for type checkers.
 """
 
@@ -13,6 +13,8 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
@@ -34,28 +36,76 @@ def packages() -> list[str]:
     ]
 
 
-def native() -> list[Extension]:
-    """`transom._C`, or nothing where it isn't wanted (TRANSOM_NO_EXT=1) or can't be built.
+# Each operator's source is compiled once for each level of its processor; csrc/cpu/plugin.cpp takes
+# the best one at run time.
+LEVELS = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl"],
+    },
+    "aarch64": {"neon": []},
+}
+# Sums are the same with every compiler only if all of them fuse a product with its addition.
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti"]
+FLAGS += ["-fvisibility=hidden"]
 
-    Without an extension setuptools tags the wheel py3-none-any.
+
+def native() -> list[Extension]:
+    """`transom/_native.so`, or nothing where it isn't wanted (TRANSOM_NO_EXT=1) or can't be built.
+
+    A plain shared library without Python's API: one serves every Python. Without an extension
+    setuptools tags the wheel py3-none-any.
     """
-    if os.environ.get("TRANSOM_NO_EXT") == "1" or not (ROOT / "csrc/bind.cpp").exists():
+    sources = sorted((ROOT / "csrc/cpu").rglob("*.cpp"))
+    if os.environ.get("TRANSOM_NO_EXT") == "1" or not sources or os.name != "posix":
         return []
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         return []
-    from pybind11.setup_helpers import Pybind11Extension
-
-    sources = [ROOT / "csrc/bind.cpp", *sorted((ROOT / "csrc/cpu").rglob("*.cpp"))]
-    extension = Pybind11Extension(
-        "transom._C",
-        [path.relative_to(ROOT).as_posix() for path in sources],
-        include_dirs=["csrc/include"],
-        cxx_std=17,
+    extension = Extension(
+        "transom._native", [path.relative_to(ROOT).as_posix() for path in sources]
     )
     # A compiler that fails costs speed, not the installation: everything has a composite.
     extension.optional = True
     return [extension]
+
+
+class build_native(build_ext):
+    """Compiles csrc/cpu: files of the folder itself once, those below it once for each level."""
+
+    def get_ext_filename(self, name: str) -> str:
+        return "_native.so" if name == "_native" else "transom/_native.so"
+
+    def build_extension(self, extension: Extension) -> None:
+        machine = sysconfig.get_platform().rpartition("-")[2]
+        levels = LEVELS.get(machine, {"baseline": []})
+        # For a build that is checked while it runs: TRANSOM_SANITIZE=address,undefined
+        checked = os.environ.get("TRANSOM_SANITIZE")
+        sanitize = [f"-fsanitize={checked}", "-g", "-fno-omit-frame-pointer"] if checked else []
+        objects = []
+        for source in extension.sources:
+            below = len(Path(source).parts) > len(("csrc", "cpu", "file"))
+            for level, flags in levels.items() if below else [("once", [])]:
+                objects += self.compiler.compile(
+                    [source],
+                    output_dir=os.path.join(self.build_temp, level),
+                    macros=[("TRANSOM_LEVEL", level)] if below else [],
+                    include_dirs=["csrc/include"],
+                    extra_postargs=[*FLAGS, *flags, *sanitize],
+                )
+        # No C++ library is needed, and no OpenMP library may be: torch has loaded its own.
+        target = self.get_ext_fullpath(extension.name)
+        self.mkpath(os.path.dirname(target))
+        self.compiler.link_shared_object(objects, target, extra_postargs=sanitize)
+
+
+class platform_wheel(bdist_wheel):
+    """A wheel with the library fits every Python 3 of its platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
 def link_tree(target: Path) -> None:
@@ -92,7 +142,9 @@ setup(
     packages=packages(),
     package_dir=FOLDER,
     ext_modules=native(),
-    cmdclass={"editable_wheel": develop},
+    cmdclass={
+        "bdist_wheel": platform_wheel, "build_ext": build_native, "editable_wheel": develop,
+    },  # fmt: skip
     package_data={"": ["py.typed", "*.h", "*.pyi", "*.html", "*.json"]},
     include_package_data=False,
 )

@@ -1,0 +1,43 @@
+"""Our own CPU kernels: csrc/cpu, compiled into transom/_native.so, called through the plugin table.
+
+TRANSOM_NATIVE_LEVEL (baseline, avx2, avx512, neon) asks for a level below the best of the processor.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import transom
+from transom.abi import Library, open_library
+from transom.errors import PluginError
+
+DEVICES = ("cpu",)
+
+
+@functools.cache
+def library() -> Library:
+    """The library with the kernels; PluginError with the reason if there is none."""
+    path = Path(transom.__file__).parent / "_native.so"
+    if not path.exists():
+        raise PluginError(
+            "this installation has no compiled kernels; expected transom/_native.so; "
+            "install a platform wheel, or build from source with a C++ compiler"
+        )
+    return open_library(path)
+
+
+def register(op: str) -> None:
+    """Offer the library's implementation of `op` to the registry."""
+    for entry in library().entries:
+        if entry.op == op:
+            library().register(entry, backend=__name__.rpartition(".")[2])
+
+
+def probe() -> str | None:
+    """None if the library loads here, else the sentence why not."""
+    try:
+        library()
+    except PluginError as error:
+        return str(error)
+    return None

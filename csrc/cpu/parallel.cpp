@@ -1,0 +1,59 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+/* Neither libgomp nor libomp is linked: torch has loaded one of them, under a name that depends on
+ * the wheel, and a second one would be a second pool of threads that torch.set_num_threads does not
+ * reach. Both have these functions; where neither is loaded, or not globally, they are NULL and
+ * kernels run on the calling thread. */
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*body)(void *), void *data, unsigned threads,
+                                         unsigned flags);
+__attribute__((weak)) int omp_get_thread_num(void);
+}
+
+namespace transom {
+namespace {
+
+/* libgomp's threads do not survive fork(), and it waits for them forever: a child stays serial. */
+bool forked = false;
+int64_t l2 = 1 << 19;
+
+void in_child() { forked = true; }
+
+struct Region {
+  void (*body)(void *, int32_t);
+  void *context;
+};
+
+void enter(void *data) {
+  const Region *region = static_cast<const Region *>(data);
+  region->body(region->context, omp_get_thread_num());
+}
+
+}  // namespace
+
+void parallel(int32_t threads, void (*body)(void *, int32_t), void *context) {
+  if (threads <= 1 || forked || GOMP_parallel == nullptr || omp_get_thread_num == nullptr) {
+    body(context, 0);
+    return;
+  }
+  Region region = {body, context};
+  GOMP_parallel(enter, &region, static_cast<unsigned>(threads), 0);
+}
+
+int64_t l2_bytes() { return l2; }
+
+void prepare() {
+  static bool done = false;
+  if (done) return;
+  done = true;
+  pthread_atfork(nullptr, nullptr, in_child);
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (told >= 1 << 17 && told <= 1 << 24) l2 = told;
+#endif
+}
+
+}  // namespace transom

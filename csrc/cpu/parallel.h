@@ -1,0 +1,18 @@
+/* Threads and caches of the host. Compiled once, for the baseline. */
+#pragma once
+
+#include <stdint.h>
+
+namespace transom {
+
+/* body(context, thread) on up to `threads` threads of the OpenMP pool that torch has loaded, thread
+ * numbers below `threads`. Fewer may run: bodies take their work from a counter. */
+void parallel(int32_t threads, void (*body)(void *context, int32_t thread), void *context);
+
+/* Bytes of one core's second-level cache; a common size where the system does not tell. */
+int64_t l2_bytes();
+
+/* Once a process, before the first parallel(). */
+void prepare();
+
+}  // namespace transom

@@ -1,0 +1,125 @@
+/* out[m][n] = sum over k of x[m][k] * w[n][k]: rows of float32 times rows of a weight, as stored.
+ *
+ * Both operands run along k, so nothing is packed: a tile of rows of x times rows of w keeps one
+ * vector of partial sums for each pair, loads each vector of x and w once, widens w in registers,
+ * and adds up each vector at the end. Every sum is taken in the same order (kWidth chains along k,
+ * then sum()) whatever the tile, hence the same bits for one token and for thousands, and at any
+ * number of threads. A tile does 2*R*C FMAs for R+C loads: bound by FMA with many rows; with one it
+ * streams w once and is bound by memory. Internal linkage, as in vector.h. */
+#pragma once
+
+#include "tensor.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+/* Rows and columns of the tile: with its operands it fills the vector registers, of which there
+ * are 32 with AVX-512 and on AArch64, else 16. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 6, kColumns = 4;
+#else
+constexpr int kRows = 4, kColumns = 3;
+#endif
+/* Columns of a tile of one row: as many streams as the prefetchers follow. */
+constexpr int kStreams = 8;
+/* Floats between rows of x beyond their length: rows of a power of two would share cache sets. */
+constexpr int64_t kPad = 16;
+
+inline int64_t padded(int64_t k) { return up_to(k, kWidth) + kPad; }
+
+template <class Weight, int R, int C>
+inline void tile(const float *x, int64_t x_stride, const Weight *w, int64_t w_stride, int64_t K,
+                 float *out, int64_t out_stride) {
+  vf sums[R][C] = {};
+  const int64_t whole = K - K % kWidth;
+  for (int64_t k = 0; k < whole; k += kWidth) {
+    vf right[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) right[c] = load(w + c * w_stride + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const vf left = load(x + r * x_stride + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) sums[r][c] += left * right[c];
+    }
+  }
+  if (whole < K)
+    for (int c = 0; c < C; c++) {
+      const vf right = load_some(w + c * w_stride + whole, K - whole);
+      for (int r = 0; r < R; r++) sums[r][c] += load(x + r * x_stride + whole) * right;
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) out[r * out_stride + c] = sum(sums[r][c]);
+}
+
+template <class Weight, int C>
+inline void column(int64_t rows, const float *x, int64_t x_stride, const Weight *w,
+                   int64_t w_stride, int64_t K, float *out, int64_t out_stride) {
+  /* Tiles of nearly equal height: 7 rows are 4 + 3, not 6 + 1. */
+  for (int64_t left = (rows + kRows - 1) / kRows; left > 0; left--) {
+    const int64_t r = (rows + left - 1) / left;
+    switch (r) {
+      case 1: tile<Weight, 1, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
+      case 2: tile<Weight, 2, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
+      case 3: tile<Weight, 3, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
+#if defined(__AVX512F__) || defined(__aarch64__)
+      case 5: tile<Weight, 5, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
+      case 6: tile<Weight, 6, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
+#endif
+      default: tile<Weight, 4, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
+    }
+    rows -= r;
+    x += r * x_stride;
+    out += r * out_stride;
+  }
+}
+
+/* x: rows of float32 with zeros up to the next multiple of the width. */
+template <class Weight>
+inline void multiply(int64_t rows, const float *x, int64_t x_stride, int64_t columns,
+                     const Weight *w, int64_t w_stride, int64_t K, float *out,
+                     int64_t out_stride) {
+  int64_t n = 0;
+  if (rows == 1)
+    for (; n + kStreams <= columns; n += kStreams)
+      tile<Weight, 1, kStreams>(x, x_stride, w + n * w_stride, w_stride, K, out + n, out_stride);
+  for (; n + kColumns <= columns; n += kColumns)
+    column<Weight, kColumns>(rows, x, x_stride, w + n * w_stride, w_stride, K, out + n,
+                             out_stride);
+  for (; n < columns; n++)
+    column<Weight, 1>(rows, x, x_stride, w + n * w_stride, w_stride, K, out + n, out_stride);
+}
+
+/* Rows of a weight [E,N,K] with a last dim of stride 1: `first`, first + step, ... of expert e. */
+inline void multiply(int64_t rows, const float *x, int64_t x_stride, const transom_tensor *weight,
+                     int64_t e, int64_t first, int64_t step, int64_t columns, float *out,
+                     int64_t out_stride) {
+  const int64_t K = weight->shape[2], w_stride = weight->strides[1] * step;
+  const int64_t at = e * weight->strides[0] + first * weight->strides[1];
+  if (weight->dtype_bits == 32)
+    multiply(rows, x, x_stride, columns, static_cast<const float *>(weight->data) + at, w_stride,
+             K, out, out_stride);
+  else if (weight->dtype_code == TRANSOM_BFLOAT)
+    multiply(rows, x, x_stride, columns, static_cast<const bf16 *>(weight->data) + at, w_stride,
+             K, out, out_stride);
+  else
+    multiply(rows, x, x_stride, columns, static_cast<const f16 *>(weight->data) + at, w_stride, K,
+             out, out_stride);
+}
+
+/* Rows of x that a thread takes at once: they stay in half of its L2 while w streams by. */
+inline int64_t rows_at_once(int64_t K, int64_t rows, int64_t l2) {
+  const int64_t fit = l2 / 2 / (padded(K) * 4) / kRows * kRows;
+  return clamp(fit, kRows, max_of(kRows, min_of(rows, 96)));
+}
+
+/* Columns of w in one task: eight tasks a thread to share, but no slivers. */
+inline int64_t columns_at_once(int64_t N, int64_t blocks, int64_t threads) {
+  const int64_t wanted = up_to(max_of(N * blocks / (8 * threads), 1), 24);
+  return clamp(wanted, 48, 480);
+}
+
+}  // namespace
+}  // namespace transom::TRANSOM_LEVEL

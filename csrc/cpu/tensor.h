@@ -1,0 +1,97 @@
+/* Reading the tensors of a call. Internal linkage, as in vector.h. */
+#pragma once
+
+#include <stdio.h>
+
+#include "transom_ops.h"
+#include "vector.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+inline const transom_tensor *tensor(const transom_call *call, int at) {
+  return call->args[at].tag == TRANSOM_VALUE_TENSOR ? call->args[at].tensor : nullptr;
+}
+
+inline bool is(const transom_tensor *t, int code, int bits) {
+  return t->dtype_code == code && t->dtype_bits == bits;
+}
+
+/* 0 float32, 1 bfloat16, 2 float16, -1 anything else. */
+inline int kind(const transom_tensor *t) {
+  if (is(t, TRANSOM_FLOAT, 32)) return 0;
+  if (is(t, TRANSOM_BFLOAT, 16)) return 1;
+  return is(t, TRANSOM_FLOAT, 16) ? 2 : -1;
+}
+
+inline int64_t size_of(const transom_tensor *t) { return t->dtype_bits / 8; }
+
+inline int64_t integer(const transom_tensor *t, int64_t at) {
+  return t->dtype_bits == 32 ? static_cast<const int32_t *>(t->data)[at]
+                             : static_cast<const int64_t *>(t->data)[at];
+}
+
+/* One element of a tensor of any float dtype, as float32. */
+inline float number(const transom_tensor *t, int64_t at) {
+  if (t->dtype_bits == 64) return static_cast<float>(static_cast<const double *>(t->data)[at]);
+  if (t->dtype_bits == 32) return static_cast<const float *>(t->data)[at];
+  const uint16_t bits = static_cast<const uint16_t *>(t->data)[at];
+  if (t->dtype_code == TRANSOM_BFLOAT) return bits_as<float>(static_cast<uint32_t>(bits) << 16);
+  const f16 one = {bits};
+  return load_some(&one, 1)[0];
+}
+
+template <class Number>
+inline void read_numbers(const Number *from, int64_t stride, int64_t n, float *to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kWidth <= n; i += kWidth) store(to + i, load(from + i));
+  for (; i < n; i += kWidth) {
+    Number some[kWidth] = {};
+    const int64_t here = n - i < kWidth ? n - i : kWidth;
+    for (int64_t j = 0; j < here; j++) some[j] = from[(i + j) * stride];
+    store(to + i, load(some));
+  }
+}
+
+/* n elements from `at` on as float32, with zeros up to the next multiple of the width. */
+inline void read_row(const transom_tensor *t, int64_t at, int64_t stride, int64_t n, float *to) {
+  if (t->dtype_bits == 32)
+    read_numbers(static_cast<const float *>(t->data) + at, stride, n, to);
+  else if (t->dtype_code == TRANSOM_BFLOAT)
+    read_numbers(static_cast<const bf16 *>(t->data) + at, stride, n, to);
+  else
+    read_numbers(static_cast<const f16 *>(t->data) + at, stride, n, to);
+}
+
+/* True if `x` is of a dtype that kernels read and the weight at `at` is plain, with rows in one
+ * piece; else the reason is written. */
+inline bool fits(const transom_call *call, int x, const char *x_name, int weight,
+                 const char *weight_name, transom_status *status) {
+  const transom_tensor *w = tensor(call, weight);
+  if (kind(tensor(call, x)) < 0) {
+    snprintf(status->message, sizeof status->message,
+             "%s is float64; supported: float32, bfloat16, float16", x_name);
+  } else if (call->args[weight + 3].tag == TRANSOM_VALUE_STRING) {
+    snprintf(status->message, sizeof status->message,
+             "%s is an %s weight; supported: float32, bfloat16, float16", weight_name,
+             call->args[weight + 3].string);
+  } else if (w->shape[2] > 1 && w->strides[2] != 1) {
+    snprintf(status->message, sizeof status->message,
+             "%s has a last dim of stride %lld; supported: 1; call .contiguous()", weight_name,
+             static_cast<long long>(w->strides[2]));
+  } else {
+    return true;
+  }
+  return false;
+}
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t clamp(int64_t n, int64_t low, int64_t high) {
+  return n < low ? low : n > high ? high : n;
+}
+
+}  // namespace
+}  // namespace transom::TRANSOM_LEVEL

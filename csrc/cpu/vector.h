@@ -1,0 +1,160 @@
+/* Vectors of float at the width of the instruction set that this file is compiled for.
+ *
+ * Everything here has internal linkage and stands in a namespace named after the level: a function
+ * compiled for AVX-512 can never be linked into the baseline (llama.cpp#11780 is what happens
+ * otherwise). For the same reason the sources of kernels use no templates of the standard library.
+ *
+ * TRANSOM_LEVEL   baseline, avx2, avx512 or neon: set on the command line, with its flags. */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kWidth)));
+typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t vu __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t vs __attribute__((vector_size(2 * kWidth)));
+typedef float v4 __attribute__((vector_size(16)));
+
+/* Numbers of 16 bits as memory holds them. */
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline vf all(float x) { return x - vf{}; }
+
+inline vf load(const float *p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+inline vf load(const bf16 *p) {
+  vs s;
+  memcpy(&s, p, sizeof s);
+  return bits_as<vf>(__builtin_convertvector(s, vu) << 16);
+}
+
+inline vf load(const f16 *p) {
+#if defined(__AVX512F__)
+  /* The masked form: gcc 12 warns of its own undefined operand in the plain one. */
+  const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+  return bits_as<vf>(_mm512_maskz_cvtph_ps(0xffff, s));
+#elif defined(__AVX2__)
+  return bits_as<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+#elif defined(__aarch64__)
+  return bits_as<vf>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))));
+#else
+  vs s;
+  memcpy(&s, p, sizeof s);
+  const vu u = __builtin_convertvector(s, vu);
+  /* The exponent moves to float32's place and 2^112 corrects its bias, subnormals included. */
+  vu magnitude = bits_as<vu>(bits_as<vf>((u & 0x7fffu) << 13) * 0x1p112f);
+  const vu infinite = bits_as<vu>((u & 0x7c00u) == 0x7c00u);
+  magnitude = (infinite & (((u & 0x3ffu) << 13) | 0x7f800000u)) | (~infinite & magnitude);
+  return bits_as<vf>(magnitude | ((u & 0x8000u) << 16));
+#endif
+}
+
+/* The first `count` elements, zeros after them; reads no further. */
+template <class Number>
+inline vf load_some(const Number *p, int64_t count) {
+  Number some[kWidth] = {};
+  memcpy(some, p, static_cast<size_t>(count) * sizeof(Number));
+  return load(some);
+}
+
+/* The sum of the elements, in one order whatever the surrounding loop. */
+inline float sum(vf v) {
+  v4 part[kWidth / 4];
+  memcpy(part, &v, sizeof v);
+  v4 s = part[0];
+  if constexpr (kWidth == 8) s = part[0] + part[1];
+  if constexpr (kWidth == 16) s = (part[0] + part[2]) + (part[1] + part[3]);
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+inline uint16_t to_bf16(float x) {
+  const uint32_t u = bits_as<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? (u >> 16) | 0x40u : rounded);
+}
+
+inline uint16_t to_f16(float x) {
+  const uint32_t u = bits_as<uint32_t>(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    h = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds at the last place
+    h = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return static_cast<uint16_t>(sign | h);
+}
+
+/* out[0..n) = x, rounded to nearest even. */
+inline void write_row(void *out, int bits16, const float *x, int64_t n) {
+  if (bits16 == 0) {
+    memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
+  } else if (bits16 == 1) {
+    uint16_t *to = static_cast<uint16_t *>(out);
+    for (int64_t i = 0; i < n; i++) to[i] = to_bf16(x[i]);
+  } else {
+    uint16_t *to = static_cast<uint16_t *>(out);
+    for (int64_t i = 0; i < n; i++) to[i] = to_f16(x[i]);
+  }
+}
+
+/* e^x to 2 units in the last place; 0 below -87.3, infinite above 88.7, NaN for NaN. */
+inline vf exp(vf x) {
+  /* Cephes expf: n = round(x / ln 2), a polynomial on the rest, times 2^n in two factors. */
+  x = x > 89.0f ? all(89.0f) : x;
+  x = x < -88.0f ? all(-88.0f) : x;
+  const vf n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  vf y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const vf whole = n == n ? n : vf{};
+  const vi power = __builtin_convertvector(whole, vi), half = power >> 1;
+  return y * bits_as<vf>((half + 127) << 23) * bits_as<vf>((power - half + 127) << 23);
+}
+
+}  // namespace
+}  // namespace transom::TRANSOM_LEVEL
