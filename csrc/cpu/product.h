@@ -2,9 +2,9 @@
  *
  * Both operands run along k, so nothing is packed: a tile of rows of x times rows of w keeps one
  * vector of partial sums for each pair, loads each vector of x and w once, widens w in registers,
- * and adds up each vector at the end. Every sum is taken in the same order (kWidth chains along k,
- * then sum()) whatever the tile, hence the same bits for one token and for thousands, and at any
- * number of threads. A tile does 2*R*C FMAs for R+C loads: bound by FMA with many rows; with one it
+ * and adds up each vector at the end. Every sum is taken in the same order (kWidth chains along a
+ * piece of k, sum(), then piece by piece) whatever the tile: the same bits for one token and for
+ * thousands, and at any number of threads. A tile does 2*R*C FMAs for R+C loads: bound by FMA with many rows; with one it
  * streams w once and is bound by memory. Internal linkage, as in vector.h. */
 #pragma once
 
@@ -16,20 +16,23 @@ namespace {
 /* Rows and columns of the tile: with its operands it fills the vector registers, of which there
  * are 32 with AVX-512 and on AArch64, else 16. */
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 6, kColumns = 4;
+constexpr int kRows = 4, kColumns = 6;
 #else
 constexpr int kRows = 4, kColumns = 3;
 #endif
 /* Columns of a tile of one row: as many streams as the prefetchers follow. */
 constexpr int kStreams = 8;
+/* Elements of a row that are multiplied before their sums are added to the output's. */
+constexpr int64_t kPiece = 1024;
 /* Floats between rows of x beyond their length: rows of a power of two would share cache sets. */
 constexpr int64_t kPad = 16;
 
 inline int64_t padded(int64_t k) { return up_to(k, kWidth) + kPad; }
 
+/* out[r][c] (+)= the products along k..k+K of R rows of x and C of w. */
 template <class Weight, int R, int C>
 inline void tile(const float *x, int64_t x_stride, const Weight *w, int64_t w_stride, int64_t K,
-                 float *out, int64_t out_stride) {
+                 float *out, int64_t out_stride, bool add) {
   vf sums[R][C] = {};
   const int64_t whole = K - K % kWidth;
   for (int64_t k = 0; k < whole; k += kWidth) {
@@ -49,26 +52,32 @@ inline void tile(const float *x, int64_t x_stride, const Weight *w, int64_t w_st
       for (int r = 0; r < R; r++) sums[r][c] += load(x + r * x_stride + whole) * right;
     }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++) {
+    float *to = out + r * out_stride;
+    float totals[C];
+    int c = 0;
 #pragma GCC unroll 8
-    for (int c = 0; c < C; c++) out[r * out_stride + c] = sum(sums[r][c]);
+    for (; c + 4 <= C; c += 4) {
+      const v4 four = sum(sums[r][c], sums[r][c + 1], sums[r][c + 2], sums[r][c + 3]);
+      memcpy(totals + c, &four, sizeof four);
+    }
+#pragma GCC unroll 8
+    for (; c < C; c++) totals[c] = sum(sums[r][c]);
+    for (c = 0; c < C; c++) to[c] = add ? to[c] + totals[c] : totals[c];
+  }
 }
 
 template <class Weight, int C>
 inline void column(int64_t rows, const float *x, int64_t x_stride, const Weight *w,
-                   int64_t w_stride, int64_t K, float *out, int64_t out_stride) {
+                   int64_t w_stride, int64_t K, float *out, int64_t out_stride, bool add) {
   /* Tiles of nearly equal height: 7 rows are 4 + 3, not 6 + 1. */
   for (int64_t left = (rows + kRows - 1) / kRows; left > 0; left--) {
     const int64_t r = (rows + left - 1) / left;
     switch (r) {
-      case 1: tile<Weight, 1, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
-      case 2: tile<Weight, 2, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
-      case 3: tile<Weight, 3, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
-#if defined(__AVX512F__) || defined(__aarch64__)
-      case 5: tile<Weight, 5, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
-      case 6: tile<Weight, 6, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
-#endif
-      default: tile<Weight, 4, C>(x, x_stride, w, w_stride, K, out, out_stride); break;
+      case 1: tile<Weight, 1, C>(x, x_stride, w, w_stride, K, out, out_stride, add); break;
+      case 2: tile<Weight, 2, C>(x, x_stride, w, w_stride, K, out, out_stride, add); break;
+      case 3: tile<Weight, 3, C>(x, x_stride, w, w_stride, K, out, out_stride, add); break;
+      default: tile<Weight, 4, C>(x, x_stride, w, w_stride, K, out, out_stride, add); break;
     }
     rows -= r;
     x += r * x_stride;
@@ -76,20 +85,48 @@ inline void column(int64_t rows, const float *x, int64_t x_stride, const Weight 
   }
 }
 
+/* A piece of C rows of w against all rows of x. */
+template <class Weight, int C>
+inline void columns_of(int64_t rows, const float *x, int64_t x_stride, const Weight *w,
+                       int64_t w_stride, int64_t K, float *out, int64_t out_stride, bool add) {
+  if constexpr (sizeof(Weight) == 2) {
+    /* Widening in the tile takes the FMAs' ports: with several tiles it is done once, into L1. */
+    if (rows > 2 * kRows) {
+      alignas(64) float wide[C * kPiece];
+      for (int c = 0; c < C; c++) read_numbers(w + c * w_stride, 1, K, wide + c * kPiece);
+      column<float, C>(rows, x, x_stride, wide, kPiece, K, out, out_stride, add);
+      return;
+    }
+  }
+  column<Weight, C>(rows, x, x_stride, w, w_stride, K, out, out_stride, add);
+}
+
 /* x: rows of float32 with zeros up to the next multiple of the width. */
 template <class Weight>
 inline void multiply(int64_t rows, const float *x, int64_t x_stride, int64_t columns,
                      const Weight *w, int64_t w_stride, int64_t K, float *out,
                      int64_t out_stride) {
-  int64_t n = 0;
-  if (rows == 1)
-    for (; n + kStreams <= columns; n += kStreams)
-      tile<Weight, 1, kStreams>(x, x_stride, w + n * w_stride, w_stride, K, out + n, out_stride);
-  for (; n + kColumns <= columns; n += kColumns)
-    column<Weight, kColumns>(rows, x, x_stride, w + n * w_stride, w_stride, K, out + n,
-                             out_stride);
-  for (; n < columns; n++)
-    column<Weight, 1>(rows, x, x_stride, w + n * w_stride, w_stride, K, out + n, out_stride);
+  for (int64_t n = 0; n < columns;) {
+    const int64_t left = columns - n;
+    const int64_t wide = rows == 1 && left >= kStreams ? kStreams : left >= kColumns ? kColumns : 1;
+    /* A piece of the rows of w stays in L1 while all rows of x pass by. */
+    int64_t k = 0;
+    do {
+      const int64_t piece = min_of(kPiece, K - k);
+      const Weight *right = w + n * w_stride + k;
+      float *to = out + n;
+      const bool add = k > 0;
+      if (wide == kStreams)
+        tile<Weight, 1, kStreams>(x + k, x_stride, right, w_stride, piece, to, out_stride, add);
+      else if (wide == kColumns)
+        columns_of<Weight, kColumns>(rows, x + k, x_stride, right, w_stride, piece, to, out_stride,
+                                     add);
+      else
+        columns_of<Weight, 1>(rows, x + k, x_stride, right, w_stride, piece, to, out_stride, add);
+      k += kPiece;
+    } while (k < K);
+    n += wide;
+  }
 }
 
 /* Rows of a weight [E,N,K] with a last dim of stride 1: `first`, first + step, ... of expert e. */

@@ -94,14 +94,28 @@ inline vf load_some(const Number *p, int64_t count) {
   return load(some);
 }
 
-/* The sum of the elements, in one order whatever the surrounding loop. */
-inline float sum(vf v) {
+inline v4 folded(vf v) {
   v4 part[kWidth / 4];
   memcpy(part, &v, sizeof v);
-  v4 s = part[0];
-  if constexpr (kWidth == 8) s = part[0] + part[1];
-  if constexpr (kWidth == 16) s = (part[0] + part[2]) + (part[1] + part[3]);
+  if constexpr (kWidth == 8) return part[0] + part[1];
+  if constexpr (kWidth == 16) return (part[0] + part[2]) + (part[1] + part[3]);
+  return part[0];
+}
+
+/* The sum of the elements, in one order whatever the surrounding loop. */
+inline float sum(vf v) {
+  const v4 s = folded(v);
   return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+/* {sum(a), sum(b), sum(c), sum(d)}, to the bit. */
+inline v4 sum(vf a, vf b, vf c, vf d) {
+  const v4 p = folded(a), q = folded(b), r = folded(c), s = folded(d);
+  const v4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) +
+                __builtin_shufflevector(p, q, 2, 6, 3, 7);
+  const v4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) +
+                __builtin_shufflevector(r, s, 2, 6, 3, 7);
+  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
 }
 
 inline uint16_t to_bf16(float x) {
