@@ -51,20 +51,22 @@ inline void tile(const float *x, int64_t x_stride, const Weight *w, int64_t w_st
       const vf right = load_some(w + c * w_stride + whole, K - whole);
       for (int r = 0; r < R; r++) sums[r][c] += load(x + r * x_stride + whole) * right;
     }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    float *to = out + r * out_stride;
-    float totals[C];
-    int c = 0;
-#pragma GCC unroll 8
-    for (; c + 4 <= C; c += 4) {
-      const v4 four = sum(sums[r][c], sums[r][c + 1], sums[r][c + 2], sums[r][c + 3]);
-      memcpy(totals + c, &four, sizeof four);
-    }
-#pragma GCC unroll 8
-    for (; c < C; c++) totals[c] = sum(sums[r][c]);
-    for (c = 0; c < C; c++) to[c] = add ? to[c] + totals[c] : totals[c];
+  float totals[R * C];
+#pragma GCC unroll 32
+  for (int i = 0; i + 4 <= R * C; i += 4) {
+    const v4 four = sum(sums[i / C][i % C], sums[(i + 1) / C][(i + 1) % C],
+                        sums[(i + 2) / C][(i + 2) % C], sums[(i + 3) / C][(i + 3) % C]);
+    memcpy(totals + i, &four, sizeof four);
   }
+#pragma GCC unroll 4
+  for (int i = R * C / 4 * 4; i < R * C; i++) totals[i] = sum(sums[i / C][i % C]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+      float *to = out + r * out_stride + c;
+      *to = add ? *to + totals[r * C + c] : totals[r * C + c];
+    }
 }
 
 template <class Weight, int C>
