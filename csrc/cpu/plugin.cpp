@@ -7,7 +7,7 @@
 #include "transom_ops.h"
 
 /* Each level's sources define these. A new operator is one word here. */
-#define TRANSOM_EACH(F, level) F(level, grouped_gemm)
+#define TRANSOM_EACH(F, level) F(level, grouped_gemm) F(level, moe_experts)
 #define TRANSOM_DECLARE(level, op)  \
   namespace transom::level {        \
   extern const transom_impl op;     \
@@ -16,7 +16,7 @@
 #define TRANSOM_TABLE(level)                                                            \
   TRANSOM_EACH(TRANSOM_DECLARE, level)                                                  \
   static const transom_impl *const level##_impls[] = {TRANSOM_EACH(TRANSOM_ENTRY, level)}; \
-  static const transom_plugin level##_plugin = {                                        \
+  static const transom_plugin level##_plugin = {                                           \
       sizeof(transom_plugin), TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR,                     \
       "transom", "1." #level, "cpu", sizeof level##_impls / sizeof level##_impls[0],    \
       0, level##_impls};

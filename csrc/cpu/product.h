@@ -1,11 +1,11 @@
 /* out[m][n] = sum over k of x[m][k] * w[n][k]: rows of float32 times rows of a weight, as stored.
  *
- * Both operands run along k, so nothing is packed: a tile of rows of x times rows of w keeps one
+ * Both operands run along k, so nothing is packed: a tile of R rows of x times C rows of w keeps one
  * vector of partial sums for each pair, loads each vector of x and w once, widens w in registers,
  * and adds up each vector at the end. Every sum is taken in the same order (kWidth chains along a
  * piece of k, sum(), then piece by piece) whatever the tile: the same bits for one token and for
- * thousands, and at any number of threads. A tile does 2*R*C FMAs for R+C loads: bound by FMA with many rows; with one it
- * streams w once and is bound by memory. Internal linkage, as in vector.h. */
+ * thousands, and at any number of threads. A tile does R*C FMAs for R+C loads: bound by FMA with
+ * many rows; with one it streams w once and is bound by memory. Internal linkage, as in vector.h. */
 #pragma once
 
 #include "tensor.h"
@@ -155,9 +155,9 @@ inline int64_t rows_at_once(int64_t K, int64_t rows, int64_t l2) {
 }
 
 /* Columns of w in one task: eight tasks a thread to share, but no slivers. */
+constexpr int64_t kMostColumns = 480;
 inline int64_t columns_at_once(int64_t N, int64_t blocks, int64_t threads) {
-  const int64_t wanted = up_to(max_of(N * blocks / (8 * threads), 1), 24);
-  return clamp(wanted, 48, 480);
+  return clamp(up_to(N * blocks / (8 * threads), 24), 48, kMostColumns);
 }
 
 }  // namespace

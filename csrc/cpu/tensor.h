@@ -26,16 +26,21 @@ inline int kind(const transom_tensor *t) {
 
 inline int64_t size_of(const transom_tensor *t) { return t->dtype_bits / 8; }
 
-inline int64_t integer(const transom_tensor *t, int64_t at) {
-  return t->dtype_bits == 32 ? static_cast<const int32_t *>(t->data)[at]
-                             : static_cast<const int64_t *>(t->data)[at];
+/* The address of an element. */
+inline void *at(const transom_tensor *t, int64_t index) {
+  return static_cast<char *>(t->data) + index * size_of(t);
+}
+
+inline int64_t integer(const transom_tensor *t, int64_t index) {
+  return t->dtype_bits == 32 ? static_cast<const int32_t *>(t->data)[index]
+                             : static_cast<const int64_t *>(t->data)[index];
 }
 
 /* One element of a tensor of any float dtype, as float32. */
-inline float number(const transom_tensor *t, int64_t at) {
-  if (t->dtype_bits == 64) return static_cast<float>(static_cast<const double *>(t->data)[at]);
-  if (t->dtype_bits == 32) return static_cast<const float *>(t->data)[at];
-  const uint16_t bits = static_cast<const uint16_t *>(t->data)[at];
+inline float number(const transom_tensor *t, int64_t index) {
+  if (t->dtype_bits == 64) return static_cast<float>(static_cast<const double *>(t->data)[index]);
+  if (t->dtype_bits == 32) return static_cast<const float *>(t->data)[index];
+  const uint16_t bits = static_cast<const uint16_t *>(t->data)[index];
   if (t->dtype_code == TRANSOM_BFLOAT) return bits_as<float>(static_cast<uint32_t>(bits) << 16);
   const f16 one = {bits};
   return load_some(&one, 1)[0];
@@ -54,14 +59,15 @@ inline void read_numbers(const Number *from, int64_t stride, int64_t n, float *t
   }
 }
 
-/* n elements from `at` on as float32, with zeros up to the next multiple of the width. */
-inline void read_row(const transom_tensor *t, int64_t at, int64_t stride, int64_t n, float *to) {
+/* n elements from `first` on as float32, with zeros up to the next multiple of the width. */
+inline void read_row(const transom_tensor *t, int64_t first, int64_t stride, int64_t n,
+                     float *to) {
   if (t->dtype_bits == 32)
-    read_numbers(static_cast<const float *>(t->data) + at, stride, n, to);
+    read_numbers(static_cast<const float *>(t->data) + first, stride, n, to);
   else if (t->dtype_code == TRANSOM_BFLOAT)
-    read_numbers(static_cast<const bf16 *>(t->data) + at, stride, n, to);
+    read_numbers(static_cast<const bf16 *>(t->data) + first, stride, n, to);
   else
-    read_numbers(static_cast<const f16 *>(t->data) + at, stride, n, to);
+    read_numbers(static_cast<const f16 *>(t->data) + first, stride, n, to);
 }
 
 /* True if `x` is of a dtype that kernels read and the weight at `at` is plain, with rows in one

@@ -3,7 +3,7 @@
  * Tasks are (expert, slice of columns, block of rows), taken from one counter; a task reads its
  * rows of x into float32 once, multiplies them (product.h) and rounds the results. */
 #include "../parallel.h"
-#include "../product.h"
+#include "tasks.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -13,8 +13,9 @@ enum { X = TRANSOM_GROUPED_GEMM_X, W = TRANSOM_GROUPED_GEMM_WEIGHT };
 struct Work {
   const transom_call *call;
   const transom_tensor *x, *w, *offsets;
-  int64_t M, K, N, E, x_stride, rows, columns, thread_floats;
-  int64_t next; /* task, taken by fetch-and-add */
+  int64_t M, K, x_stride, thread_floats;
+  Tasks tasks;
+  int64_t end(int64_t e) const { return integer(offsets, e * offsets->strides[0]); }
 };
 
 Work describe(const transom_call *call) {
@@ -24,42 +25,29 @@ Work describe(const transom_call *call) {
   work.w = tensor(call, W);
   work.offsets = tensor(call, TRANSOM_GROUPED_GEMM_OFFSETS);
   work.M = work.x->shape[0], work.K = work.x->shape[1];
-  work.E = work.w->shape[0], work.N = work.w->shape[1];
   work.x_stride = padded(work.K);
-  work.rows = rows_at_once(work.K, work.M, l2_bytes());
-  work.columns = 480; /* the most that columns_at_once gives */
-  work.thread_floats = up_to(work.rows * (work.x_stride + work.columns), 16);
+  const int64_t rows = rows_at_once(work.K, work.M, l2_bytes());
+  work.tasks = {work.w->shape[0], work.M, work.w->shape[1], rows, kMostColumns, 0};
+  work.thread_floats = up_to(rows * (work.x_stride + kMostColumns), 16);
   return work;
 }
 
-int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void some(void *context, int32_t thread) {
+void multiply_tasks(void *context, int32_t thread) {
   Work *work = static_cast<Work *>(context);
   const transom_tensor *x = work->x, *y = work->call->outs[0];
   float *panel = static_cast<float *>(work->call->workspace) + thread * work->thread_floats;
-  float *out = panel + work->rows * work->x_stride;
-  const int64_t slices = ceil_of(work->N, work->columns), size = size_of(y);
-  /* Tasks come in rising order: walk along the experts. */
-  int64_t e = -1, start = 0, stop = 0, first = 0, blocks = 0;
-  for (;;) {
-    const int64_t task = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    while (task >= first + blocks * slices) {
-      if (++e == work->E) return;
-      first += blocks * slices;
-      start = max_of(stop, 0);
-      stop = max_of(start, min_of(integer(work->offsets, e * work->offsets->strides[0]), work->M));
-      blocks = ceil_of(stop - start, work->rows);
-    }
-    const int64_t slice = (task - first) / blocks, block = (task - first) % blocks;
-    const int64_t n = slice * work->columns, columns = min_of(work->columns, work->N - n);
-    const int64_t m = start + block * work->rows, rows = min_of(work->rows, stop - m);
-    for (int64_t r = 0; r < rows; r++)
-      read_row(x, (m + r) * x->strides[0], x->strides[1], work->K, panel + r * work->x_stride);
-    multiply(rows, panel, work->x_stride, work->w, e, n, 1, columns, out, work->columns);
-    for (int64_t r = 0; r < rows; r++)
-      write_row(static_cast<char *>(y->data) + ((m + r) * work->N + n) * size, kind(y),
-                out + r * work->columns, columns);
+  float *out = panel + work->tasks.rows * work->x_stride;
+  Walk walk;
+  Task task;
+  while (take(&work->tasks, &walk, [&](int64_t e) { return work->end(e); }, &task)) {
+    for (int64_t r = 0; r < task.rows; r++)
+      read_row(x, (task.row + r) * x->strides[0], x->strides[1], work->K,
+               panel + r * work->x_stride);
+    multiply(task.rows, panel, work->x_stride, work->w, task.e, task.column, 1, task.columns, out,
+             kMostColumns);
+    for (int64_t r = 0; r < task.rows; r++)
+      write_row(at(y, (task.row + r) * work->tasks.N + task.column), kind(y),
+                out + r * kMostColumns, task.columns);
   }
 }
 
@@ -68,25 +56,22 @@ int32_t supports(const transom_call *call, transom_status *status) {
 }
 
 uint64_t workspace(const transom_call *call) {
-  const Work work = describe(call);
-  return static_cast<uint64_t>(work.thread_floats * call->threads) * sizeof(float);
+  return static_cast<uint64_t>(describe(call).thread_floats * call->threads) * sizeof(float);
 }
 
 int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
-  int64_t stop = 0, blocks = 0;
-  for (int64_t e = 0; e < work.E; e++) {
-    const int64_t end = min_of(integer(work.offsets, e * work.offsets->strides[0]), work.M);
-    blocks += ceil_of(max_of(end - stop, 0), work.rows);
-    stop = max_of(stop, end);
-  }
+  Tasks *tasks = &work.tasks;
+  if (work.M == 0 || tasks->N == 0) return 0;
+  int64_t stop;
+  const int64_t blocks = count_blocks(tasks->E, work.M, tasks->rows,
+                                      [&](int64_t e) { return work.end(e); }, &stop);
   const transom_tensor *y = call->outs[0];
-  if (stop < work.M && work.N > 0) /* rows that belong to nobody */
-    memset(static_cast<char *>(y->data) + stop * work.N * size_of(y), 0,
-           static_cast<size_t>((work.M - stop) * work.N * size_of(y)));
-  if (work.N > 0 && blocks > 0) {
-    work.columns = columns_at_once(work.N, blocks, call->threads);
-    parallel(call->threads, some, &work);
+  const int64_t nobodys = (work.M - stop) * tasks->N * size_of(y); /* rows without an expert */
+  memset(at(y, stop * tasks->N), 0, static_cast<size_t>(nobodys));
+  if (blocks > 0) {
+    tasks->columns = columns_at_once(tasks->N, blocks, call->threads);
+    parallel(call->threads, multiply_tasks, &work);
   }
   return 0;
 }
