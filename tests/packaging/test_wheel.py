@@ -42,22 +42,15 @@ def tracked(source: Path) -> set[str]:
     return set(listed.stdout.splitlines()) & files(source) or files(source)
 
 
-def add_extension(source: Path, broken: bool = False) -> None:
-    """The smallest sources that setup.py must find: a module, and a file of one operator."""
+def add_library(source: Path, broken: bool = False) -> None:
+    """The smallest sources that setup.py must find: a file of all levels, and one of one operator."""
     (source / "csrc/cpu/moe").mkdir(parents=True, exist_ok=True)
     for old in (source / "csrc").rglob("*.cpp"):
         old.unlink()
-    (source / "csrc/cpu/moe/seven.cpp").write_text('extern "C" int seven() { return 7; }\n')
-    (source / "csrc/bind.cpp").write_text(
-        ("#error broken\n" if broken else "") + "#include <Python.h>\n"
-        'extern "C" int seven();\n'
-        'static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,'
-        " nullptr, nullptr, nullptr, nullptr};\n"
-        "PyMODINIT_FUNC PyInit__C() {\n"
-        "  PyObject *made = PyModule_Create(&module);\n"
-        '  PyModule_AddIntConstant(made, "seven", seven());\n'
-        "  return made;\n"
-        "}\n"
+    text = "#error broken\n" if broken else 'extern "C" int once() { return 7; }\n'
+    (source / "csrc/cpu/once.cpp").write_text(text)
+    (source / "csrc/cpu/moe/seven.cpp").write_text(
+        "namespace TRANSOM_LEVEL { extern const int seven = 7; }\n"
     )
 
 
@@ -94,23 +87,24 @@ def test_the_platform_is_named_only_if_something_was_compiled(wheel: Path) -> No
 
 def test_a_pure_wheel_can_be_asked_for(source: Path, tmp_path: Path) -> None:
     copy = copy_source(tmp_path / "source")
-    add_extension(copy)
+    add_library(copy)
     (pure,) = build(copy, tmp_path / "dist", "--wheel", TRANSOM_NO_EXT="1").glob("*.whl")
     assert pure.name.endswith("-py3-none-any.whl")
     assert not [name for name in names(pure) if name.endswith(".so")]
 
 
-def test_an_extension_is_found_and_built(tmp_path: Path) -> None:
+def test_the_library_is_found_and_built_once_for_every_python(tmp_path: Path) -> None:
     copy = copy_source(tmp_path / "source")
-    add_extension(copy)
+    add_library(copy)
     (built,) = build(copy, tmp_path / "dist", "--wheel").glob("*.whl")
     assert not built.name.endswith("-any.whl")
-    assert [name for name in names(built) if name.startswith("transom/_C.")]
+    assert "transom/_native.so" in names(built)
+    assert "-py3-none-" in built.name
 
 
-def test_an_extension_that_does_not_compile_costs_only_itself(tmp_path: Path) -> None:
+def test_a_library_that_does_not_compile_costs_only_itself(tmp_path: Path) -> None:
     copy = copy_source(tmp_path / "source")
-    add_extension(copy, broken=True)
+    add_library(copy, broken=True)
     (built,) = build(copy, tmp_path / "dist", "--wheel").glob("*.whl")
     assert "transom/__init__.py" in names(built)
     assert not [name for name in names(built) if name.endswith(".so")]
