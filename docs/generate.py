@@ -133,7 +133,16 @@ def support_matrix() -> str:
         if name in backward:
             continue
         load(op, "cpu")
+        # Whether a backend can be used depends on the machine: its files say what it has.
+        for twin in sorted((HERE.parent / "backends").glob(f"*/{op.path}.py")):
+            backend = twin.parts[-3]
+            rows.append(
+                f"| `{name}` | {backend} (tuned) | {backend} | by call: `transom explain {name}` | "
+                "yes | by the composite |"
+            )
         for impl in sorted(op.impls.values(), key=lambda i: (-TIERS.index(i.tier), i.name)):
+            if impl.tier not in ("composite", "reference"):
+                continue
             rows.append(
                 f"| `{name}` | {impl.name} ({impl.tier}) | {impl.backend} "
                 f"| {', '.join(_dtypes(op, impl))} | "

@@ -1,6 +1,6 @@
 """Our own CPU kernels: csrc/cpu, compiled into transom/_native.so, called through the plugin table.
 
-TRANSOM_NATIVE_LEVEL (baseline, avx2, avx512, neon) asks for a level below the best of the processor.
+TRANSOM_NATIVE_LEVEL (baseline, avx2, avx512, neon) asks for another level than the best one here.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotSupported, PluginError
-from ..weights import QuantizedWeight
+from ..weights import QuantizedWeight, checked_group, grid_size
 from . import table
 
 if TYPE_CHECKING:
@@ -87,16 +87,14 @@ class CFunction:
         if impl.supports == ffi.NULL:
             return None
         values = [
-            facts.arguments[p.name] if p.role == "value" else facts.parts.get(p.name)
+            facts.arguments[p.name] if p.role == "value"
+            else facts.parts.get(p.name) or assumed(self.op, p.name, facts)
             for p in self.op.parameters
-        ]
+        ]  # fmt: skip
         outputs: list[Part] = []
         if not self.op.mutates:
             for shape, dtype in self.op.outputs({**facts.arguments, **facts.dims}, facts.dtypes):
-                strides = [1] * len(shape)
-                for i in reversed(range(len(shape) - 1)):
-                    strides[i] = strides[i + 1] * max(1, shape[i + 1])
-                outputs.append((0, shape, strides, dtype))
+                outputs.append(_contiguous(shape, dtype))
         call, keep = self._call(values, outputs, facts.device, 0)
         status = ffi.new("transom_status *")
         answer = impl.supports(call, status)
@@ -207,6 +205,32 @@ def described(value: Tensor | QuantizedWeight) -> tuple[Part | str | None, ...]:
         return ((0, value.shape, value.stride(), value.dtype),)
     zeros = None if value.zeros is None else described(value.zeros)[0]
     return described(value.values)[0], described(value.scales)[0], zeros, value.spec
+
+
+def assumed(op: Op[..., Any], name: str, facts: Facts) -> tuple[Part | str | None, ...] | None:
+    """The parts of an argument whose facts were made without tensors (`transom explain` of shapes):
+    contiguous, and in a quantised format's usual groups. None if it is not given."""
+    kind = facts.dtypes.get(name)
+    if kind is None:
+        return None
+    shape = op.signature.inputs[name].sizes({**facts.arguments, **facts.dims})
+    if not isinstance(kind, str):
+        return (_contiguous(shape, kind),)
+    rows, columns = checked_group(kind, None)
+    *lead, n, k = shape
+    grid = (*lead, grid_size(n, rows), grid_size(k, columns))
+    stored = (*lead, n, k // 2 if kind in ("int4", "mxfp4") else k)
+    values = _contiguous(stored, torch.int8 if kind == "int8" else torch.uint8)
+    scales = _contiguous(grid, torch.uint8 if kind == "mxfp4" else torch.float32)
+    zeros = _contiguous(grid, torch.uint8) if kind == "int4" else None
+    return values, scales, zeros, f"{kind}:{rows}x{columns}"
+
+
+def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Part:
+    strides = [1] * len(shape)
+    for i in reversed(range(len(shape) - 1)):
+        strides[i] = strides[i + 1] * max(1, shape[i + 1])
+    return 0, shape, strides, dtype
 
 
 def _stream(device: torch.device) -> int:

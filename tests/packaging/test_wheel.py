@@ -43,7 +43,7 @@ def tracked(source: Path) -> set[str]:
 
 
 def add_library(source: Path, broken: bool = False) -> None:
-    """The smallest sources that setup.py must find: a file of all levels, and one of one operator."""
+    """The smallest sources that setup.py must find: one compiled once, one for every level."""
     (source / "csrc/cpu/moe").mkdir(parents=True, exist_ok=True)
     for old in (source / "csrc").rglob("*.cpp"):
         old.unlink()

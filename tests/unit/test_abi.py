@@ -54,6 +54,9 @@ def restored():
     forget_plans()
 
 
+GROUP = {"int8": "1x0", "int4": "1x128", "fp8": "128x128", "mxfp4": "1x32"}
+
+
 def gemm(dtype=torch.float32):
     g = torch.Generator().manual_seed(3)
     x = torch.randn(6, 8, generator=g).to(dtype)
@@ -125,6 +128,17 @@ def test_the_sentence_of_supports_is_what_explain_shows(build):
     with pytest.raises(transom.NotSupported, match="x or weight is not float32"):
         with transom.use(grouped_gemm="toy"):
             transom.grouped_gemm(x, w, offsets)
+
+
+@pytest.mark.parametrize("weight", [torch.float32, "int8", "int4", "fp8", "mxfp4"])
+def test_facts_made_without_tensors_are_asked_about_as_contiguous(build, weight):
+    transom.CPlugin(build())
+    dtypes = {"x": torch.float32, "weight": weight, "offsets": torch.int64}
+    dims = {"M": 4, "K": 64, "E": 2, "N": 8}
+    facts = transom.Facts("cpu", "", dtypes, dims, {}, {})
+    reasons = transom.grouped_gemm.impls["toy"].reasons(facts)
+    assert reasons == ([f"weight is {weight}:{GROUP[weight]}; supported: float32"]
+                       if weight in GROUP else [])
 
 
 def test_another_schema_hash_refuses_that_implementation_only(build):

@@ -224,7 +224,7 @@ def test_explain_says_what_a_better_implementation_lacks(capsys, norm):
 def test_every_operator_can_be_explained_at_its_first_example(capsys, name):
     status, out, _ = call(capsys, "explain", name, "--json")
     assert status == 0
-    assert json.loads(out)["chosen"] == "composite"
+    assert json.loads(out)["chosen"] in ("composite", "native")  # native where it is compiled
 
 
 # tune -------------------------------------------------------------------------------------------

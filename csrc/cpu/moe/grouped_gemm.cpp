@@ -3,7 +3,7 @@
  * Tasks are (expert, slice of columns, block of rows), taken from one counter; a task reads its
  * rows of x into float32 once, multiplies them (product.h) and rounds the results. */
 #include "../parallel.h"
-#include "tasks.h"
+#include "_tasks.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

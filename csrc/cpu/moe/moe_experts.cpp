@@ -8,7 +8,7 @@
 
 #include "../parallel.h"
 #include "gated.h"
-#include "tasks.h"
+#include "_tasks.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
