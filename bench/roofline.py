@@ -72,7 +72,8 @@ def touched(op: Op, values: dict[str, Any]) -> float:
 
 def measure(op: Op, dims: dict[str, Any], dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """One row for each implementation that can run the case."""
-    case = build(op, dims, dtype, absent={s.name for s in op.signature.inputs.values() if s.optional})
+    optional = {s.name for s in op.signature.inputs.values() if s.optional}
+    case = build(op, dims, dtype, absent=optional)
     names = [p.name for p in op.parameters]
     values = spread_evenly(op, dict(zip(names, case.values, strict=True)), dims)
     # the kit stores tensors amid guards; a user's are contiguous

@@ -38,7 +38,12 @@ inline void tile(const float *x, int64_t x_stride, const Weight *w, int64_t w_st
   for (int64_t k = 0; k < whole; k += kWidth) {
     vf right[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; c++) right[c] = load(w + c * w_stride + k);
+    for (int c = 0; c < C; c++) {
+      right[c] = load(w + c * w_stride + k);
+      /* One row of x: memory is the limit. The same place of the next C rows of w, since a row is
+       * often a page, where the prefetchers start anew. */
+      if constexpr (R == 1) __builtin_prefetch(w + (c + C) * w_stride + k, 0, 2);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const vf left = load(x + r * x_stride + k);
@@ -158,6 +163,12 @@ inline int64_t rows_at_once(int64_t K, int64_t rows, int64_t l2) {
 constexpr int64_t kMostColumns = 480;
 inline int64_t columns_at_once(int64_t N, int64_t blocks, int64_t threads) {
   return clamp(up_to(N * blocks / (8 * threads), 24), 48, kMostColumns);
+}
+
+/* Threads for this many multiplications: below some 10 us of work each, waking one costs more. */
+inline int32_t threads_for(double products, int32_t threads) {
+  const double wanted = products / (1 << 19);
+  return wanted >= threads ? threads : wanted < 1 ? 1 : static_cast<int32_t>(wanted);
 }
 
 }  // namespace

@@ -70,8 +70,10 @@ int32_t run(const transom_call *call, transom_status *) {
   const int64_t nobodys = (work.M - stop) * tasks->N * size_of(y); /* rows without an expert */
   memset(at(y, stop * tasks->N), 0, static_cast<size_t>(nobodys));
   if (blocks > 0) {
-    tasks->columns = columns_at_once(tasks->N, blocks, call->threads);
-    parallel(call->threads, multiply_tasks, &work);
+    const double products = static_cast<double>(stop * tasks->N) * static_cast<double>(work.K);
+    const int32_t threads = threads_for(products, call->threads);
+    tasks->columns = columns_at_once(tasks->N, blocks, threads);
+    parallel(threads, multiply_tasks, &work);
   }
   return 0;
 }

@@ -199,13 +199,14 @@ void combine(void *context, int32_t thread) {
   }
 }
 
-/* The tasks of a product with N columns, at most `most` in one. */
-void share(Work *work, int64_t N, int64_t most) {
+/* The tasks of a product with N columns, at most `most` in one, and the threads that do them. */
+void share(Work *work, int64_t N, int64_t most, int32_t threads, void (*body)(void *, int32_t)) {
   int64_t stop;
   const int64_t blocks = count_blocks(work->E, work->pairs, work->rows,
                                       [&](int64_t e) { return work->ends[e]; }, &stop);
-  const int64_t columns = min_of(columns_at_once(N, blocks, work->call->threads), most);
+  const int64_t columns = min_of(columns_at_once(N, blocks, threads), most);
   work->tasks = {work->E, work->pairs, N, work->rows, columns, 0};
+  parallel(threads, body, work);
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
@@ -231,12 +232,12 @@ int32_t run(const transom_call *call, transom_status *status) {
   for (work.first = 0; work.first < work.T; work.first += work.tokens) {
     work.count = min_of(work.tokens, work.T - work.first);
     sort(&work);
-    share(&work, work.I, kTile);
-    parallel(call->threads, gate_and_up, &work);
-    share(&work, work.D, kMostColumns);
-    parallel(call->threads, down, &work);
+    const double products = static_cast<double>(work.pairs * work.D) * static_cast<double>(work.I);
+    const int32_t threads = threads_for(3.0 * products, call->threads);
+    share(&work, work.I, kTile, threads, gate_and_up);
+    share(&work, work.D, kMostColumns, threads, down);
     work.tasks.next = 0;
-    parallel(call->threads, combine, &work);
+    parallel(work.count > 1 ? threads : 1, combine, &work);
   }
   return 0;
 }
