@@ -41,7 +41,13 @@ def experts(dtype=torch.float32, T=37, D=70, width=50, E=6, K=3):
     return x, ids, weights, gate_up, down
 
 
-CALLS = {"grouped_gemm": gemm, "moe_experts": experts}
+def streams(dtype=torch.float32, T=300, R=4, D=1100):
+    g = torch.Generator().manual_seed(3)
+    f, x = torch.randn(T, D, generator=g).to(dtype), torch.randn(T, R, D, generator=g).to(dtype)
+    return f, x, torch.rand(T, R, generator=g), torch.rand(T, R, R, generator=g)
+
+
+CALLS = {"grouped_gemm": gemm, "moe_experts": experts, "mhc_post": streams}
 
 
 def run(op, *args, impl="native", **kwargs):
@@ -186,7 +192,7 @@ def test_every_level_that_this_processor_has_computes_the_same(level):
         assert out == ""
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", ["grouped_gemm", "moe_experts"])
 def test_what_it_cannot_read_is_declined_with_a_sentence(op):
     args = list(CALLS[op]())
     at, name = (1, "weight") if op == "grouped_gemm" else (3, "gate_up")
@@ -194,6 +200,12 @@ def test_what_it_cannot_read_is_declined_with_a_sentence(op):
     args[at] = strided
     (shown,) = transom.explain(op, *args).rejected["native"]
     assert shown == f"{name} has a last dim of stride 2; supported: 1; call .contiguous()"
+
+
+def test_more_streams_than_its_tile_holds_are_declined_with_a_sentence():
+    (shown,) = transom.explain("mhc_post", *streams(T=1, R=17, D=3)).rejected["native"]
+    assert shown == "R = 17; supported: at most 16"
+    run("mhc_post", *streams(T=1, R=16, D=3))
 
 
 def test_rows_beyond_2_to_the_31_elements_are_addressed():
