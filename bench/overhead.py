@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import transom
+from transom.device import describe
 
 LIMIT_US = 10.0
 ROUNDS, CALLS = 15, 300
@@ -59,7 +60,8 @@ def measure() -> dict[str, Any]:
     """All figures, candidates interleaved."""
     a, b = torch.ones(4), torch.ones(4)
     rows: dict[str, dict[str, list[float]]] = {}
-    with torch.no_grad():
+    # One implementation for both sides: the composite, which everything has.
+    with torch.no_grad(), transom.use("composite"):
         for name, (op, args, kwargs) in cases().items():
             values = op._declared(*args, **kwargs)
             function = op.impls["composite"].function
@@ -77,6 +79,7 @@ def measure() -> dict[str, Any]:
                 for c, work in candidates.items():
                     rows[name][c].append(seconds(work) * 1e6)
     out: dict[str, Any] = {
+        "machine": describe("cpu"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "calls": {},
