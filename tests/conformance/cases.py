@@ -7,6 +7,7 @@ with that seed.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from hypothesis import strategies as st
 import transom
 from transom.dtypes import QUANTIZED
 from transom.op import Op, kind_of
+
+SCALES = (1.0, 1.0, 2.0**-12, 2.0**6)
+"""Of standard normal inputs: sums that underflow in half precision, softmax that saturates."""
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 33)
 LAYOUTS = ("contiguous", "offset", "strided", "transposed")
@@ -97,11 +101,15 @@ def cases(
     layouts = {
         n: draw(st.sampled_from(LAYOUTS), label=f"layout of {n}") for n in op.signature.inputs
     }
+    # A gradient's inputs belong together; where its forward saturates, float32 has nothing left.
+    scales = SCALES if "backward" not in op.name else SCALES[:1]
+    scale = draw(st.sampled_from(scales), label="scale")
     # Changes that the declaration refuses are taken back one by one: a valid call comes out, and
     # shrinking still works.
     while True:
         try:
-            return build(op, {**base, **changes}, primary, seed, absent, layouts, device)
+            dims = {**base, **changes}
+            return build(op, dims, primary, seed, absent, layouts, device, scale)
         except (ValueError, TypeError):
             if changes:
                 changes.pop(next(reversed(changes)))
@@ -111,10 +119,23 @@ def cases(
                 raise
 
 
+def edges(op: Op[..., Any], device: str = "cpu") -> Iterator[Case]:
+    """The first example with each dim in turn 0 and 1, where the declaration accepts it."""
+    base = op.examples[0]
+    for symbol in op.signature.symbols():
+        for size in (0, 1):
+            if symbol in base:
+                changed = (size,) if isinstance(base[symbol], tuple) else size
+                try:
+                    yield build(op, {**base, symbol: changed}, device=device)
+                except (ValueError, TypeError):
+                    continue
+
+
 def build(
     op: Op[..., Any], dims: dict[str, Any], primary: torch.dtype = torch.float32, seed: int = 0,
     absent: set[str] | frozenset[str] = frozenset(), layouts: dict[str, str] | None = None,
-    device: str = "cpu",
+    device: str = "cpu", scale: float = 1.0,
 ) -> Case:  # fmt: skip
     """The call that these draws give. Raises what the declaration raises if it refuses them."""
     rng = np.random.default_rng(seed)
@@ -142,7 +163,7 @@ def build(
             if shape.optional and not _bindable(shape, scope):
                 values.append(None)
                 continue
-            array = rng.standard_normal(shape.sizes(scope))
+            array = rng.standard_normal(shape.sizes(scope)) * scale
         tensor, buffer = _tensor(
             op, p.name, np.asarray(array), primary, kinds, rng, layouts or {}, device
         )
@@ -160,7 +181,11 @@ def build(
         f"{n}={_describe(v)}" for n, v in zip((p.name for p in op.parameters), values, strict=True)
     )
     return Case(
-        op, tuple(values), tuple(buffers), {**arguments, **bound}, f"{op.name}({text}) seed={seed}"
+        op,
+        tuple(values),
+        tuple(buffers),
+        {**arguments, **bound},
+        f"{op.name}({text}) seed={seed} scale={scale}",
     )
 
 

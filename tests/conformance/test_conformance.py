@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 import transom
 from transom.conformance import checks
-from transom.conformance.cases import build, cases
+from transom.conformance.cases import build, cases, edges
 
 
 def drawn(op, device):
@@ -41,6 +41,12 @@ def test_level_2_numbers(op, impl, device):
 
     check()
     assert ran, f"{impl} refused every drawn call"
+
+
+def test_level_2_sizes_of_zero_and_one(op, impl, device):
+    for case in edges(op, device):
+        if not checks.refuses(op, impl, case):
+            assert checks.numbers(op, impl, case) is None, case
 
 
 def test_level_2_rounding_is_unbiased(op, impl, device):

@@ -137,8 +137,9 @@ def test_facts_made_without_tensors_are_asked_about_as_contiguous(build, weight)
     dims = {"M": 4, "K": 64, "E": 2, "N": 8}
     facts = transom.Facts("cpu", "", dtypes, dims, {}, {})
     reasons = transom.grouped_gemm.impls["toy"].reasons(facts)
-    assert reasons == ([f"weight is {weight}:{GROUP[weight]}; supported: float32"]
-                       if weight in GROUP else [])
+    assert reasons == (
+        [f"weight is {weight}:{GROUP[weight]}; supported: float32"] if weight in GROUP else []
+    )
 
 
 def test_another_schema_hash_refuses_that_implementation_only(build):
