@@ -7,7 +7,9 @@
 #include "transom_ops.h"
 
 /* Each level's sources define these. A new operator is one word here. */
-#define TRANSOM_EACH(F, level) F(level, grouped_gemm) F(level, mhc_post) F(level, moe_experts)
+#define TRANSOM_EACH(F, level)                                                      \
+  F(level, grouped_gemm) F(level, mhc_post) F(level, mhc_pre) F(level, moe_experts) \
+  F(level, sinkhorn)
 #define TRANSOM_DECLARE(level, op)  \
   namespace transom::level {        \
   extern const transom_impl op;     \

@@ -108,11 +108,12 @@ inline void columns_of(int64_t rows, const float *x, int64_t x_stride, const Wei
   column<Weight, C>(rows, x, x_stride, w, w_stride, K, out, out_stride, add);
 }
 
-/* x: rows of float32 with zeros up to the next multiple of the width. */
+/* x: rows of float32 with zeros up to the next multiple of the width. `more`: the products are
+ * added to what out holds, those of the pieces of k before. */
 template <class Weight>
 inline void multiply(int64_t rows, const float *x, int64_t x_stride, int64_t columns,
                      const Weight *w, int64_t w_stride, int64_t K, float *out,
-                     int64_t out_stride) {
+                     int64_t out_stride, bool more = false) {
   for (int64_t n = 0; n < columns;) {
     const int64_t left = columns - n;
     const int64_t wide = rows == 1 && left >= kStreams ? kStreams : left >= kColumns ? kColumns : 1;
@@ -122,7 +123,7 @@ inline void multiply(int64_t rows, const float *x, int64_t x_stride, int64_t col
       const int64_t piece = min_of(kPiece, K - k);
       const Weight *right = w + n * w_stride + k;
       float *to = out + n;
-      const bool add = k > 0;
+      const bool add = more || k > 0;
       if (wide == kStreams)
         tile<Weight, 1, kStreams>(x + k, x_stride, right, w_stride, piece, to, out_stride, add);
       else if (wide == kColumns)

@@ -46,6 +46,16 @@ inline float number(const transom_tensor *t, int64_t index) {
   return load_some(&one, 1)[0];
 }
 
+/* Where token begins; the last `inner` dims are the token's own. */
+inline int64_t start_of(const transom_tensor *t, int inner, int64_t token) {
+  int64_t start = 0;
+  for (int i = t->ndim - inner - 1; i >= 0; i--) {
+    start += token % t->shape[i] * t->strides[i];
+    token /= t->shape[i];
+  }
+  return start;
+}
+
 template <class Number>
 inline void read_numbers(const Number *from, int64_t stride, int64_t n, float *to) {
   int64_t i = 0;

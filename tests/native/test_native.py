@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -47,14 +48,38 @@ def streams(dtype=torch.float32, T=300, R=4, D=1100):
     return f, x, torch.rand(T, R, generator=g), torch.rand(T, R, R, generator=g)
 
 
-CALLS = {"grouped_gemm": gemm, "moe_experts": experts, "mhc_post": streams}
+def logits(dtype=torch.float32, T=4100, R=4):
+    g = torch.Generator().manual_seed(4)
+    return ((4 * torch.randn(T, R, R, generator=g)).to(dtype),)
+
+
+def mixing(dtype=torch.float32, T=300, R=4, D=1100):
+    g = torch.Generator().manual_seed(5)
+    N = (2 + R) * R
+    x, fn = torch.randn(T, R, D, generator=g).to(dtype), torch.randn(N, R * D, generator=g)
+    return x, fn / (R * D) ** 0.5, torch.rand(3, generator=g), torch.randn(N, generator=g)
+
+
+CALLS = {
+    "grouped_gemm": gemm, "moe_experts": experts, "mhc_post": streams, "mhc_pre": mixing,
+    "sinkhorn": logits,
+}  # fmt: skip
+NUMBERS = {
+    "mhc_pre": dict(iterations=5, eps=1e-6, rms_eps=1e-6, post_scale=2.0),
+    "sinkhorn": dict(iterations=5, eps=1e-6),
+}
 
 
 def run(op, *args, impl="native", **kwargs):
     with transom.use(impl), transom.record() as calls:
-        out = getattr(transom, op)(*args, **kwargs)
+        out = getattr(transom, op)(*args, **NUMBERS.get(op, {}) | kwargs)
     assert [c.impl for c in calls if c.op == op] == [impl]
     return out
+
+
+def same(a, b):
+    a, b = (x if isinstance(x, tuple) else (x,) for x in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def fresh(code, **environment):
@@ -84,7 +109,7 @@ def test_the_same_bits_at_any_number_of_threads(threads, op, dtype):
     one = run(op, *args)
     for n in (2, 5):
         threads(n)
-        assert torch.equal(run(op, *args), one)
+        assert same(run(op, *args), one)
 
 
 def test_a_row_has_the_same_bits_alone_and_among_others():
@@ -104,6 +129,46 @@ def test_a_token_has_the_same_bits_alone_and_among_others():
         assert torch.equal(alone[0], together[t])
 
 
+@pytest.mark.parametrize("op", ["mhc_pre", "sinkhorn"])
+@pytest.mark.parametrize("R", [1, 3, 4, 16])
+def test_a_token_of_streams_has_the_same_bits_alone_and_among_others(threads, op, R):
+    args = CALLS[op](torch.bfloat16, T=70, R=R)
+    together = run(op, *args)
+    for n in (1, 3):
+        threads(n)
+        for t in (0, 33, 69):
+            alone = run(op, args[0][t : t + 1], *args[1:])
+            whole = together if isinstance(together, tuple) else (together,)
+            assert same(alone, tuple(y[t : t + 1] for y in whole) if op == "mhc_pre"
+                        else whole[0][t : t + 1])  # fmt: skip
+
+
+@pytest.mark.parametrize("R, D", [(1, 1), (2, 9), (3, 341), (4, 512), (5, 1024), (16, 70), (4, 0)])
+@pytest.mark.parametrize("T", [0, 1, 2, 17, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mhc_pre_across_the_edges_of_blocks_and_pieces(dtype, T, R, D):
+    x, *rest = mixing(dtype, T, R, D)
+    apart = torch.full((T, R + 1, D + 3), float("nan"), dtype=dtype)[:, 1:, :D].copy_(x)
+    want = run("mhc_pre", x, *rest, impl="reference")
+    for given in (x, apart):
+        for got, expected in zip(run("mhc_pre", given, *rest), want, strict=True):
+            limit = 1e-4 + 2 * torch.finfo(got.dtype).eps * expected.abs()
+            assert ((got - expected).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("R", [1, 2, 4, 7, 16])
+def test_sinkhorn_of_masked_and_extreme_logits(R):
+    (x,) = logits(T=19, R=R)
+    x[0] *= 20
+    x[1, 0, R // 2] = -float("inf") if R > 1 else 0.0
+    x[2] = -95.0 * torch.eye(R)
+    x[3, R - 1] = float("nan")
+    for eps in (0.0, 1e-6):
+        got = run("sinkhorn", x, iterations=20, eps=eps)
+        want = run("sinkhorn", x, impl="reference", iterations=20, eps=eps)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def test_pieces_of_the_tokens_give_the_same_bits(monkeypatch):
     args = experts(T=3000, D=512, width=256)
     want = run("moe_experts", *args)
@@ -116,9 +181,10 @@ def test_several_threads_may_call_at_once(op):
     args = CALLS[op]()
     want = run(op, *args)
     function = getattr(transom, op).impls["native"].function
+    call = functools.partial(function, *args, **NUMBERS.get(op, {}))
     with ThreadPoolExecutor(4) as pool:
-        found = [f.result() for f in [pool.submit(function, *args) for _ in range(40)]]
-    assert all(torch.equal(y, want) for y in found)
+        found = [f.result() for f in [pool.submit(call) for _ in range(40)]]
+    assert all(same(y, want) for y in found)
 
 
 def test_a_forked_child_computes_the_same():
@@ -206,6 +272,12 @@ def test_more_streams_than_its_tile_holds_are_declined_with_a_sentence():
     (shown,) = transom.explain("mhc_post", *streams(T=1, R=17, D=3)).rejected["native"]
     assert shown == "R = 17; supported: at most 16"
     run("mhc_post", *streams(T=1, R=16, D=3))
+    for op, args in ("mhc_pre", mixing(T=1, R=17, D=3)), ("sinkhorn", logits(T=1, R=17)):
+        (shown,) = transom.explain(op, *args, **NUMBERS[op]).rejected["native"]
+        assert shown == "R = 17; supported: at most 16"
+        (wide,) = transom.explain(op, args[0].double(), *(a.double() for a in args[1:]),
+                                  **NUMBERS[op]).rejected["native"]  # fmt: skip
+        assert wide.endswith("is float64; supported: float32, bfloat16, float16")
 
 
 def test_rows_beyond_2_to_the_31_elements_are_addressed():

@@ -4,13 +4,14 @@
  * it. Bound by memory: (2R + 1) * D elements a token, each once. */
 #include "../parallel.h"
 #include "../product.h"
+#include "_steps.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
 #define ARGUMENT(name) TRANSOM_MHC_POST_##name
 
-constexpr int64_t kPart = 1024, kInL1 = 256, kMostStreams = 16;
+constexpr int64_t kPart = 1024, kInL1 = 256;
 
 struct Work {
   const transom_call *call;
@@ -32,16 +33,6 @@ Work describe(const transom_call *call) {
   work.R = x->shape[x->ndim - 2], work.D = x->shape[x->ndim - 1];
   work.parts = (work.D + kPart - 1) / kPart;
   return work;
-}
-
-/* Where token t begins; the last `inner` dims are the token's own. */
-int64_t start_of(const transom_tensor *t, int inner, int64_t token) {
-  int64_t start = 0;
-  for (int i = t->ndim - inner - 1; i >= 0; i--) {
-    start += token % t->shape[i] * t->strides[i];
-    token /= t->shape[i];
-  }
-  return start;
 }
 
 /* Elements d .. d + n of one token's streams, n at most kInL1. */
@@ -89,17 +80,7 @@ void mix_tasks(void *context, int32_t) {
 
 int32_t supports(const transom_call *call, transom_status *status) {
   const Work work = describe(call);
-  if (kind(work.x) < 0) {
-    snprintf(status->message, sizeof status->message,
-             "x is float64; supported: float32, bfloat16, float16");
-    return 0;
-  }
-  if (work.R > kMostStreams) {
-    snprintf(status->message, sizeof status->message, "R = %lld; supported: at most %lld",
-             static_cast<long long>(work.R), static_cast<long long>(kMostStreams));
-    return 0;
-  }
-  return 1;
+  return streams_fit(work.x, "x", work.R, status);
 }
 
 int32_t run(const transom_call *call, transom_status *) {
