@@ -1,11 +1,12 @@
 /* out[m][n] = sum over k of x[m][k] * w[n][k]: rows of float32 times rows of a weight, as stored.
  *
- * Both operands run along k, so nothing is packed: a tile of R rows of x times C rows of w keeps one
- * vector of partial sums for each pair, loads each vector of x and w once, widens w in registers,
- * and adds up each vector at the end. Every sum is taken in the same order (kWidth chains along a
- * piece of k, sum(), then piece by piece) whatever the tile: the same bits for one token and for
- * thousands, and at any number of threads. A tile does R*C FMAs for R+C loads: bound by FMA with
- * many rows; with one it streams w once and is bound by memory. Internal linkage, as in vector.h. */
+ * Both operands run along k, so nothing is packed: a tile of R rows of x times C rows of w keeps
+ * one vector of partial sums for each pair, loads each vector of x and w once, widens w in
+ * registers, and adds up each vector at the end. Every sum is taken in the same order (kWidth
+ * chains along a piece of k, sum(), then piece by piece) whatever the tile: the same bits for one
+ * token and for thousands, and at any number of threads. A tile does R*C FMAs for R+C loads: bound
+ * by FMA with many rows; with one it streams w once and is bound by memory. Internal linkage, as
+ * in vector.h. */
 #pragma once
 
 #include "tensor.h"
