@@ -143,7 +143,9 @@ setup(
     package_dir=FOLDER,
     ext_modules=native(),
     cmdclass={
-        "bdist_wheel": platform_wheel, "build_ext": build_native, "editable_wheel": develop,
+        "bdist_wheel": platform_wheel,
+        "build_ext": build_native,
+        "editable_wheel": develop,
     },  # fmt: skip
     package_data={"": ["py.typed", "*.h", "*.pyi", "*.html", "*.json"]},
     include_package_data=False,

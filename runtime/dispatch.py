@@ -133,7 +133,7 @@ def _make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bo
     impl = op.impls[explanation.chosen]
     if impl.tier == "composite":
         _report_slow_path(op, facts, explanation)
-    plan = Plan(impl, facts, _value_check(op, facts, values))
+    plan = Plan(impl, facts, _value_check(op, facts))
     if not facts.capturing:
         if len(op._plans) >= PLANS:
             op._plans.clear()
@@ -165,11 +165,17 @@ def _layout(tensor: Any) -> str:
     return "rows" if tensor.stride(-1) == 1 else "strided"
 
 
-def select(op: Op[..., Any], facts: Facts, asked: str | None = None) -> Explanation:
+def able(op: Op[..., Any], facts: Facts) -> list[Impl]:
+    """Every implementation that can run these facts, the reference apart."""
+    load(op, facts.device)
+    return [i for i in op.impls.values() if i.tier != "reference" and not i.reasons(facts)]
+
+
+def select(op: Op[..., Any], facts: Facts) -> Explanation:
     """The choice for these facts: asked for, else measured, else the best tier that can run."""
     load(op, facts.device)
     vendors = plugin_names()
-    asked = asked or _asked_for(op)
+    asked = _asked_for(op)
     order = sorted(
         op.impls.values(),
         key=lambda i: (-TIERS.index(i.tier), i.backend not in vendors, i.name),
@@ -186,26 +192,21 @@ def select(op: Op[..., Any], facts: Facts, asked: str | None = None) -> Explanat
                 return Explanation(op.name, impl.name, impl.tier, "asked for", rejected)
             rejected[impl.name] = tuple(why)
         return Explanation(op.name, None, None, f"{asked!r} was asked for", rejected)
-    rejected, able = {}, []
+    rejected, can = {}, []
     for impl in order:
         if impl.tier == "reference":
             rejected[impl.name] = ("runs only when asked for by name",)
         elif why := impl.reasons(facts):
             rejected[impl.name] = tuple(why)
         else:
-            able.append(impl)
+            can.append(impl)
     measured = measured_choice(op, facts)
-    for impl in able:
+    for impl in can:
         if impl.name == measured:
             return Explanation(op.name, impl.name, impl.tier, "measured fastest", rejected)
-    if able:
-        return Explanation(op.name, able[0].name, able[0].tier, f"tier {able[0].tier}", rejected)
+    if can:
+        return Explanation(op.name, can[0].name, can[0].tier, f"tier {can[0].tier}", rejected)
     return Explanation(op.name, None, None, "no implementation fits", rejected)
-
-
-def explain(op: Op[..., Any], values: Sequence[Any]) -> Explanation:
-    """select() for a call's arguments."""
-    return select(op, facts_of(op, values))
 
 
 def _asked_for(op: Op[..., Any]) -> str | None:
@@ -263,15 +264,12 @@ def _caller() -> int:
     return level
 
 
-def _value_check(
-    op: Op[..., Any], facts: Facts, values: Sequence[Any]
-) -> Callable[[Sequence[Any]], None] | None:
+def _value_check(op: Op[..., Any], facts: Facts) -> Callable[[Sequence[Any]], None] | None:
     rule = op._check_values
     if rule is None or not (facts.device == "cpu" or config.debug()):
         return None
-    names = rule.__code__.co_varnames[: rule.__code__.co_argcount + rule.__code__.co_kwonlyargcount]
-    index = [op._rank.get(n) for n in names]
-    known = [facts.dims.get(n) for n in names]
+    index = [op._rank.get(n) for n in op._check_values_asks]
+    known = [facts.dims.get(n) for n in op._check_values_asks]
     far = facts.device != "cpu"
 
     def check(values: Sequence[Any]) -> None:

@@ -112,6 +112,8 @@ class Op(Generic[P, R]):
         self.impls: dict[str, Impl] = {}
         self._reference: Callable[..., Any] | None = None
         self._check: Callable[..., str | None] | None = None
+        self._check_asks: tuple[str, ...] = ()
+        self._check_values_asks: tuple[str, ...] = ()
         self._check_values: Callable[..., str | None] | None = None
         self._sample: Callable[..., Mapping[str, Any]] | None = None
         self._gradient: Gradient | None = None
@@ -152,13 +154,14 @@ class Op(Generic[P, R]):
     def check(self, function: F) -> F:
         """A rule on dims and plain arguments, asked for by parameter name; answers None or the text
         of the error."""
-        self._check = function
+        self._check, self._check_asks = function, tuple(inspect.signature(function).parameters)
         return function
 
     def check_values(self, function: F) -> F:
         """A rule on the values of tensors; runs on CPU tensors, and elsewhere with
         TRANSOM_DEBUG=1."""
         self._check_values = function
+        self._check_values_asks = tuple(inspect.signature(function).parameters)
         return function
 
     def sample(self, function: F) -> F:
@@ -270,7 +273,7 @@ class Op(Generic[P, R]):
     def explain(self, *args: Any, **kwargs: Any) -> dispatch.Explanation:
         """Which implementation this call would take, why, and each other one's reasons."""
         values = self._declared(*args, **kwargs)
-        return dispatch.explain(self, values)
+        return dispatch.select(self, dispatch.facts_of(self, values))
 
     def _declared(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The declared arguments of a public call."""
@@ -326,7 +329,7 @@ class Op(Generic[P, R]):
         self.rules.check(self.name, kinds)
         if self._check is not None:
             known = {**bound, **arguments, "given": frozenset(shapes)}
-            text = self._check(*(known.get(n) for n in inspect.signature(self._check).parameters))
+            text = self._check(*(known.get(n) for n in self._check_asks))
             if text:
                 raise ValueError(f"{self.name}: {text}")
         return bound

@@ -57,8 +57,7 @@ def measure(op: Op[..., Any], values: tuple[Any, ...], repeats: int = 7) -> Meas
     from . import dispatch
 
     facts = dispatch.facts_of(op, values)
-    dispatch.select(op, facts)
-    able = [i for i in op.impls.values() if i.tier != "reference" and not i.reasons(facts)]
+    able = dispatch.able(op, facts)
     truth = op._invoke(op.impls["composite"].function, *values)
     for impl in able:
         _agree(op, impl.name, op._invoke(impl.function, *values), truth)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -288,30 +289,12 @@ def _print_sides(console: Console, outcome: Outcome) -> None:
     a, b = outcome.original, outcome.patched
     rows = table("", f">{a.name}", f">{b.name}", f">{b.name} / {a.name}")
 
-    def row(label: str, x: float | None, y: float | None, text: str, other: str) -> None:
-        rows.add_row(label, text, other, f"{y / x:.2f} x" if x and y else units.NONE)
+    def row(label: str, x: Any, y: Any, text: Callable[[Any], str]) -> None:
+        rows.add_row(label, text(x), text(y), f"{y / x:.2f} x" if x and y else units.NONE)
 
-    row(
-        "prefill, tokens/s",
-        a.prefill_rate,
-        b.prefill_rate,
-        units.digits(a.prefill_rate),
-        units.digits(b.prefill_rate),
-    )
-    row(
-        "decode, tokens/s",
-        a.decode_rate,
-        b.decode_rate,
-        units.digits(a.decode_rate),
-        units.digits(b.decode_rate),
-    )
-    row(
-        "peak memory above the model",
-        a.peak_bytes,
-        b.peak_bytes,
-        units.memory(a.peak_bytes),
-        units.memory(b.peak_bytes),
-    )
+    row("prefill, tokens/s", a.prefill_rate, b.prefill_rate, units.digits)
+    row("decode, tokens/s", a.decode_rate, b.decode_rate, units.digits)
+    row("peak memory above the model", a.peak_bytes, b.peak_bytes, units.memory)
     console.print(rows)
     console.print()
 

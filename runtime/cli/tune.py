@@ -104,10 +104,7 @@ def _plan(
             except (ValueError, TypeError, Refusal) as error:
                 left.append(f"{op.name} example {index + 1} ({error})")
                 continue
-            dispatch.select(op, facts)
-            able = [
-                i.name for i in op.impls.values() if i.tier != "reference" and not i.reasons(facts)
-            ]
+            able = [i.name for i in dispatch.able(op, facts)]
             if len(able) < 2:
                 continue
             candidates = True

@@ -174,7 +174,7 @@ def build(
     arguments = op.arguments(values)
     op._check_types(values)
     bound = op.validate(given, kinds, arguments)
-    check = transom.dispatch._value_check(op, _facts(op, values, bound, kinds, arguments), values)
+    check = transom.dispatch._value_check(op, _facts(bound, kinds, arguments))
     if check is not None:
         check(values)
     text = ", ".join(
@@ -189,7 +189,7 @@ def build(
     )
 
 
-def _facts(op: Any, values: Any, bound: Any, kinds: Any, arguments: Any) -> Any:
+def _facts(bound: Any, kinds: Any, arguments: Any) -> Any:
     from transom.dispatch import Facts
 
     return Facts("cpu", "", kinds, bound, {}, arguments)

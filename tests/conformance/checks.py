@@ -37,7 +37,7 @@ def run(op: Op[..., Any], impl: str, values: Sequence[Any]) -> tuple[Any, ...] |
 def refuses(op: Op[..., Any], impl: str, case: Case) -> list[str]:
     """The implementation's reasons against this call; empty if it accepts."""
     facts = transom.dispatch.facts_of(op, case.values)
-    transom.dispatch.select(op, facts)
+    load(op, facts.device)
     return op.impls[impl].reasons(facts)
 
 
