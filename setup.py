@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -72,7 +73,10 @@ def native() -> list[Extension]:
 
 
 class build_native(build_ext):
-    """Compiles csrc/cpu: files of the folder itself once, those below it once for each level."""
+    """Compiles csrc/cpu: files of the folder itself once, those below it once for each level.
+
+    What is up to date in the build folder is kept; the rest is compiled on all processors at once.
+    """
 
     def get_ext_filename(self, name: str) -> str:
         return "_native.so" if name == "_native" else "transom/_native.so"
@@ -83,21 +87,57 @@ class build_native(build_ext):
         # For a build that is checked while it runs: TRANSOM_SANITIZE=address,undefined
         checked = os.environ.get("TRANSOM_SANITIZE")
         sanitize = [f"-fsanitize={checked}", "-g", "-fno-omit-frame-pointer"] if checked else []
-        objects = []
-        for source in extension.sources:
-            below = len(Path(source).parts) > len(("csrc", "cpu", "file"))
-            for level, flags in levels.items() if below else [("once", [])]:
-                objects += self.compiler.compile(
-                    [source],
-                    output_dir=os.path.join(self.build_temp, level),
-                    macros=[("TRANSOM_LEVEL", level)] if below else [],
-                    include_dirs=["csrc/include"],
-                    extra_postargs=[*FLAGS, *flags, *sanitize],
-                )
+        below = [source for source in extension.sources if is_kernel(source)]
+        write_list(Path(self.build_temp) / "transom_kernels.h", below)
+        jobs = [(source, level, levels[level]) for source in below for level in levels]
+        jobs += [(source, "once", []) for source in extension.sources if source not in below]
+
+        def compiled(job: tuple[str, str, list[str]]) -> list[str]:
+            source, level, flags = job
+            folder = os.path.join(self.build_temp, level)
+            done = Path(folder, source).with_suffix(".o")
+            if not self.force and up_to_date(done):
+                return [str(done)]
+            return self.compiler.compile(
+                [source],
+                output_dir=folder,
+                macros=[("TRANSOM_LEVEL", level)] if level != "once" else [],
+                include_dirs=["csrc/include", self.build_temp],
+                extra_postargs=[*FLAGS, *flags, *sanitize, "-MMD"],
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for some in pool.map(compiled, jobs) for path in some]
         # No C++ library is needed, and no OpenMP library may be: torch has loaded its own.
         target = self.get_ext_fullpath(extension.name)
         self.mkpath(os.path.dirname(target))
         self.compiler.link_shared_object(objects, target, extra_postargs=sanitize)
+
+
+def is_kernel(source: str) -> bool:
+    """csrc/cpu/<family>/<op>.cpp, not a source of the folder itself."""
+    return len(Path(source).parts) > len(("csrc", "cpu", "file"))
+
+
+def write_list(target: Path, kernels: list[str]) -> None:
+    """The header by which csrc/cpu/plugin.cpp knows every kernel: F(level, op) for each."""
+    each = " ".join(f"F(level, {Path(source).stem})" for source in kernels)
+    text = f"#define TRANSOM_EACH(F, level) {each}\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or target.read_text() != text:
+        target.write_text(text)
+
+
+def up_to_date(done: Path) -> bool:
+    """An object newer than everything that its compilation read, and than this file."""
+    listed = done.with_suffix(".d")
+    if not done.exists() or not listed.exists():
+        return False
+    read = [path for path in listed.read_text().partition(":")[2].split() if path != "\\"]
+    newest = done.stat().st_mtime
+    return all(
+        os.path.exists(path) and os.path.getmtime(path) < newest for path in (*read, __file__)
+    )
 
 
 class platform_wheel(bdist_wheel):

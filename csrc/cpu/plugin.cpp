@@ -4,12 +4,10 @@
 #include <string.h>
 
 #include "parallel.h"
+#include "transom_kernels.h"
 #include "transom_ops.h"
 
-/* Each level's sources define these. A new operator is one word here. */
-#define TRANSOM_EACH(F, level)                                                      \
-  F(level, grouped_gemm) F(level, mhc_post) F(level, mhc_pre) F(level, moe_experts) \
-  F(level, sinkhorn)
+/* Each level's sources define these; transom_kernels.h, which the build writes, lists them. */
 #define TRANSOM_DECLARE(level, op)  \
   namespace transom::level {        \
   extern const transom_impl op;     \
