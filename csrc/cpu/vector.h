@@ -59,24 +59,25 @@ inline vf load(const float *p) {
 
 inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
-inline vf load(const bf16 *p) {
-  vs s;
-  memcpy(&s, p, sizeof s);
+/* Numbers of 16 bits, held in a vector, as float32. */
+template <class Number>
+inline vf widen(vs s);
+
+template <>
+inline vf widen<bf16>(vs s) {
   return bits_as<vf>(__builtin_convertvector(s, vu) << 16);
 }
 
-inline vf load(const f16 *p) {
+template <>
+inline vf widen<f16>(vs s) {
 #if defined(__AVX512F__)
   /* The masked form: gcc 12 warns of its own undefined operand in the plain one. */
-  const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-  return bits_as<vf>(_mm512_maskz_cvtph_ps(0xffff, s));
+  return bits_as<vf>(_mm512_maskz_cvtph_ps(0xffff, bits_as<__m256i>(s)));
 #elif defined(__AVX2__)
-  return bits_as<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+  return bits_as<vf>(_mm256_cvtph_ps(bits_as<__m128i>(s)));
 #elif defined(__aarch64__)
-  return bits_as<vf>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))));
+  return bits_as<vf>(vcvt_f32_f16(bits_as<float16x4_t>(s)));
 #else
-  vs s;
-  memcpy(&s, p, sizeof s);
   const vu u = __builtin_convertvector(s, vu);
   /* The exponent moves to float32's place and 2^112 corrects its bias, subnormals included. */
   vu magnitude = bits_as<vu>(bits_as<vf>((u & 0x7fffu) << 13) * 0x1p112f);
@@ -84,6 +85,13 @@ inline vf load(const f16 *p) {
   magnitude = (infinite & (((u & 0x3ffu) << 13) | 0x7f800000u)) | (~infinite & magnitude);
   return bits_as<vf>(magnitude | ((u & 0x8000u) << 16));
 #endif
+}
+
+template <class Number>
+inline vf load(const Number *p) {
+  vs s;
+  memcpy(&s, p, sizeof s);
+  return widen<Number>(s);
 }
 
 /* The first `count` elements, zeros after them; reads no further. */
