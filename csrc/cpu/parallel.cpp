@@ -43,6 +43,11 @@ void parallel(int32_t threads, void (*body)(void *, int32_t), void *context) {
   GOMP_parallel(enter, &region, static_cast<unsigned>(threads), 0);
 }
 
+int32_t threads_for(double products, int32_t threads) {
+  const double wanted = products / (1 << 19);
+  return wanted >= threads ? threads : wanted < 1 ? 1 : static_cast<int32_t>(wanted);
+}
+
 int64_t l2_bytes() { return l2; }
 
 void prepare() {

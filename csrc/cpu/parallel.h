@@ -9,6 +9,9 @@ namespace transom {
  * numbers below `threads`. Fewer may run: bodies take their work from a counter. */
 void parallel(int32_t threads, void (*body)(void *context, int32_t thread), void *context);
 
+/* Threads for this many multiplications: below some 10 us of work each, waking one costs more. */
+int32_t threads_for(double products, int32_t threads);
+
 /* Bytes of one core's second-level cache; a common size where the system does not tell. */
 int64_t l2_bytes();
 
