@@ -136,7 +136,7 @@ inline uint16_t to_f16(float x) {
   const uint32_t u = bits_as<uint32_t>(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
   uint32_t h;
   if (magnitude > 0x7f800000u) {
-    h = 0x7e00u;
+    h = 0x7e00u | ((u >> 13) & 0x1ffu);
   } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
     h = 0x7c00u;
   } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds at the last place
@@ -147,17 +147,84 @@ inline uint16_t to_f16(float x) {
   return static_cast<uint16_t>(sign | h);
 }
 
+/* The low halves. */
+inline vs narrow(vu x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  /* Every element is below 2^16 here; the compiler, which cannot know, would mask them first. */
+  const __m256i both = bits_as<__m256i>(x);
+  return bits_as<vs>(
+      _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+#else
+  return __builtin_convertvector(x, vs);
+#endif
+}
+
+/* Rounded to nearest even, as to_bf16() and to_f16() of one number do, to the bit: NaN stays NaN,
+ * its sign and the first bits of its payload too. */
+inline vs to_bf16(vf x) {
+  const vu u = bits_as<vu>(x);
+  return narrow((x == x ? u + 0x7fffu + ((u >> 16) & 1u) : u | 0x400000u) >> 16);
+}
+
+inline vs to_f16(vf x) {
+#if defined(__AVX512F__)
+  return bits_as<vs>(_mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(x),
+                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  return bits_as<vs>(
+      _mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  return bits_as<vs>(vcvt_f16_f32(bits_as<float32x4_t>(x)));
+#else
+  const vu u = bits_as<vu>(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  /* Signed comparisons, the only ones that SSE2 has: a magnitude is never negative. */
+  const vi size = bits_as<vi>(magnitude);
+  const vu normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const vu tiny = bits_as<vu>(bits_as<vf>(magnitude) + 0.5f) - 0x3f000000u;
+  vu h = size < 0x38800000 ? tiny : normal;
+  h = size >= 0x477ff000 ? vu{} + 0x7c00u : h;
+  h = size > 0x7f800000 ? 0x7e00u | ((u >> 13) & 0x1ffu) : h;
+  return narrow(sign | h);
+#endif
+}
+
+inline void store(bf16 *p, vf v) {
+  const vs s = to_bf16(v);
+  memcpy(p, &s, sizeof s);
+}
+
+inline void store(f16 *p, vf v) {
+  const vs s = to_f16(v);
+  memcpy(p, &s, sizeof s);
+}
+
+inline void store_one(float *p, float x) { *p = x; }
+inline void store_one(bf16 *p, float x) { p->bits = to_bf16(x); }
+inline void store_one(f16 *p, float x) { p->bits = to_f16(x); }
+
+/* The first `count` elements; writes no further. */
+template <class Number>
+inline void store_some(Number *p, vf v, int64_t count) {
+  Number some[kWidth];
+  store(some, v);
+  memcpy(p, some, static_cast<size_t>(count) * sizeof(Number));
+}
+
+template <class Number>
+inline void write_numbers(Number *to, const float *x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(to + i, load(x + i));
+  for (; i < n; i++) store_one(to + i, x[i]);
+}
+
 /* out[0..n) = x, rounded to nearest even. */
 inline void write_row(void *out, int bits16, const float *x, int64_t n) {
-  if (bits16 == 0) {
+  if (bits16 == 0)
     memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
-  } else if (bits16 == 1) {
-    uint16_t *to = static_cast<uint16_t *>(out);
-    for (int64_t i = 0; i < n; i++) to[i] = to_bf16(x[i]);
-  } else {
-    uint16_t *to = static_cast<uint16_t *>(out);
-    for (int64_t i = 0; i < n; i++) to[i] = to_f16(x[i]);
-  }
+  else if (bits16 == 1)
+    write_numbers(static_cast<bf16 *>(out), x, n);
+  else
+    write_numbers(static_cast<f16 *>(out), x, n);
 }
 
 /* e^x to 2 units in the last place; 0 below -87.3, infinite above 88.7, NaN for NaN. */
