@@ -30,7 +30,9 @@ def sources(folder: Path) -> list[Path]:
 def without_twin(root: Path) -> list[str]:
     """Files of an implementation for which there is no kernels/<family>/<operator>.py.
 
-    What begins with an underscore is shared by several of them.
+    What begins with an underscore is shared by several of them. The gradient of an operator, and a
+    variant of it that writes, is declared in the operator's file and named after it: it may have a
+    source of its own in csrc/cpu, never a module in backends/, which nothing would load.
     """
     found = []
     for place in (*sorted((root / "backends").iterdir()), root / "csrc/cpu"):
@@ -38,7 +40,12 @@ def without_twin(root: Path) -> list[str]:
             parts = path.relative_to(place)
             private = any(part.startswith(("_", ".")) for part in parts.parts)
             if path.is_file() and len(parts.parts) > 1 and not private:
-                if not (root / "kernels" / parts.with_suffix(".py")).exists():
+                twins = (root / "kernels" / parts.parent).glob("*.py")
+                names = {twin.stem for twin in twins}
+                own = path.stem in names
+                if path.suffix == ".cpp":
+                    own |= any(path.stem.startswith(f"{name}_") for name in names)
+                if not own:
                     found.append(path.relative_to(root).as_posix())
     return found
 
@@ -85,12 +92,18 @@ def test_a_missing_twin_is_seen(tmp_path):
         "backends/numba/moe/rout.py",
         "backends/numba/probe.py",
         "csrc/cpu/moe/route.cpp",
+        "csrc/cpu/moe/route_backward.cpp",
+        "backends/numba/moe/route_backward.py",
         "csrc/cpu/moe/_simd.h",
         "csrc/cpu/mhc/route.cpp",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert without_twin(tmp_path) == ["backends/numba/moe/rout.py", "csrc/cpu/mhc/route.cpp"]
+    assert without_twin(tmp_path) == [
+        "backends/numba/moe/rout.py",
+        "backends/numba/moe/route_backward.py",
+        "csrc/cpu/mhc/route.cpp",
+    ]
 
 
 @pytest.mark.parametrize("path", [p for p in FLAT if p.name != "__init__.py"], ids=lambda p: p.name)
