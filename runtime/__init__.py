@@ -71,6 +71,7 @@ _LAZY = {
     "CPlugin": "transom.abi",
     "nn": "",
     "models": "",
+    "guard": "",
     "conformance": "",
 }
 
@@ -79,12 +80,8 @@ def __getattr__(name: str) -> Any:
     if name in _OPS:
         return _OPS[name]
     if name in _LAZY:
-        home = _LAZY[name]
-        return (
-            getattr(importlib.import_module(home), name)
-            if home
-            else importlib.import_module(f"transom.{name}")
-        )
+        module = importlib.import_module(_LAZY[name] or f"transom.{name}")
+        return getattr(module, name) if _LAZY[name] else module
     raise AttributeError(
         f"module 'transom' has no attribute {name!r}; operators: {', '.join(sorted(_OPS))}"
     )

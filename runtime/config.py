@@ -30,9 +30,10 @@ DEBUG = Variable("TRANSOM_DEBUG", "0", "1: check values of tensors on every devi
 WORKSPACE = Variable("TRANSOM_WORKSPACE_MB", "64", "temporaries of a composite, in MiB")
 TUNE = Variable("TRANSOM_TUNE", "on", "off: ignore measured choices (transom tune)")
 CACHE = Variable("TRANSOM_CACHE", "~/.cache/transom", "folder of measured choices and peaks")
+GUARD = Variable("TRANSOM_GUARD", "0", "N: compare every Nth call with the composite")
 LEVEL = Variable("TRANSOM_NATIVE_LEVEL", "", "CPU kernels: baseline | avx2 | avx512 | neon")
 
-VARIABLES = (USE, FALLBACK, PLUGINS, DEBUG, WORKSPACE, TUNE, CACHE, LEVEL)
+VARIABLES = (USE, FALLBACK, PLUGINS, DEBUG, WORKSPACE, TUNE, CACHE, GUARD, LEVEL)
 
 
 def workspace_bytes() -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import config
+from . import config, guard
 from . import device as _device
 from .abi.call import described
 from .dtypes import Kind
@@ -133,6 +133,8 @@ def _make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bo
     impl = op.impls[explanation.chosen]
     if impl.tier == "composite":
         _report_slow_path(op, facts, explanation)
+    elif config.GUARD.get() != "0":
+        impl = guard.watched(op, impl)
     plan = Plan(impl, facts, _value_check(op, facts))
     if not facts.capturing:
         if len(op._plans) >= PLANS:
@@ -255,11 +257,8 @@ def _report_slow_path(op: Op[..., Any], facts: Facts, e: Explanation) -> None:
 
 def _caller() -> int:
     """How many frames up the first one outside transom stands."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "transom",
-        "torch",
-    ):
+    level, frame, inner = 1, sys._getframe(1), ("transom", "torch")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in inner:
         frame, level = frame.f_back, level + 1
     return level
 

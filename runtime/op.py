@@ -17,7 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from . import dispatch, torch_op
+from . import dispatch, guard, torch_op
 from .dtypes import Kind, Rules
 from .parameters import Parameter, autocast_rules, call_glue, fits, parameters_of
 from .requires import Requirement, device
@@ -55,6 +55,8 @@ class Impl:
         """Every sentence why this implementation cannot run the call; empty if it can."""
         if self.unavailable:
             return [self.unavailable]
+        if (held := guard.reason(self, facts.device)) is not None:
+            return [held]
         out = [sentence for r in self.requires if (sentence := r(facts)) is not None]
         if facts.deterministic and not self.deterministic:
             out.append(

@@ -61,9 +61,7 @@ _loading: str | None = None
 @functools.cache
 def backends() -> dict[str, Backend]:
     """The backends of this tree, each probed once a process."""
-    package = importlib.import_module(
-        "transom.backends"
-    )  # the attribute transom.backends is the function
+    package = importlib.import_module("transom.backends")  # the attribute is the function
     out = {}
     for found in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
         if not found.ispkg:
@@ -117,9 +115,7 @@ def load_plugin(plugin: Plugin) -> None:
     try:
         plugin.entry.load()(transom)
         plugin.loaded = True
-    except (
-        Exception
-    ) as error:  # whatever a plugin raises is its reason: one bad plugin must not break a call
+    except Exception as error:  # whatever it raises is its reason: it must not break a call
         plugin.error = f"plugin {plugin.name} failed to load: {type(error).__name__}: {error}"
         plugin.trace = traceback.format_exc()
     finally:

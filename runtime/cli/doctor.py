@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .. import config, dispatch
+from .. import config, dispatch, guard
 from .. import device as _device
 from ..explain import backends, ops
 from ..plugins import Plugin, load, plugins
@@ -28,6 +28,8 @@ Examples:
     transom doctor --fresh -v
 
     transom doctor --json --no-peaks
+
+    transom doctor --clear
 
 Peaks are measured once, in a few seconds, and kept in the cache folder.
 """
@@ -53,9 +55,16 @@ def doctor(
     no_peaks: Annotated[
         bool, typer.Option("--no-peaks", help="Measure nothing; show peaks that are known.")
     ] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Set free what TRANSOM_GUARD has quarantined.")
+    ] = False,
 ) -> int:
     """Versions, devices, backends with the sentence why each is or isn't available, measured peaks,
     settings."""
+    if clear:
+        count = guard.clear()
+        out().print(Text(f"set free: {count} quarantined implementation{'s' * (count != 1)}"))
+        return 0
     measured = {
         d: _device.known_peaks(d) if no_peaks else _device.peaks(d, fresh=fresh)
         for d in _device.available()
@@ -104,6 +113,7 @@ def _figures(measured: dict[str, _device.Peaks | None], verbose: bool) -> dict[s
             for v in config.VARIABLES
         ],
         "slow_path": _slow_path(),
+        "quarantined": [dataclasses.asdict(e) for e in guard.entries()],
     }
 
 
@@ -219,6 +229,9 @@ def _print(console: Console, found: dict[str, Any], verbose: bool) -> None:
     console.print(Text(f"ties within a tier, decided by name: {ties or 'none'}"))
     console.print()
 
+    for e in found["quarantined"]:
+        text = f"quarantined: {e['op']} {e['impl']}: {e['problem']}, for {e['call']}"
+        console.print(Text(text, style="yellow"))
     rows = table("variable", "value", "meaning")
     for v in found["variables"]:
         rows.add_row(

@@ -1,0 +1,203 @@
+"""The self-check on a user's machine: TRANSOM_GUARD=N compares every Nth call with the composite.
+
+A call that disagrees names itself in a warning, its implementation is quarantined on this machine
+until `transom doctor --clear`, and the next implementation takes over, from this very call on: what
+the caller gets is the composite's result. Off unless asked for, and then free: plans hold the
+implementation itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import config
+from .. import device as _device
+from ..weights import QuantizedWeight
+
+if TYPE_CHECKING:
+    from ..op import Impl, Op
+
+FLOAT32 = 1e-3
+"""Relative to the largest output: what no float32 sum in another order comes near, and a wrong
+kernel exceeds."""
+ROUNDED = 3e-2
+"""The same for outputs of 16 bits."""
+OVERLAP = 0.9
+"""Of selected indices, on average over rows: near-ties may fall either way."""
+
+
+class Quarantined(UserWarning):
+    """A guarded call disagreed with the composite; its implementation is set aside."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An implementation that is set aside, where, and what it got wrong."""
+
+    op: str
+    impl: str
+    version: str
+    device: str
+    """Name, architecture and toolchain of the device."""
+    call: str
+    problem: str
+
+
+def every() -> int:
+    """N of TRANSOM_GUARD: each implementation's every Nth call is compared; 0: none."""
+    text = config.GUARD.get()
+    if not text.isdigit():
+        raise ValueError(f"{config.GUARD.name}: value is {text!r}; expected a whole number >= 0")
+    return int(text)
+
+
+def watched(op: Op[..., Any], impl: Impl) -> Impl:
+    """The implementation with every Nth call compared; itself where there is nothing to compare."""
+    number = every()
+    if not number or impl.tier in ("composite", "reference"):
+        return impl
+    turns = itertools.count(1)
+
+    @functools.wraps(impl.function)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if next(turns) % number:
+            return impl.function(*args, **kwargs)
+        return _compared(op, impl, op._bind(*args, **kwargs))
+
+    return replace(impl, function=function)
+
+
+def _compared(op: Op[..., Any], impl: Impl, values: tuple[Any, ...]) -> Any:
+    """The result of the call, after the composite has made it too on a copy of its inputs."""
+    tensors = op.tensors(values)
+    device = next(iter(tensors.values())).device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return op._invoke(impl.function, *values)  # a comparison would wait for the device
+    copies = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
+    got = op._invoke(impl.function, *values)
+    want = op._invoke(op.impls["composite"].function, *copies)
+    pairs = (
+        [(n, values[op._rank[n]], copies[op._rank[n]]) for n in op.mutates]
+        if op.mutates
+        else list(zip(op.signature.outputs, _tuple(got), _tuple(want), strict=True))
+    )
+    problem = next((p for n, a, b in pairs if (p := difference(n, a, b)) is not None), None)
+    if problem is None:
+        return got
+    call = ", ".join(f"{n} {_text(t)}" for n, t in tensors.items())
+    _set_aside(Entry(op.name, impl.name, impl.version, _where(device.type), call, problem))
+    for name, into, right in pairs if op.mutates else ():
+        into.copy_(right)
+    return want
+
+
+def difference(name: str, got: torch.Tensor, want: torch.Tensor) -> str | None:
+    """What is wrong with an output beside the composite's, or None."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"{name} is {_text(got)}; the composite gives {_text(want)}"
+    if not want.numel() or torch.equal(got, want):
+        return None
+    if not want.dtype.is_floating_point:
+        rows = want.reshape(-1, want.shape[-1] if want.dim() else 1)
+        others = got.reshape(rows.shape)
+        shared = (rows[:, :, None] == others[:, None, :]).any(2).float().mean()
+        if shared >= OVERLAP:
+            return None
+        return f"{name} shares {float(shared):.0%} of its entries with the composite's"
+    a, b = got.double(), want.double()
+    strange = (a.isfinite() != b.isfinite()) | (~b.isfinite() & (a != b) & ~(a.isnan() & b.isnan()))
+    if strange.any():
+        return f"{name} is not finite where the composite's is, or the reverse"
+    b = torch.where(b.isfinite(), b, 0.0)
+    largest = float(b.abs().max())
+    limit = (FLOAT32 if want.dtype == torch.float32 else ROUNDED) * largest
+    off = float((torch.where(a.isfinite(), a, 0.0) - b).abs().max())
+    if off <= limit:
+        return None
+    return f"{name} is off by {off:.3g}; its largest element is {largest:.3g}"
+
+
+def _set_aside(entry: Entry) -> None:
+    from ..dispatch import forget_plans
+
+    held = [*entries(), entry]
+    _known.clear()
+    _known.extend(held)
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([asdict(e) for e in held], indent=1), encoding="utf-8")
+        kept = "until `transom doctor --clear`"
+    except OSError as error:
+        kept = f"in this process ({path} cannot be written: {error.strerror})"
+    forget_plans()
+    warnings.warn(
+        f"{entry.op}: {entry.impl} disagrees with the composite: {entry.problem}, for {entry.call};"
+        f" set aside {kept}, the next implementation takes over",
+        Quarantined,
+        stacklevel=4,
+    )
+
+
+_known: list[Entry] = []
+_read: list[Path] = []
+
+
+def entries() -> list[Entry]:
+    """What is set aside on this machine."""
+    path = _path()
+    if path not in _read:
+        _read[:] = [path]
+        try:
+            _known[:] = [Entry(**e) for e in json.loads(path.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError):
+            _known.clear()  # no file, or one of another version
+    return list(_known)
+
+
+def clear() -> int:
+    """Set everything free again; how many there were."""
+    from ..dispatch import forget_plans
+
+    count = len(entries())
+    _path().unlink(missing_ok=True)
+    _known.clear()
+    forget_plans()
+    return count
+
+
+def reason(impl: Impl, device_type: str) -> str | None:
+    """Why an implementation is set aside on this device, or None."""
+    for e in entries():
+        if (e.op, e.impl, e.version) == (impl.op, impl.name, impl.version):
+            if e.device == _where(device_type):
+                return f"quarantined: {e.problem}; transom doctor --clear sets it free"
+    return None
+
+
+def _where(device_type: str) -> str:
+    """The device as an entry keeps it: another driver or toolchain deserves another chance."""
+    parts = (_device.describe(device_type), _device.arch(device_type), torch.__version__)
+    return ", ".join((*parts, str(torch.version.cuda or torch.version.hip or "")))
+
+
+def _path() -> Path:
+    return config.cache_folder() / "quarantine.json"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, QuantizedWeight):
+        return f"{value.spec}{list(value.shape)}"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
