@@ -1,4 +1,4 @@
-"""The command line: `transom run`, `doctor`, `explain`, `tune`.
+"""The command line: `transom run`, `doctor`, `explain`, `tune`, `verify`.
 
 Status 0: done. 1: outputs disagree, or a measurement failed its check. 2: bad input, told in one
 line on standard error.
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import doctor, explain, run, tune
+from . import doctor, explain, run, tune, verify
 from .console import Refusal
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command(epilog=run.EPILOG)(run.run)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=tune.EPILOG)(tune.tune)
+app.command(epilog=verify.EPILOG)(verify.verify)
 
 
 def _show_version(wanted: bool) -> None:

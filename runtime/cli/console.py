@@ -107,6 +107,11 @@ class Steps:
         self._done += 1
         self._draw()
 
+    def reach(self, done: int, total: int) -> None:
+        """So many of so many steps of the stage are done."""
+        self._done, self._total = done, total
+        self._draw()
+
     def _draw(self) -> None:
         if self._progress is None or self._task is None:
             return

@@ -41,6 +41,8 @@ class Case:
     """(buffer, copy of it) of every tensor: both must be equal after the call."""
     dims: dict[str, Any]
     text: str
+    draws: dict[str, Any]
+    """What `build` was given, but for the operator: the call again, in another process."""
 
     def __repr__(self) -> str:
         return self.text
@@ -180,13 +182,22 @@ def build(
     text = ", ".join(
         f"{n}={_describe(v)}" for n, v in zip((p.name for p in op.parameters), values, strict=True)
     )
+    layouts = {n: kind for n, kind in (layouts or {}).items() if kind != "contiguous"}
     return Case(
         op,
         tuple(values),
         tuple(buffers),
         {**arguments, **bound},
         f"{op.name}({text}) seed={seed} scale={scale}",
-    )
+        dict(dims=dims, primary=str(primary).removeprefix("torch."), seed=seed,
+             absent=sorted(absent), layouts=layouts, device=device, scale=scale),
+    )  # fmt: skip
+
+
+def rebuild(op: str, /, **draws: Any) -> Case:
+    """The call of an operator's name and a case's draws: what a report says to paste."""
+    primary = getattr(torch, draws.pop("primary"))
+    return build(transom.ops()[op], primary=primary, **draws)
 
 
 def _facts(bound: Any, kinds: Any, arguments: Any) -> Any:

@@ -14,12 +14,14 @@ from transom.op import Impl, Op, as_numpy, kind_of
 from transom.plugins import load
 
 from . import tolerance
-from .cases import Case, same_bits
+from .cases import Case, rebuild, same_bits
 
 STEP = 1e-6
 """Of the central differences, taken in float64: truncation 1e-12, rounding 1e-10."""
 GRADIENT_TOLERANCE = 2e-4
 """Relative, for gradients in float32 against differences of the float64 reference."""
+NOTHING = "nothing to ask: "
+"""How an answer begins that is no fault: the question has no meaning for the implementation."""
 
 
 def run(op: Op[..., Any], impl: str, values: Sequence[Any]) -> tuple[Any, ...] | str:
@@ -60,6 +62,12 @@ def requirements(op: Op[..., Any], impl: str, case: Case) -> str | None:
             else f"it raised {error}; expected its reason {reasons[0]!r}"
         )
     return "it ran a call that it refuses"
+
+
+def stands(op: Op[..., Any], impl: str, case: Case) -> str | None:
+    """What it refuses has a sentence, and what it accepts is right."""
+    question = requirements if refuses(op, impl, case) else numbers
+    return question(op, impl, case)
 
 
 def numbers(op: Op[..., Any], impl: str, case: Case) -> str | None:
@@ -112,6 +120,8 @@ def _form(op: Op[..., Any], name: str, got: torch.Tensor, case: Case) -> str | N
 
 def repeatable(op: Op[..., Any], impl: str, case: Case) -> str | None:
     """Two equal calls give the same bits."""
+    if not op.impls[impl].deterministic:
+        return f"{NOTHING}it is not declared deterministic"
     first = run(op, impl, case.values)
     if isinstance(first, str):
         return first
@@ -140,13 +150,21 @@ def unbiased(op: Op[..., Any], impl: str, cases: Sequence[Case]) -> str | None:
     return None
 
 
+def rounds(op: Op[..., Any], impl: str, case: Case) -> str | None:
+    """Over the results of three calls like this one the mean rounding error is near zero."""
+    more = [rebuild(op.name, **{**case.draws, "seed": case.draws["seed"] + i}) for i in range(3)]
+    return unbiased(op, impl, [c for c in more if not refuses(op, impl, c)])
+
+
 def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
     """Every float input's gradient along a random direction equals a central difference of the
     reference.
 
     With `impl`, forward and backward operators run that backend's implementations where they exist.
     """
-    assert op._gradient is not None and op._reference is not None
+    if op._gradient is None:
+        return f"{NOTHING}the operator has no gradient"
+    assert op._reference is not None
     rng = np.random.default_rng(1)
     names = [p.name for p in op.parameters]
     values = [
@@ -232,24 +250,28 @@ def _difference(
     return (a - b) / (2 * STEP), size
 
 
-def compiles(op: Op[..., Any], case: Case) -> str | None:
+def compiles(op: Op[..., Any], impl: str, case: Case) -> str | None:
     """A full-graph compile of the call gives the same bits as eager, without a graph break."""
+    if op.mutates:
+        return f"{NOTHING}the operator writes an argument"
     names = [p.name for p in op.parameters]
     tensors = [v if not isinstance(v, torch.Tensor) else v.clone() for v in case.values]
-    want = tolerance.as_tuple(op.call(**dict(zip(names, tensors, strict=True))))
 
     def call(*args: Any) -> Any:
         return op.call(**dict(zip(names, args, strict=True)))
 
-    torch._dynamo.reset()
-    got = tolerance.as_tuple(torch.compile(call, backend="aot_eager", fullgraph=True)(*case.values))
+    with transom.use(**{op.name: impl}):
+        want = tolerance.as_tuple(call(*tensors))
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        got = tolerance.as_tuple(compiled(*case.values))
     for name, a, b in zip(op.signature.outputs, want, got, strict=True):
         if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
             return f"{name} differs between eager and compiled"
     return None
 
 
-def opcheck(op: Op[..., Any], case: Case) -> None:
+def opcheck(op: Op[..., Any], impl: str, case: Case) -> None:
     """torch.library.opcheck: schema, autograd registration, fake kernel, AOT dispatch. Raises what
     it finds."""
     asked = [
@@ -262,14 +284,76 @@ def opcheck(op: Op[..., Any], case: Case) -> None:
         ("test_schema", "test_autograd_registration", "test_faketensor"),
         "test_aot_dispatch_dynamic",
     )
-    torch.library.opcheck(op.torch_op, op._flatten(*asked), test_utils=first)
     # torch's own check adds all outputs into one sum that starts as the first output: an index
     # there refuses floats
     leading = (
         op.rules.alternatives[next(iter(op.signature.outputs))] if op.signature.outputs else ()
     )
     values = case.values if set(leading) & {"i32", "i64", "bool"} else asked
-    torch.library.opcheck(op.torch_op, op._flatten(*values), test_utils=aot)
+    with transom.use(**{op.name: impl}):
+        torch.library.opcheck(op.torch_op, op._flatten(*asked), test_utils=first)
+        torch.library.opcheck(op.torch_op, op._flatten(*values), test_utils=aot)
+
+
+def maps(op: Op[..., Any], impl: str, case: Case) -> str | None:
+    """torch.vmap over two copies of the call gives each one's own results."""
+    inputs, outputs = op.signature.inputs, op.signature.outputs
+    if op.mutates or op.batch is None or any(s.dims[:1] != (op.batch,) for s in outputs.values()):
+        return f"{NOTHING}vmap is not declared for the operator"
+    names = [p.name for p in op.parameters]
+    given = dict(zip(names, case.values, strict=True))
+    tensors = [
+        n for n, v in given.items()
+        if isinstance(v, torch.Tensor) and inputs[n].dims[:1] == (op.batch,)
+    ]  # fmt: skip
+    doubled = {n: torch.stack([given[n], given[n].roll(1, 0)]) for n in tensors}
+
+    def call(*batched: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = {**given, **dict(zip(tensors, batched, strict=True))}
+        return tolerance.as_tuple(op.call(**values))
+
+    with transom.use(**{op.name: impl}):
+        got = torch.vmap(call)(*doubled.values())
+        each = [call(*(doubled[n][i] for n in tensors)) for i in range(2)]
+    for name, g, a, b in zip(op.signature.outputs, got, *each, strict=True):
+        want = torch.stack([a, b])
+        wide, limit = want.double(), 8 * torch.finfo(torch.bfloat16).eps
+        if want.dtype == torch.float32:
+            limit = 2e-5
+        if g.shape != want.shape or not torch.allclose(
+            g.double(), wide, rtol=limit, atol=limit * float(wide.abs().max()), equal_nan=True
+        ):
+            return f"{name} under vmap differs from one call after the other"
+    return None
+
+
+def autocasts(op: Op[..., Any], impl: str, case: Case) -> str | None:
+    """Under autocast the call runs, with outputs in the dtypes that the declaration promises."""
+    if not op.autocast:
+        return f"{NOTHING}autocast changes nothing in the operator"
+    names = [p.name for p in op.parameters]
+    tensors = op.tensors(case.values)
+    device = next(iter(tensors.values())).device.type
+    try:
+        inside = torch.autocast(device, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        return f"{NOTHING}{' '.join(str(error).split())}"
+    with inside, transom.use(**{op.name: impl}):
+        got = tolerance.as_tuple(op.call(**dict(zip(names, case.values, strict=True))))
+    cast = {
+        n: op.autocast.get(n, "keep") if isinstance(t, torch.Tensor) and
+        t.dtype.is_floating_point else "keep" for n, t in tensors.items()
+    }  # fmt: skip
+    kinds = {
+        n: {"low": torch.bfloat16, "f32": torch.float32}.get(cast[n], kind_of(t))
+        for n, t in tensors.items()
+    }
+    for name, g, (_, dtype) in zip(
+        op.signature.outputs, got, op.outputs(case.dims, kinds), strict=True
+    ):
+        if g.dtype != dtype:
+            return f"{name} is {g.dtype} under autocast; expected {dtype}"
+    return None
 
 
 def implementations(op: Op[..., Any], device: str, name: str | None) -> list[Impl]:

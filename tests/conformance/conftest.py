@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 import transom
-from transom.conformance import checks
+from transom.conformance import checks, levels
 
 OPTIONS = {
     "--transom-impl": (None, "only this implementation or backend (default: all)"),
     "--transom-device": ("cpu", "device type of the tensors"),
     "--transom-ops": (None, "only these operators, separated by commas"),
     "--transom-examples": (
-        os.environ.get("TRANSOM_TEST_EXAMPLES", "15"),
-        "drawn calls per operator and implementation",
+        os.environ.get("TRANSOM_TEST_EXAMPLES", "6"),
+        "drawn calls for each check of an implementation",
     ),
 }  # fmt: skip
 
@@ -33,31 +32,30 @@ def option(config: pytest.Config, name: str) -> str | None:
     return value
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    settings.register_profile(
-        "transom", derandomize=True, database=None, deadline=None, print_blob=True,
-        max_examples=int(option(config, "--transom-examples") or 15),
-        suppress_health_check=[
-            HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture,
-        ],
-    )  # fmt: skip
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    wanted, device = (
-        option(metafunc.config, "--transom-ops"),
-        option(metafunc.config, "--transom-device"),
+    if not {"op", "impl", "check"} <= set(metafunc.fixturenames):
+        return
+    wanted, device, one = (
+        option(metafunc.config, name)
+        for name in ("--transom-ops", "--transom-device", "--transom-impl")
     )
-    ops = [
-        op for name, op in transom.ops().items()
+    asked = [
+        (name, impl, check)
+        for name, op in transom.ops().items()
         if op.module.startswith("transom.") and (not wanted or name in wanted.split(","))
+        for impl in checks.implementations(op, str(device), one)
+        for check in levels.CHECKS
+        # Level 4 asks how the operator stands in torch: the same for all of them but the gradients.
+        if check.level < 4 or (check.level == 4 and
+        (one or impl.tier == "composite" or check.name == "gradients"))
     ]  # fmt: skip
-    if {"op", "impl"} <= set(metafunc.fixturenames):
-        impl = option(metafunc.config, "--transom-impl")
-        pairs = [(o, i.name) for o in ops for i in checks.implementations(o, str(device), impl)]
-        metafunc.parametrize("op, impl", pairs, ids=[f"{o.name}-{i}" for o, i in pairs])
-    elif "op" in metafunc.fixturenames:
-        metafunc.parametrize("op", ops, ids=[o.name for o in ops])
+    ids = [f"{name}-{impl.name}-{check.name}" for name, impl, check in asked]
+    metafunc.parametrize("op, impl, check", [(n, i.name, c) for n, i, c in asked], ids=ids)
+
+
+@pytest.fixture
+def examples(request: pytest.FixtureRequest) -> int:
+    return int(option(request.config, "--transom-examples") or 6)
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 
 import transom
-from transom.conformance import checks
+from transom.conformance import checks, levels, manners
 from transom.conformance.cases import build, cases, edges
 from transom.dispatch import forget_plans
+from transom.requires import at_most
 
 sys.path.insert(0, str(Path(__file__).parent))
 import wrong_kernels as wrong  # noqa: E402
@@ -107,6 +108,28 @@ def test_truncation_is_caught_by_the_bias_and_not_by_the_tolerance(register):
 def test_varying_bits_are_caught(register):
     name = register(wrong.meta_norm, wrong.is_not_repeatable)
     assert "differs between two equal calls" in verdict(checks.repeatable, wrong.meta_norm, name)
+
+
+def test_a_race_between_threads_is_caught(register):
+    name = register(wrong.meta_norm, wrong.works_in_one_buffer_for_all)
+    case = build(wrong.meta_norm, wrong.meta_norm.examples[0])
+    assert "differs when several threads call" in manners.threads(wrong.meta_norm, name, case)
+    assert manners.threads(wrong.meta_norm, "composite", case) is None
+
+
+def test_memory_that_is_kept_is_caught(register):
+    name = register(wrong.meta_norm, wrong.keeps_every_result)
+    case = build(wrong.meta_norm, wrong.meta_norm.examples[0])
+    assert "the process grows by" in manners.memory(wrong.meta_norm, name, case)
+    assert manners.memory(wrong.meta_norm, "composite", case) is None
+
+
+def test_a_limit_that_does_not_hold_is_caught(register):
+    function = wrong.refuses_one_row_less_than_it_states
+    name = register(wrong.meta_norm, function, requires=[at_most("D", 9)])
+    limits = next(c for c in levels.CHECKS if c.name == "limits")
+    found = limits.ask(levels.Subject(wrong.meta_norm, name, "cpu"))
+    assert found.status == "fail" and "no such tile" in found.text
 
 
 def test_a_wrong_gradient_is_caught(register):

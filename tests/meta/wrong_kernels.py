@@ -3,6 +3,8 @@ check that is named."""
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -245,4 +247,26 @@ LIMIT = at_most("D", 8)
 def crashes_on_what_it_accepts(x, weight, *, eps=0.01):
     if x.shape[-1] > 8:
         raise RuntimeError("a device error")
+    return NORM(x, weight, eps=eps)
+
+
+_shared = {}
+
+
+def works_in_one_buffer_for_all(x, weight, *, eps=0.01):
+    mine = _shared[0] = NORM(x, weight, eps=eps)
+    time.sleep(0.002)  # another thread comes between
+    if mine is not _shared[0]:
+        mine.zero_()
+    return mine
+
+
+def keeps_every_result(x, weight, *, eps=0.01):
+    _shared.setdefault("kept", []).append(bytearray(1 << 16))
+    return NORM(x, weight, eps=eps)
+
+
+def refuses_one_row_less_than_it_states(x, weight, *, eps=0.01):
+    if x.shape[-1] == 9:
+        raise RuntimeError("no such tile")
     return NORM(x, weight, eps=eps)
