@@ -187,6 +187,9 @@ setup(
         "build_ext": build_native,
         "editable_wheel": develop,
     },  # fmt: skip
-    package_data={"": ["py.typed", "*.h", "*.pyi", "*.html", "*.json"]},
+    package_data={
+        "": ["py.typed", "*.h", "*.pyi", "*.html", "*.json"],
+        "transom.cli": ["templates/**/*.jinja"],
+    },  # fmt: skip
     include_package_data=False,
 )

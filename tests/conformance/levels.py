@@ -92,10 +92,14 @@ class Check:
 
     def reproduction(self, impl: str, case: Case) -> str:
         """Lines of Python that put the question to the call again."""
-        draws = ",\n    ".join(f"{k}={v!r}" for k, v in case.draws.items())
+        draws = dict(case.draws)
+        dims = draws.pop("dims")
+        plain = {"absent": [], "layouts": {}, "scale": 1.0}
+        rest = ", ".join(f"{k}={v!r}" for k, v in draws.items() if plain.get(k) != v)
         return (
             "from transom.conformance import cases, levels\n"
-            f"case = cases.rebuild({case.op.name!r},\n    {draws})\n"
+            f"case = cases.rebuild({case.op.name!r}, dims={dims!r},\n"
+            f"    {rest})\n"
             f"print(levels.again({self.name!r}, {impl!r}, case))"
         )
 
