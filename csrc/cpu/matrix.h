@@ -28,21 +28,36 @@ constexpr int kPanel = kTileVectors * kWidth;
 /* Rows of a panel: 16 KiB with AVX2, half of the smallest L1. */
 constexpr int64_t kDepth = 256;
 
+/* Lines of the cache that are wanted next, fetched between multiplications so that reading and
+ * multiplying overlap: every `step` along k, `count` of them `across` bytes apart, and `along`
+ * bytes further each time. */
+struct Ahead {
+  const char *at;
+  int64_t count, across, along, step;
+};
+
 /* R rows of a times one panel. */
 template <int R>
 inline void tile(int64_t K, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
-                 float *c, int64_t c_stride, bool add) {
+                 float *c, int64_t c_stride, bool add, const Ahead &ahead = {}) {
   vf sums[R][kTileVectors] = {};
-  for (int64_t k = 0; k < K; k++) {
-    vf right[kTileVectors];
+  const char *wanted = ahead.at;
+  for (int64_t from = 0; from < K;) {
+    const int64_t to = ahead.count > 0 ? min_of(from + ahead.step, K) : K;
+    for (int64_t i = 0; i < ahead.count; i++) __builtin_prefetch(wanted + i * ahead.across, 0, 2);
+    wanted += ahead.along;
+    for (int64_t k = from; k < to; k++) {
+      vf right[kTileVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; v++) right[v] = load(b + k * b_stride + v * kWidth);
+      for (int v = 0; v < kTileVectors; v++) right[v] = load(b + k * b_stride + v * kWidth);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const vf left = all(a[r * a_stride + k]);
+      for (int r = 0; r < R; r++) {
+        const vf left = all(a[r * a_stride + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; v++) sums[r][v] += left * right[v];
+        for (int v = 0; v < kTileVectors; v++) sums[r][v] += left * right[v];
+      }
     }
+    from = to;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
@@ -57,12 +72,14 @@ inline void tile(int64_t K, const float *a, int64_t a_stride, const float *b, in
  * b_stride: floats between rows of the panel, kPanel where pack() made it. */
 inline void multiply_panel(int64_t rows, int64_t K, const float *a, int64_t a_stride,
                            const float *b, int64_t b_stride, float *c, int64_t c_stride,
-                           bool add) {
+                           bool add, Ahead ahead = {}) {
   /* Tiles of nearly equal height: 13 rows are 7 + 6, not 12 + 1. */
-  for (int64_t left = (rows + kTileRows - 1) / kTileRows; left > 0; left--) {
+  int64_t left = (rows + kTileRows - 1) / kTileRows, wanted = ahead.count;
+  for (; left > 0; left--) {
     const int64_t r = (rows + left - 1) / left;
+    ahead.count = (wanted + left - 1) / left;
 #define TRANSOM_TILE(R) \
-  case R: tile<R>(K, a, a_stride, b, b_stride, c, c_stride, add); break;
+  case R: tile<R>(K, a, a_stride, b, b_stride, c, c_stride, add, ahead); break;
     switch (r) {
       TRANSOM_TILE(1) TRANSOM_TILE(2) TRANSOM_TILE(3) TRANSOM_TILE(4) TRANSOM_TILE(5)
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -71,21 +88,23 @@ inline void multiply_panel(int64_t rows, int64_t K, const float *a, int64_t a_st
 #if defined(__AVX512F__)
       TRANSOM_TILE(8) TRANSOM_TILE(9) TRANSOM_TILE(10) TRANSOM_TILE(11)
 #endif
-      default: tile<kTileRows>(K, a, a_stride, b, b_stride, c, c_stride, add);
+      default: tile<kTileRows>(K, a, a_stride, b, b_stride, c, c_stride, add, ahead);
     }
 #undef TRANSOM_TILE
     rows -= r;
     a += r * a_stride;
     c += r * c_stride;
+    wanted -= ahead.count;
+    ahead.at += ahead.count * ahead.across;
   }
 }
 
-/* Four neighbours along k of kWidth rows: rows j, j + 4, ... in the quarters of the j-th vector. */
-/* Assembled in registers: pieces that go through memory would wait for their stores. */
-inline vf quarters(const float *p, int64_t stride) {
+/* 16 bytes of each of kWidth rows: rows j, j + 4, ... in the quarters of the j-th of four calls.
+ * Assembled in registers: pieces that go through memory would wait for their stores. */
+inline vf quarters(const char *p, int64_t bytes) {
   v4 some[kWidth / 4];
 #pragma GCC unroll 4
-  for (int g = 0; g < kWidth / 4; g++) memcpy(some + g, p + 4 * g * stride, sizeof(v4));
+  for (int g = 0; g < kWidth / 4; g++) memcpy(some + g, p + 4 * g * bytes, sizeof(v4));
 #if defined(__AVX512F__)
   const auto low = __builtin_shufflevector(some[0], some[1], 0, 1, 2, 3, 4, 5, 6, 7);
   const auto high = __builtin_shufflevector(some[2], some[3], 0, 1, 2, 3, 4, 5, 6, 7);
@@ -95,23 +114,6 @@ inline vf quarters(const float *p, int64_t stride) {
 #else
   return some[0];
 #endif
-}
-
-template <class Number>
-inline vf quarters(const Number *p, int64_t stride) {
-  static_assert(sizeof(Number) == 2);
-  typedef uint64_t Fours __attribute__((vector_size(2 * kWidth)));
-  uint64_t some[kWidth / 4];
-#pragma GCC unroll 4
-  for (int g = 0; g < kWidth / 4; g++) memcpy(some + g, p + 4 * g * stride, sizeof some[g]);
-#if defined(__AVX512F__)
-  const Fours all = {some[0], some[1], some[2], some[3]};
-#elif defined(__AVX2__)
-  const Fours all = {some[0], some[1]};
-#else
-  const Fours all = {some[0]};
-#endif
-  return widen<Number>(bits_as<vs>(all));
 }
 
 /* In each quarter: {a0, b0, a1, b1} and {a2, b2, a3, b3}; {a0, a1, b0, b1} and {a2, a3, b2, b3}. */
@@ -133,47 +135,70 @@ inline vf halves_low(vf a, vf b) { return TRANSOM_QUARTERS(a, b, 0, 1, kWidth, k
 inline vf halves_high(vf a, vf b) { return TRANSOM_QUARTERS(a, b, 2, 3, kWidth + 2, kWidth + 3); }
 #undef TRANSOM_QUARTERS
 
-/* turned[j][i] = w[i * stride + j]: kWidth rows, four neighbours along k. */
-template <class Number>
-inline void turn(const Number *w, int64_t stride, vf turned[4]) {
-  const vf p = quarters(w, stride), q = quarters(w + stride, stride);
-  const vf r = quarters(w + 2 * stride, stride), s = quarters(w + 3 * stride, stride);
-  const vf pq = interleave_low(p, q), rs = interleave_low(r, s);
-  const vf p2 = interleave_high(p, q), r2 = interleave_high(r, s);
-  turned[0] = halves_low(pq, rs), turned[1] = halves_high(pq, rs);
-  turned[2] = halves_low(p2, r2), turned[3] = halves_high(p2, r2);
+/* words[j], element i: the j-th 32 bits of row i, rows `bytes` apart. */
+inline void turn_words(const char *p, int64_t bytes, vf words[4]) {
+  const vf a = quarters(p, bytes), b = quarters(p + bytes, bytes);
+  const vf c = quarters(p + 2 * bytes, bytes), d = quarters(p + 3 * bytes, bytes);
+  const vf ab = interleave_low(a, b), cd = interleave_low(c, d);
+  const vf a2 = interleave_high(a, b), c2 = interleave_high(c, d);
+  words[0] = halves_low(ab, cd), words[1] = halves_high(ab, cd);
+  words[2] = halves_low(a2, c2), words[3] = halves_high(a2, c2);
 }
 
-/* Neighbours along k that are turned together: a line of the cache, so that each is read once. */
+/* Neighbours along k that are turned together. */
 template <class Number>
-constexpr int kLine = 64 / sizeof(Number);
-/* How far ahead of its use a row of a weight is fetched: the prefetchers follow no 16 rows. */
-template <class Number>
-constexpr int kAhead = 512 / sizeof(Number);
+constexpr int kTurned = 16 / static_cast<int>(sizeof(Number));
 
+/* Pairs of 16-bit numbers as float32: the first ones of the pairs, and the second ones. */
 template <class Number>
-inline void fetch_ahead(const Number *w, int64_t row) {
-  for (int i = 0; i < kWidth; i++) __builtin_prefetch(w + i * row + kAhead<Number>, 0, 3);
+inline void widen_pairs(vf pairs, vf *first, vf *second);
+
+template <>
+inline void widen_pairs<bf16>(vf pairs, vf *first, vf *second) {
+  *first = bits_as<vf>(bits_as<vu>(pairs) << 16);
+  *second = bits_as<vf>(bits_as<vu>(pairs) & 0xffff0000u);
 }
+
+template <>
+inline void widen_pairs<f16>(vf pairs, vf *first, vf *second) {
+  *first = widen<f16>(__builtin_convertvector(bits_as<vu>(pairs), vs));
+  *second = widen<f16>(__builtin_convertvector(bits_as<vu>(pairs) >> 16, vs));
+}
+
+/* turned[j], element i: w[i * stride + j] of kWidth rows, kTurned neighbours along k. */
+template <class Number>
+inline void turn(const Number *w, int64_t stride, vf turned[kTurned<Number>]) {
+  vf words[4];
+  turn_words(reinterpret_cast<const char *>(w), stride * static_cast<int64_t>(sizeof(Number)),
+             words);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    if constexpr (sizeof(Number) == 4)
+      turned[j] = words[j];
+    else
+      widen_pairs<Number>(words[j], turned + 2 * j, turned + 2 * j + 1);
+  }
+}
+
+/* Neighbours along k of one line of the cache. */
+template <class Number>
+constexpr int kLine = 64 / static_cast<int>(sizeof(Number));
 
 /* panel[k][i] = w[i * row + k * along] for `columns` rows of a weight, zeros up to kPanel. */
 template <class Number>
 inline void pack(const Number *w, int64_t row, int64_t along, int64_t columns, int64_t K,
                  float *panel) {
   if (along == 1 && columns == kPanel) {
-    const int64_t whole = K - K % kLine<Number>;
+    const int64_t whole = K - K % kTurned<Number>;
     for (int v = 0; v < kTileVectors; v++) {
       const Number *from = w + v * kWidth * row;
       float *to = panel + v * kWidth;
-      for (int64_t line = 0; line < whole; line += kLine<Number>) {
-        fetch_ahead(from + line, row);
+#pragma GCC unroll 2
+      for (int64_t k = 0; k < whole; k += kTurned<Number>) {
+        vf turned[kTurned<Number>];
+        turn(from + k, row, turned);
 #pragma GCC unroll 8
-        for (int64_t k = line; k < line + kLine<Number>; k += 4) {
-          vf turned[4];
-          turn(from + k, row, turned);
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; j++) store(to + (k + j) * kPanel, turned[j]);
-        }
+        for (int j = 0; j < kTurned<Number>; j++) store(to + (k + j) * kPanel, turned[j]);
       }
     }
     w += whole, panel += whole * kPanel, K -= whole;
@@ -193,31 +218,79 @@ inline void pack(const Number *w, int64_t row, int64_t along, int64_t columns, i
     }
 }
 
-/* R rows of a times kWidth whole rows of a weight with k running, turned in registers. */
-template <int R, class Number>
+/* R rows of a times G * kWidth whole rows of a weight with k running, turned in registers. `next`:
+ * where the rows that follow begin, fetched meanwhile: the prefetchers of a processor follow no 16
+ * rows. One sum waits for its last addition, so that few sums want more groups at a time. */
+template <int R, int G, class Number>
 inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w, int64_t row,
-                   float *c, int64_t c_stride, bool add) {
-  vf sums[R] = {};
+                   float *c, int64_t c_stride, bool add, const Number *next) {
+  vf sums[G][R] = {};
   const int64_t whole = K - K % kLine<Number>;
   for (int64_t line = 0; line < whole; line += kLine<Number>) {
-    fetch_ahead(w + line, row);
+    for (int i = 0; i < G * kWidth; i++) __builtin_prefetch(next + i * row + line, 0, 3);
+    for (int64_t k = line; k < line + kLine<Number>; k += kTurned<Number>)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        vf turned[kTurned<Number>];
+        turn(w + g * kWidth * row + k, row, turned);
 #pragma GCC unroll 8
-    for (int64_t k = line; k < line + kLine<Number>; k += 4) {
-      vf turned[4];
-      turn(w + k, row, turned);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sums[r] += all(a[r * a_stride + k + j]) * turned[j];
+        for (int j = 0; j < kTurned<Number>; j++)
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) sums[g][r] += all(a[r * a_stride + k + j]) * turned[j];
+      }
+  }
+  for (int64_t k = whole; k < K; k++)
+    for (int g = 0; g < G; g++) {
+      Number some[kWidth];
+      for (int i = 0; i < kWidth; i++) some[i] = w[(g * kWidth + i) * row + k];
+      const vf column = load(some);
+      for (int r = 0; r < R; r++) sums[g][r] += all(a[r * a_stride + k]) * column;
     }
-  }
-  for (int64_t k = whole; k < K; k++) {
-    Number some[kWidth];
-    for (int i = 0; i < kWidth; i++) some[i] = w[i * row + k];
-    for (int r = 0; r < R; r++) sums[r] += all(a[r * a_stride + k]) * load(some);
-  }
+  for (int g = 0; g < G; g++)
+    for (int r = 0; r < R; r++) {
+      float *to = c + r * c_stride + g * kWidth;
+      store(to, add ? load(to) + sums[g][r] : sums[g][r]);
+    }
+}
+
+/* Columns that sweep() takes at once: its sums stay in L1. */
+constexpr int64_t kSweep = 512;
+
+/* R rows of a times rows of w along k, each with `columns` (a multiple of kWidth, at most kSweep)
+ * numbers in one piece: few rows of a and a weight that is stored [K,N]. */
+template <int R, class Number>
+inline void sweep(int64_t K, const float *a, int64_t a_stride, const Number *w, int64_t along,
+                  int64_t columns, float *c, int64_t c_stride, bool add) {
+  constexpr int kTogether = 4;
+  alignas(64) float sums[R][kSweep];
   for (int r = 0; r < R; r++)
-    store(c + r * c_stride, add ? load(c + r * c_stride) + sums[r] : sums[r]);
+    memset(sums[r], 0, static_cast<size_t>(columns) * sizeof(float));
+  const auto rows = [&]<int J>(int64_t k) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < columns; i += kWidth) {
+      vf right[J];
+#pragma GCC unroll 4
+      for (int j = 0; j < J; j++) {
+        const Number *from = w + (k + j) * along + i;
+        __builtin_prefetch(from + 2 * kTogether * along, 0, 3);
+        right[j] = load(from);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        vf sum = load(sums[r] + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < J; j++) sum += all(a[r * a_stride + k + j]) * right[j];
+        store(sums[r] + i, sum);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kTogether <= K; k += kTogether) rows.template operator()<kTogether>(k);
+  for (; k < K; k++) rows.template operator()<1>(k);
+  for (int r = 0; r < R; r++)
+    for (int64_t i = 0; i < columns; i += kWidth) {
+      float *to = c + r * c_stride + i;
+      store(to, add ? load(to) + load(sums[r] + i) : load(sums[r] + i));
+    }
 }
 
 }  // namespace

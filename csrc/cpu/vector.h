@@ -102,6 +102,21 @@ inline vf load_some(const Number *p, int64_t count) {
   return load(some);
 }
 
+/* {e0, o0, e1, o1, ...} over both vectors -> *even {e0, e1, ...}, *odd {o0, o1, ...}. */
+inline void separate(vf *even, vf *odd) {
+  const vf a = *even, b = *odd;
+#if defined(__AVX512F__)
+  *even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  *odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  *even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  *odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  *even = __builtin_shufflevector(a, b, 0, 2, 4, 6);
+  *odd = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
 inline v4 folded(vf v) {
   v4 part[kWidth / 4];
   memcpy(part, &v, sizeof v);

@@ -1,4 +1,4 @@
-"""csrc/cpu/moe/grouped_gemm.cpp: rows times weights as stored, float32 sums, no packing."""
+"""csrc/cpu/moe/grouped_gemm.cpp: rows times weights as stored, float32 sums along k."""
 
 from transom.backends.native import register
 

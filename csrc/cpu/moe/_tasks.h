@@ -2,7 +2,7 @@
  * vector.h. */
 #pragma once
 
-#include "../product.h"
+#include "../weight.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -24,7 +24,8 @@ struct Tasks {
 
 /* Where a thread stands: its tasks come in rising order, so it walks along the experts once. */
 struct Walk {
-  int64_t e = -1, start = 0, stop = 0, first = 0, tasks = 0, blocks = 0;
+  int64_t e = -1, start, stop, first = 0, tasks = 0, blocks = 0;
+  explicit Walk(int64_t from = 0) : start(from), stop(from) {}
 };
 
 /* The next task for this thread, if there is one. ends(e): where the rows of expert e end. */
@@ -49,17 +50,34 @@ inline bool take(Tasks *tasks, Walk *walk, Ends ends, Task *task) {
   return true;
 }
 
-/* Blocks of rows over all experts, and in *stop the end of the last one's rows. */
+/* Blocks of rows over all experts; *stop: where their rows begin, then where they end. */
 template <class Ends>
 inline int64_t count_blocks(int64_t E, int64_t M, int64_t rows, Ends ends, int64_t *stop) {
   int64_t blocks = 0;
-  *stop = 0;
   for (int64_t e = 0; e < E; e++) {
     const int64_t end = max_of(*stop, min_of(ends(e), M));
     blocks += ceil_of(end - *stop, rows);
     *stop = end;
   }
   return blocks;
+}
+
+/* Rows of x in one task: enough to pay for turning the weight, and a piece of kDepth of each stays
+ * in L2 whatever their length. */
+constexpr int64_t kMostRows = 128;
+/* Columns of one task, and floats between the rows of its products. */
+constexpr int64_t kMostColumns = 256;
+constexpr int64_t kProductStride = kMostColumns + kPanel;
+
+/* Columns of the weight in one task: eight tasks a thread to share, but no slivers. */
+inline int64_t columns_at_once(int64_t N, int64_t blocks, int64_t threads, int64_t most) {
+  return clamp(up_to(N * blocks / (8 * threads), kPanel), up_to(48, kPanel), most);
+}
+
+/* Threads for this many multiplications: below some 10 us of work each, waking one costs more. */
+inline int32_t threads_for(double products, int32_t threads) {
+  const double wanted = products / (1 << 19);
+  return wanted >= threads ? threads : wanted < 1 ? 1 : static_cast<int32_t>(wanted);
 }
 
 }  // namespace
