@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 /* Neither libgomp nor libomp is linked: torch has loaded one of them, under a name that depends on
@@ -49,6 +50,20 @@ int32_t threads_for(double products, int32_t threads) {
 }
 
 int64_t l2_bytes() { return l2; }
+
+void will_write(void *data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 1 << 21;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t stop = start + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = (start + kHuge - 1) & ~(kHuge - 1), last = stop & ~(kHuge - 1);
+  /* A refusal costs speed only. */
+  if (last > first + kHuge)
+    static_cast<void>(madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE));
+#else
+  static_cast<void>(data), static_cast<void>(bytes);
+#endif
+}
 
 void prepare() {
   static bool done = false;

@@ -1,4 +1,4 @@
-"""csrc/cpu/attention/sparse_attention.cpp: pieces of gathered keys, all heads of a query at once."""
+"""csrc/cpu/attention/sparse_attention.cpp: gathered pieces of keys, all heads at once."""
 
 from transom.backends.native import register
 

@@ -21,22 +21,31 @@ static_assert(kKeys <= kDepth && kKeys % kWidth == 0);
  * two would share cache sets. */
 inline int64_t tile_stride(int64_t width) { return up_to(width, kPanel) + 16; }
 
-/* Lines of a row that will be gathered soon. */
-inline void fetch_row(const transom_tensor *t, int64_t first, int64_t n) {
-  const char *from = static_cast<const char *>(at(t, first));
-  for (int64_t i = 0; i < n * size_of(t); i += 64) __builtin_prefetch(from + i, 0, 2);
-}
+/* Rows that will be needed next, fetched into L2 a few at a time while products run. */
+struct Soon {
+  static constexpr int64_t kMost = 3 * kKeys;
+  const char *rows[kMost];
+  int64_t bytes, count, done;
+
+  /* The rows that a later add() names are of this tensor's dtype and last dim, too. */
+  explicit Soon(const transom_tensor *t)
+      : bytes(t->strides[t->ndim - 1] == 1 ? t->shape[t->ndim - 1] * size_of(t) : 0),
+        count(0), done(0) {}
+  void add(const transom_tensor *t, int64_t first) {
+    if (count < kMost) rows[count++] = static_cast<const char *>(at(t, first));
+  }
+  void fetch(int64_t most) {
+    for (; most > 0 && done < count; most--, done++)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[done] + i, 0, 2);
+  }
+};
 
 /* tile[i] = row list[i] of batch b of t[B,N,D], as float32. */
 inline void gather(const transom_tensor *t, int64_t b, const int64_t *list, int64_t count,
                    float *tile, int64_t stride) {
-  constexpr int64_t kSoon = 2;
-  const int64_t D = t->shape[2], origin = b * t->strides[0];
-  for (int64_t i = 0; i < count; i++) {
-    if (i + kSoon < count && t->strides[2] == 1)
-      fetch_row(t, origin + list[i + kSoon] * t->strides[1], D);
-    read_row(t, origin + list[i] * t->strides[1], t->strides[2], D, tile + i * stride);
-  }
+  const int64_t origin = b * t->strides[0];
+  for (int64_t i = 0; i < count; i++)
+    read_row(t, origin + list[i] * t->strides[1], t->strides[2], t->shape[2], tile + i * stride);
 }
 
 /* Heads of a query, packed: panels of kPanel heads, [D][kPanel] each. */
@@ -66,17 +75,22 @@ struct Scratch {
 };
 inline int64_t scratch_floats(int64_t heads) { return kKeys * (kPanel + up_to(heads, kPanel)); }
 
+/* Rows of `soon` to fetch with each product: all of them in those of 64 heads of 512. */
+constexpr int64_t kFetch = 8 * kPanel / 16;
+
 /* `heads` packed heads against `count` keys, 1..kKeys; values are value_dim columns of their tile.
  * Everything in `out` is overwritten. */
 inline void attend(const float *panels, int64_t heads, int64_t D, float scale, const float *keys,
                    int64_t key_stride, const float *values, int64_t value_stride,
                    int64_t value_dim, int64_t count, Scratch scratch, Collected out,
-                   int64_t out_stride) {
+                   int64_t out_stride, Soon *soon) {
   for (int64_t h = 0; h < heads; h += kPanel, panels += D * kPanel) {
     if (D == 0) memset(scratch.scores, 0, static_cast<size_t>(count * kPanel) * sizeof(float));
-    for (int64_t d = 0; d < D; d += kDepth)
+    for (int64_t d = 0; d < D; d += kDepth) {
+      soon->fetch(kFetch);
       multiply_panel(count, min_of(kDepth, D - d), keys + d, key_stride, panels + d * kPanel,
                      kPanel, scratch.scores, kPanel, d > 0);
+    }
     weigh(scratch.scores, count, scale, out.largest + h, out.mass + h);
     for (int64_t j = 0; j < count; j += kWidth)
       for (int64_t i = 0; i < kPanel; i += 4) {
@@ -86,9 +100,11 @@ inline void attend(const float *panels, int64_t heads, int64_t D, float scale, c
           store(scratch.weights + (h + i + r) * kKeys + j, turned[r]);
       }
   }
-  for (int64_t d = 0; d < value_dim; d += kPanel)
+  for (int64_t d = 0; d < value_dim; d += kPanel) {
+    soon->fetch(kFetch);
     multiply_panel(heads, count, scratch.weights, kKeys, values + d, value_stride, out.sum + d,
                    out_stride, false);
+  }
 }
 
 /* Takes up the next piece of `heads` heads. */
@@ -99,7 +115,7 @@ inline void merge(Collected into, Collected next, int64_t heads, int64_t stride)
 }
 
 /* The result of `heads` heads from `first` on, as element `row` + head of o and lse; what was
- * collected is scaled in place. */
+ * collected is used up. */
 inline void finish(Collected from, bool any, int64_t first, int64_t heads, int64_t stride,
                    const transom_tensor *sink, const transom_tensor *o, const transom_tensor *lse,
                    int64_t row) {
@@ -107,15 +123,21 @@ inline void finish(Collected from, bool any, int64_t first, int64_t heads, int64
   for (int64_t h = 0; h < heads; h++) {
     float *sum = from.sum + h * stride;
     float given = 0.0f, norm = kNever;
+    void *out = at(o, (row + first + h) * n);
     if (sink != nullptr) given = number(sink, (first + h) * sink->strides[0]);
     if (any) {
       const vf share = all(share_of(from.largest[h], from.mass[h], sink ? &given : nullptr));
-      for (int64_t d = 0; d < n; d += kWidth) store(sum + d, load(sum + d) * share);
+      int64_t d = 0;
+      if (kind(o) == 0)
+        for (float *to = static_cast<float *>(out); d + kWidth <= n; d += kWidth)
+          store(to + d, load(sum + d) * share);
+      const int64_t done = d;
+      for (; d < n; d += kWidth) store(sum + d, load(sum + d) * share);
+      write_row(static_cast<char *>(out) + done * size_of(o), kind(o), sum + done, n - done);
       norm = from.largest[h] + log_of(from.mass[h]);
     } else {
-      memset(sum, 0, static_cast<size_t>(n) * sizeof(float));
+      memset(out, 0, static_cast<size_t>(n * size_of(o)));
     }
-    write_row(at(o, (row + first + h) * n), kind(o), sum, n);
     static_cast<float *>(lse->data)[row + first + h] = norm;
   }
 }

@@ -9,6 +9,8 @@
  * entries where there are no lists. With fewer queries than threads can share evenly, a round of
  * tasks computes single pieces of one query, a second one merges them. Bound by FMA; a piece costs
  * a gather of kKeys rows for heads * (D + v_dim) multiplications each. */
+#include <sched.h>
+
 #include "../parallel.h"
 #include "../product.h"
 #include "_keys.h"
@@ -39,7 +41,7 @@ struct Work {
   float *packed;
   Collected waiting, total;
   bool *some, any;
-  int64_t next;
+  int64_t next[3], done[2]; /* tasks of packing, of pieces, of merging: taken, done */
 };
 
 /* A piece of some source as it lies in a tile. */
@@ -142,22 +144,46 @@ Work describe(const transom_call *call) {
   return work;
 }
 
+/* Query s of batch b sees entries below this. */
+int64_t bound_of(const Work *work, int64_t b, int64_t s) {
+  const transom_tensor *v = work->visible;
+  if (v == nullptr) return work->N;
+  return min_of(work->N, integer(v, b * v->strides[0] + s * v->strides[1]));
+}
+
+/* The entries of a piece of a query's list that it sees. */
+int64_t listed(const Work *work, int64_t b, int64_t s, int64_t piece, int64_t *list) {
+  const transom_tensor *named = work->indices;
+  const int64_t start = piece * kKeys, stop = min_of(start + kKeys, named->shape[2]);
+  const int64_t row = b * named->strides[0] + s * named->strides[1];
+  const int64_t bound = bound_of(work, b, s);
+  int64_t count = 0;
+  for (int64_t i = start; i < stop; i++) {
+    const int64_t j = integer(named, row + i * named->strides[2]);
+    if (j >= 0 && j < bound) list[count++] = j;
+  }
+  return count;
+}
+
+/* A piece of a query's list will be needed. Without lists neighbouring rows are, which the
+ * prefetchers of the processor follow. */
+void expect(const Work *work, int64_t b, int64_t s, int64_t piece, Soon *soon) {
+  if (work->indices == nullptr || piece >= work->entry_pieces) return;
+  int64_t list[kKeys];
+  const int64_t count = listed(work, b, s, piece, list);
+  for (int64_t i = 0; i < count; i++)
+    soon->add(work->kv, b * work->kv->strides[0] + list[i] * work->kv->strides[1]);
+}
+
 /* The entries of piece `piece` that a query sees are gathered; how many there are. */
 int64_t gather_entries(const Work *work, Tile *tile, int64_t b, int64_t s, int64_t piece) {
-  int64_t bound = work->N, list[kKeys], count = 0;
-  if (const transom_tensor *v = work->visible)
-    bound = min_of(bound, integer(v, b * v->strides[0] + s * v->strides[1]));
-  const int64_t start = piece * kKeys;
-  if (const transom_tensor *named = work->indices) {
-    const int64_t stop = min_of(start + kKeys, named->shape[2]);
-    const int64_t row = b * named->strides[0] + s * named->strides[1];
-    for (int64_t i = start; i < stop; i++) {
-      const int64_t j = integer(named, row + i * named->strides[2]);
-      if (j >= 0 && j < bound) list[count++] = j;
-    }
+  int64_t list[kKeys], count = 0;
+  if (work->indices != nullptr) {
+    count = listed(work, b, s, piece, list);
     gather(work->kv, b, list, count, tile->rows, work->key_stride);
     return count;
   }
+  const int64_t start = piece * kKeys, bound = bound_of(work, b, s);
   /* All entries: the tile serves every query of the batch, each sees its first rows. Rows are
    * added to it as queries come to see them; what no query sees is not read. */
   if (tile->b != b || tile->piece != piece) tile->b = b, tile->piece = piece, tile->count = 0;
@@ -199,17 +225,13 @@ void gather_local(const Work *work, Tile *tile, int64_t b, int64_t s, int64_t qu
 /* Some heads of a query against the keys in a range; into `total` if it is empty, else through
  * `piece`. */
 void take_up(const Work *work, const float *panels, int64_t heads, Range range, Scratch scratch,
-             Collected total, Collected piece, bool *any) {
+             Collected total, Collected piece, Soon *soon, bool *any) {
   if (range.count == 0) return;
   attend(panels, heads, work->D, work->scale, range.rows, work->key_stride, range.rows,
          work->key_stride, work->v_dim, range.count, scratch, *any ? piece : total,
-         work->sum_stride);
+         work->sum_stride, soon);
   if (*any) merge(total, piece, heads, work->sum_stride);
   *any = true;
-}
-
-Collected from_head(Collected all, int64_t h, int64_t stride) {
-  return {all.largest + h, all.mass + h, all.sum + h * stride};
 }
 
 /* Queries s .. s + count, all heads. */
@@ -242,8 +264,17 @@ void attend_queries(const Work *work, Desk *desk, int64_t b, int64_t s, int64_t 
         range.rows = desk->local.rows + before[place] * work->key_stride;
         range.count = before[place + length] - before[place];
       }
+      Soon soon(q);
+      if (p + 1 < work->pieces) {
+        if (count == 1) expect(work, b, s, p + 1, &soon);
+      } else if (s + count + i < work->S) {
+        /* Beyond the task's own queries it may be in vain. */
+        expect(work, b, s + count + i, 0, &soon);
+        for (int64_t h = 0; h < H; h++)
+          soon.add(q, b * q->strides[0] + (s + count + i) * q->strides[1] + h * q->strides[2]);
+      }
       take_up(work, desk->panels + i * panels, H, range, desk->scratch, total(i), desk->piece,
-              any + i);
+              &soon, any + i);
     }
   }
   for (int64_t i = 0; i < count; i++)
@@ -258,7 +289,7 @@ void blocks(void *context, int32_t thread) {
   const int64_t each = (work->S + work->block - 1) / work->block;
   int16_t before[kKeys + kQueries];
   for (;;) {
-    const int64_t task = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    const int64_t task = __atomic_fetch_add(work->next, 1, __ATOMIC_RELAXED);
     if (task >= work->B * each) return;
     const int64_t b = task / each, s = task % each * work->block;
     const int64_t count = min_of(work->block, work->S - s);
@@ -270,58 +301,73 @@ void blocks(void *context, int32_t thread) {
   }
 }
 
+/* Waits until `done` has reached `all`. What is missing is in the hands of threads that run. */
+void await(int64_t *done, int64_t all) {
+  for (int64_t turn = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < all; turn++)
+    if (turn > 1000) sched_yield();
+}
+
 /* Pieces of the query in hand: first as many whole ones as all threads have equally many of, then
  * those left, each in parts of its heads. */
-void pieces(void *context, int32_t thread) {
-  Work *work = static_cast<Work *>(context);
-  Cutter cutter = {static_cast<float *>(work->call->workspace) + thread * work->thread_floats};
-  Desk desk = lay_out(work, &cutter);
+void attend_pieces(Work *work, Desk *desk) {
   const int64_t H = work->H, tasks = work->whole + (work->count - work->whole) * work->parts;
+  const int64_t panels = work->padded / kPanel;
   int16_t before[kKeys + kQueries];
   for (;;) {
-    const int64_t task = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (task >= tasks) return;
+    const int64_t task = __atomic_fetch_add(&work->next[1], 1, __ATOMIC_RELAXED);
+    if (task >= tasks) break;
     int64_t slot = task, from = 0, stop = H;
     if (task >= work->whole) {
       slot = work->whole + (task - work->whole) / work->parts;
-      const int64_t panels = work->padded / kPanel, part = (task - work->whole) % work->parts;
+      const int64_t part = (task - work->whole) % work->parts;
       from = part * panels / work->parts * kPanel;
       stop = min_of((part + 1) * panels / work->parts * kPanel, H);
     }
-    const int64_t p = work->first + slot;
-    Range range = {desk.entries.rows, 0};
-    if (p < work->entry_pieces) {
-      range.count = gather_entries(work, &desk.entries, work->b, work->s, p);
+    const int64_t p = work->first + slot, local = p - work->entry_pieces;
+    Range range = {desk->entries.rows, 0};
+    Soon soon(work->q);
+    if (local < 0) {
+      range.count = gather_entries(work, &desk->entries, work->b, work->s, p);
+      expect(work, work->b, work->s, p + work->threads, &soon);
     } else {
-      gather_local(work, &desk.local, work->b, work->s, 1, p - work->entry_pieces, before);
-      range.rows = desk.local.rows;
-      range.count = before[min_of(kKeys, work->window - (p - work->entry_pieces) * kKeys)];
+      gather_local(work, &desk->local, work->b, work->s, 1, local, before);
+      range = {desk->local.rows, before[min_of(kKeys, work->window - local * kKeys)]};
     }
+    await(&work->done[0], panels);
     const Collected here = {work->waiting.largest + slot * work->padded + from,
                             work->waiting.mass + slot * work->padded + from,
                             work->waiting.sum + (slot * H + from) * work->sum_stride};
     if (from == 0) work->some[slot] = range.count > 0;
     bool any = false;
-    take_up(work, work->packed + from * work->D, stop - from, range, desk.scratch, here, here,
-            &any);
+    take_up(work, work->packed + from * work->D, stop - from, range, desk->scratch, here, here,
+            &soon, &any);
+    __atomic_fetch_add(&work->done[1], 1, __ATOMIC_RELEASE);
   }
+  await(&work->done[1], tasks);
 }
 
 /* Every head of the query in hand takes up the round's pieces, in order. */
-void merge_pieces(void *context, int32_t) {
-  Work *work = static_cast<Work *>(context);
+void merge_pieces(Work *work) {
   const int64_t stride = work->sum_stride;
   const bool last = work->first + work->count == work->pieces;
   for (;;) {
-    const int64_t h = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    const int64_t h = __atomic_fetch_add(&work->next[2], 1, __ATOMIC_RELAXED);
     if (h >= work->H) return;
-    const Collected into = from_head(work->total, h, stride);
+    const auto waiting = [&](int64_t slot) {
+      return Collected{work->waiting.largest + slot * work->padded + h,
+                       work->waiting.mass + slot * work->padded + h,
+                       work->waiting.sum + (slot * work->H + h) * stride};
+    };
+    /* Much of it lies in other cores' caches: fetched for the head that this one will take next. */
+    for (int64_t slot = 0; h + work->threads < work->H && slot < work->count; slot++)
+      for (int64_t d = 0; d < stride; d += 16)
+        __builtin_prefetch(waiting(slot).sum + work->threads * stride + d, 0, 3);
+    const Collected into = {work->total.largest + h, work->total.mass + h,
+                            work->total.sum + h * stride};
     bool any = work->any;
     for (int64_t slot = 0; slot < work->count; slot++) {
       if (!work->some[slot]) continue;
-      const Collected from = {work->waiting.largest + slot * work->padded + h,
-                              work->waiting.mass + slot * work->padded + h,
-                              work->waiting.sum + (slot * work->H + h) * stride};
+      const Collected from = waiting(slot);
       if (any) {
         merge(into, from, 1, stride);
       } else {
@@ -336,20 +382,38 @@ void merge_pieces(void *context, int32_t) {
   }
 }
 
-void attend_one(Work *work) {
+/* A round: the query is packed if it is the first, its pieces are computed, then merged. Threads
+ * wait for each other only where one may read what another writes. */
+void round_of_pieces(void *context, int32_t thread) {
+  Work *work = static_cast<Work *>(context);
+  Cutter cutter = {static_cast<float *>(work->call->workspace) + thread * work->thread_floats};
+  Desk desk = lay_out(work, &cutter);
   const transom_tensor *q = work->q;
+  const int64_t start = work->b * q->strides[0] + work->s * q->strides[1];
+  for (;;) {
+    const int64_t panel = __atomic_fetch_add(&work->next[0], 1, __ATOMIC_RELAXED);
+    if (panel >= work->padded / kPanel) break;
+    const int64_t h = panel * kPanel;
+    if (work->first == 0)
+      pack_heads(q, start + h * q->strides[2], min_of(kPanel, work->H - h),
+                 work->packed + h * work->D);
+    __atomic_fetch_add(&work->done[0], 1, __ATOMIC_RELEASE);
+  }
+  attend_pieces(work, &desk);
+  merge_pieces(work);
+}
+
+void attend_one(Work *work) {
   const int64_t round = kWaiting * work->call->threads;
-  pack_heads(q, work->b * q->strides[0] + work->s * q->strides[1], work->H, work->packed);
   work->any = false;
   for (work->first = 0; work->first < work->pieces; work->first += work->count) {
     work->count = min_of(round, work->pieces - work->first);
     work->whole = work->count / work->threads * work->threads;
     const int64_t left = max_of(work->count - work->whole, 1);
-    work->parts = clamp((work->threads + left - 1) / left, 1, max_of(work->padded / kPanel, 1));
-    work->next = 0;
-    parallel(work->threads, pieces, work);
-    work->next = 0;
-    parallel(work->threads, merge_pieces, work);
+    work->parts = clamp((work->threads + left - 1) / left, 1, work->padded / kPanel);
+    memset(work->next, 0, sizeof work->next);
+    memset(work->done, 0, sizeof work->done);
+    parallel(work->threads, round_of_pieces, work);
     for (int64_t slot = 0; slot < work->count; slot++) work->any |= work->some[slot];
   }
 }
@@ -371,6 +435,8 @@ uint64_t workspace(const transom_call *call) {
 int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
   if (work.B == 0 || work.S == 0 || work.H == 0) return 0;
+  const transom_tensor *o = call->outs[0];
+  will_write(o->data, work.B * work.S * work.H * work.v_dim * size_of(o));
   if (!work.split) {
     parallel(work.threads, blocks, &work);
     return 0;
