@@ -1,0 +1,1 @@
+"""Engram, compiled by numba."""
