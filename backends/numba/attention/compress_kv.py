@@ -1,0 +1,127 @@
+"""compress_kv: an entry's slots are read twice, for each channel's largest gate and for its sum."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transom.kernels.attention.compress_kv import compress_kv
+
+from .._arrays import array, floats, scratch
+from .._compile import kernel, part
+from .._numbers import exp, narrow, wide
+from .._pool import for_each, threads
+
+CHANNELS = 256
+"""Of a task."""
+_LOWEST = np.float32(-math.inf)
+
+
+@part
+def _gates(b, row, first, out, head, pending, gate, bias, state_gate):
+    """out = the gates of a row with the position's bias; -inf where a state's row is not there."""
+    size = out.shape[0]
+    if row >= head:
+        g = gate[b, row - head, first : first + size]
+        p = bias[(row - head + pending) % bias.shape[0], first : first + size]
+        for c in range(size):
+            out[c] = wide(g[c]) + p[c]
+    elif state_gate.size > 0:
+        out[:] = state_gate[b, row, first : first + size]
+    else:
+        out[:] = _LOWEST
+
+
+@part
+def _values(b, row, first, out, head, kv, state_kv):
+    size = out.shape[0]
+    if row >= head:
+        some = kv[b, row - head, first : first + size]
+        for c in range(size):
+            out[c] = wide(some[c])
+    elif state_kv.size > 0:
+        out[:] = state_kv[b, row, first : first + size]
+    else:
+        out[:] = np.float32(0)
+
+
+@part
+def _entry(task, thread, kv, gate, bias, state_kv, state_gate, before, pending, entries, room):
+    """One block's entry, some of its channels.
+
+    Rows are numbered as: the block before, if blocks overlap; those pending; the new ones.
+    """
+    blocks, D = entries.shape[1:]
+    m, head, pieces = bias.shape[0], before + pending, -(-entries.shape[2] // CHANNELS)
+    b, i, first = task // (blocks * pieces), task // pieces % blocks, task % pieces * CHANNELS
+    size = min(CHANNELS, D - first)
+    peak, g, v, total, mass = room[thread, :, :size]
+    halves = 2 if before else 1
+    peak[:] = _LOWEST
+    for half in range(halves):
+        for row in range((i + half) * m, (i + half + 1) * m):
+            _gates(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
+            for c in range(size):
+                peak[c] = g[c] if g[c] > peak[c] or g[c] != g[c] else peak[c]
+    for c in range(size):  # without any slot: from a finite peak exp gives 0
+        peak[c] = np.float32(0) if peak[c] == _LOWEST else peak[c]
+    total[:] = np.float32(0)
+    mass[:] = np.float32(0)
+    for half in range(halves):
+        for row in range((i + half) * m, (i + half + 1) * m):
+            _gates(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
+            _values(b, row, half * D + first, v, head, kv, state_kv)
+            for c in range(size):
+                share = exp(g[c] - peak[c])
+                mass[c] += share
+                total[c] += np.float32(0) if g[c] == _LOWEST else share * v[c]
+    out = entries[b, i, first : first + size]
+    for c in range(size):
+        out[c] = narrow(total[c] / (np.float32(1) if mass[c] == 0 else mass[c]), out)
+
+
+@part
+def _kept(
+    task, thread, kv, gate, bias, state_kv, state_gate, before, pending, entries, next_kv, next_gate
+):
+    """One row of the next state."""
+    kept, m, head = next_kv.shape[1], bias.shape[0], before + pending
+    b, r = task // kept, task % kept
+    row = entries.shape[1] * m + r
+    if row < head + kv.shape[1]:
+        _gates(b, row, 0, next_gate[b, r], head, pending, gate, bias, state_gate)
+        _values(b, row, 0, next_kv[b, r], head, kv, state_kv)
+    else:
+        next_gate[b, r, :] = _LOWEST
+        next_kv[b, r, :] = np.float32(0)
+
+
+@kernel
+def _run(kv, gate, bias, state_kv, state_gate, before, pending, entries, next_kv, next_gate, room):
+    given = (kv, gate, bias, state_kv, state_gate, before, pending, entries)
+    B, blocks, D = entries.shape
+    tasks = B * blocks * -(-D // CHANNELS)
+    for_each(_entry, tasks, room.shape[0], (*given, room))
+    for_each(_kept, B * next_kv.shape[1], room.shape[0], (*given, next_kv, next_gate))
+
+
+@compress_kv.impl(requires=floats("kv"))
+def numba(
+    kv: Tensor, gate: Tensor, position_bias: Tensor, *, overlap: bool,
+    state_kv: Tensor | None = None, state_gate: Tensor | None = None, pending: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """entries[i] = sum over the slots p of block i of softmax_p(gate + bias)[p] * kv[p]."""
+    (B, S, W), m = kv.shape, position_bias.shape[0]
+    entries = torch.empty((B, (pending + S) // m, W // (1 + overlap)), dtype=kv.dtype)
+    next_kv, next_gate = (torch.empty((B, (1 + overlap) * m, W)) for _ in range(2))
+    none = torch.empty((0, 0, 0))
+    _run(
+        array(kv), array(gate), array(position_bias.float()),
+        array(none if state_kv is None else state_kv),
+        array(none if state_gate is None else state_gate), overlap * m, pending, array(entries),
+        array(next_kv), array(next_gate), scratch(threads(4 * kv.numel()), 5, CHANNELS),
+    )  # fmt: skip
+    return entries, next_kv, next_gate

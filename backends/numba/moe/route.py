@@ -1,0 +1,181 @@
+"""route: a token's scores in vector code, its k largest keys by insertion into a short list."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transom.kernels.moe.route import LINEAR_ABOVE, ROOT_BELOW, SCORES, TINY, route
+
+from .._arrays import array, floats, scratch
+from .._compile import kernel, part, strict
+from .._numbers import exp, sigmoid, wide
+from .._pool import for_each, threads
+
+SOFTMAX, SIGMOID, SQRTSOFTPLUS, TOPK_SOFTMAX = range(len(SCORES))
+TOKENS = 8
+"""Of a task."""
+LANES = 64
+"""Scores are made for a multiple of so many experts: then a vector computes each of them, and equal
+logits have equal scores wherever they stand."""
+_LINEAR, _ROOT, _TINY = np.float32(LINEAR_ABOVE), np.float32(ROOT_BELOW), np.float32(TINY)
+_ONE, _LOWEST = np.float32(1), np.float32(-math.inf)
+
+
+@strict
+def _sqrtsoftplus(z):
+    """sqrt(log(1 + e**z)), as z above 20 and e**(z/2) below -20."""
+    if z > _LINEAR:
+        return np.sqrt(z)
+    if z < _ROOT:
+        return exp(np.float32(0.5) * z)
+    e = exp(-abs(z))
+    return np.sqrt(max(z, np.float32(0)) + np.float32(math.log1p(e)))
+
+
+@part
+def _scores(z, score):
+    """z replaced by its scores; `z` is as long as a multiple of LANES, the rest being -inf."""
+    n = z.shape[0]
+    if score == SIGMOID:
+        for e in range(n):
+            z[e] = sigmoid(z[e])
+    elif score == SQRTSOFTPLUS:
+        for e in range(n):
+            z[e] = _sqrtsoftplus(z[e]) if z[e] == z[e] else z[e]
+    elif score == SOFTMAX:
+        top = _LOWEST
+        for e in range(n):
+            top = z[e] if z[e] > top or z[e] != z[e] else top
+        total = np.float32(0)
+        for e in range(n):
+            z[e] = exp(z[e] - top)
+            total += z[e]
+        for e in range(n):
+            z[e] /= total
+
+
+@part
+def _insert(key, place, keys, places, held):
+    """Put a key into the falling list of the largest, of which `held` are there."""
+    at = min(held, keys.shape[0] - 1)
+    while at > 0 and key > keys[at - 1]:
+        keys[at], places[at] = keys[at - 1], places[at - 1]
+        at -= 1
+    keys[at], places[at] = key, place
+
+
+@part
+def _largest(keys, best, places):
+    """places of the largest keys, falling, the lowest place first among equals."""
+    k = best.shape[0]
+    for e in range(keys.shape[0]):
+        key = keys[e]
+        if e < k or key > best[k - 1]:
+            _insert(key, e, best, places, e)
+
+
+@part
+def _keep_groups(keys, groups, top_groups, biased, best, places):
+    """-inf in place of the keys of all but the best groups."""
+    size = keys.shape[0] // groups
+    of_group, kept = best[:groups], best[groups : groups + top_groups]
+    for g in range(groups):
+        first, second = _LOWEST, _LOWEST
+        for e in range(g * size, (g + 1) * size):
+            if keys[e] > first:
+                first, second = keys[e], first
+            elif keys[e] > second:
+                second = keys[e]
+        of_group[g] = first + second if biased and size > 1 else first
+    _largest(of_group, kept, places)
+    for g in range(groups):
+        chosen = False
+        for i in range(top_groups):
+            chosen = chosen or places[i] == g
+        if not chosen:
+            keys[g * size : (g + 1) * size] = _LOWEST
+
+
+@part
+def _task(task, thread, logits, form, bias, preset, mask, ids, weights, room, integers):
+    score, groups, top_groups, renormalize, scale = form
+    (T, E), k, padded = logits.shape, ids.shape[1], -(-logits.shape[1] // LANES) * LANES
+    z, keys = room[thread, :padded], room[thread, padded : padded + E]
+    best, places = room[thread, padded + E :], integers[thread]
+    for t in range(task * TOKENS, min((task + 1) * TOKENS, T)):
+        chosen, out = ids[t], weights[t]
+        if mask.size > 0 and not mask[t]:
+            chosen[:] = np.int32(-1)
+            out[:] = np.float32(0)
+            continue
+        row = logits[t]
+        for e in range(E):
+            z[e] = wide(row[e])
+        z[E:] = _LOWEST
+        _scores(z, score)
+        if preset.size > 0:
+            for i in range(k):
+                chosen[i] = preset[t, i] if 0 <= preset[t, i] < E else -1
+        else:
+            for e in range(E):
+                key = z[e] + bias[e] if bias.size > 0 else z[e]
+                keys[e] = key if key == key else _LOWEST
+            if top_groups < groups:
+                _keep_groups(keys, groups, top_groups, bias.size > 0, best, places)
+            _largest(keys, best[:k], places)
+            for i in range(k):
+                chosen[i] = places[i]
+        _weigh(z, chosen, out, score == TOPK_SOFTMAX, renormalize, scale)
+
+
+@part
+def _weigh(s, chosen, out, softmax, renormalize, scale):
+    """The weights of the chosen experts, their scores added in slot order."""
+    k, top = chosen.shape[0], _LOWEST
+    for i in range(k):
+        if chosen[i] >= 0:
+            value = s[chosen[i]]
+            top = value if value > top or value != value else top
+    top = np.float32(0) if top == _LOWEST else top
+    total = _TINY
+    for i in range(k):
+        value = np.float32(0)
+        if chosen[i] >= 0:
+            value = exp(s[chosen[i]] - top) if softmax else s[chosen[i]]
+        out[i] = value
+        total += value
+    for i in range(k):
+        value = out[i] / total if softmax or renormalize else out[i]
+        out[i] = value * scale if chosen[i] >= 0 else np.float32(0)
+
+
+@kernel
+def _run(logits, form, bias, preset, mask, ids, weights, room, integers):
+    args = (logits, form, bias, preset, mask, ids, weights, room, integers)
+    for_each(_task, -(-logits.shape[0] // TOKENS), room.shape[0], args)
+
+
+@route.impl(requires=floats("logits"))
+def numba(
+    logits: Tensor, k: int, *, score: str, bias: Tensor | None = None, groups: int = 1,
+    top_groups: int = 1, renormalize: bool = True, scale: float = 1.0,
+    preset: Tensor | None = None, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ids = the k largest of s + bias, weights = scale * s[ids] / (sum(s[ids]) + 1e-20)."""
+    T, E = logits.shape
+    ids, weights = torch.empty((T, k), dtype=torch.int32), torch.empty((T, k))
+    used = threads(8 * T * E)
+    bias = torch.empty(0) if bias is None else bias.float()
+    chosen = torch.empty((0, 0), dtype=torch.int64) if preset is None else preset.long()
+    taken = torch.empty(0, dtype=torch.bool) if mask is None else mask
+    form = (SCORES.index(score), groups, top_groups, renormalize, np.float32(scale))
+    size = -(-E // LANES) * LANES + E + max(k, 2 * groups)
+    _run(
+        array(logits), form, array(bias), array(chosen), array(taken), array(ids), array(weights),
+        scratch(used, size), np.empty((used, max(k, groups)), np.int64),
+    )  # fmt: skip
+    return ids, weights
