@@ -28,6 +28,13 @@ def array(tensor: Tensor) -> np.ndarray:
     return (tensor if code is None else tensor.view(code)).numpy()
 
 
+def given(tensor: Tensor | None, dims: int, dtype: torch.dtype) -> np.ndarray:
+    """The tensor's array in this dtype; an array without elements where there is no tensor."""
+    if tensor is None:
+        return torch.empty((0,) * dims, dtype=dtype).numpy()
+    return array(tensor.to(dtype))
+
+
 def flat(tensor: Tensor) -> np.ndarray:
     """All memory from the tensor's first to its last element, as one row; kernels find rows in it
     by the tensor's strides."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transom.kernels.attention.compress_kv import compress_kv
 
-from .._arrays import array, floats, scratch
+from .._arrays import array, floats, given, scratch
 from .._compile import kernel, part
 from .._numbers import exp, narrow, wide
 from .._pool import for_each, threads
@@ -101,11 +101,11 @@ def _kept(
 
 @kernel
 def _run(kv, gate, bias, state_kv, state_gate, before, pending, entries, next_kv, next_gate, room):
-    given = (kv, gate, bias, state_kv, state_gate, before, pending, entries)
+    args = (kv, gate, bias, state_kv, state_gate, before, pending, entries)
     B, blocks, D = entries.shape
     tasks = B * blocks * -(-D // CHANNELS)
-    for_each(_entry, tasks, room.shape[0], (*given, room))
-    for_each(_kept, B * next_kv.shape[1], room.shape[0], (*given, next_kv, next_gate))
+    for_each(_entry, tasks, room.shape[0], (*args, room))
+    for_each(_kept, B * next_kv.shape[1], room.shape[0], (*args, next_kv, next_gate))
 
 
 @compress_kv.impl(requires=floats("kv"))
@@ -117,11 +117,10 @@ def numba(
     (B, S, W), m = kv.shape, position_bias.shape[0]
     entries = torch.empty((B, (pending + S) // m, W // (1 + overlap)), dtype=kv.dtype)
     next_kv, next_gate = (torch.empty((B, (1 + overlap) * m, W)) for _ in range(2))
-    none = torch.empty((0, 0, 0))
     _run(
         array(kv), array(gate), array(position_bias.float()),
-        array(none if state_kv is None else state_kv),
-        array(none if state_gate is None else state_gate), overlap * m, pending, array(entries),
-        array(next_kv), array(next_gate), scratch(threads(4 * kv.numel()), 5, CHANNELS),
+        given(state_kv, 3, torch.float32), given(state_gate, 3, torch.float32), overlap * m,
+        pending, array(entries), array(next_kv), array(next_gate),
+        scratch(threads(4 * kv.numel()), 5, CHANNELS),
     )  # fmt: skip
     return entries, next_kv, next_gate

@@ -9,7 +9,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .._arrays import array
+from .._arrays import array, given
 from .._compile import part
 
 
@@ -41,20 +41,19 @@ def hash_arguments(
     """
     B, n = tokens.shape[0], multipliers.shape[0]
     sizes = array(moduli.long())
-    starts = torch.zeros(moduli.numel(), dtype=torch.int64) if offsets is None else offsets
+    starts = torch.zeros(moduli.numel()) if offsets is None else offsets
     older = tokens.new_full((B, n - 1), -1) if lookback is None else lookback
-    dead = torch.empty((0, 0), dtype=torch.bool) if blocked is None else blocked
     reciprocals = np.uint64(2**64 - 1) // sizes.astype(np.uint64)
     return (
         array(tokens.long()), array(multipliers), sizes, reciprocals, array(starts.long()), pad,
-        array(older.long()), array(dead),
+        array(older.long()), given(blocked, 2, torch.bool),
     )  # fmt: skip
 
 
 @part
-def hash_token(b, s, given, rows):
+def hash_token(b, s, hashed, rows):
     """rows[c] = the row number of each column for the n-grams that end at token s of sequence b."""
-    tokens, multipliers, moduli, reciprocals, starts, pad, lookback, blocked = given
+    tokens, multipliers, moduli, reciprocals, starts, pad, lookback, blocked = hashed
     before, heads = lookback.shape[1], moduli.shape[1]
     alive, mix = True, np.int64(0)
     for g in range(before + 1):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transom.kernels.engram.engram_gate import engram_gate
 
-from .._arrays import array, floats
+from .._arrays import array, floats, given
 from .._compile import kernel, part
 from .._numbers import narrow, sigmoid, wide
 from .._pool import for_each, threads
@@ -62,11 +62,11 @@ def numba(
     """y[t,j] = x[t,j] + g[t,j] * value[t], g = sigmoid(+-sqrt(max(|dot|, clamp)))."""
     (R, D), T = x.shape[-2:], x.shape[:-2].numel()
     y = torch.empty(x.shape, dtype=x.dtype)
-    taking = torch.empty(0, dtype=torch.bool) if mask is None else mask.reshape(T)
+    taking = None if mask is None else mask.reshape(T)
     numbers = np.array((eps, clamp, math.sqrt(max(1, D))), np.float32)
     _run(
         array(x.reshape(T, R, D)), array(key.reshape(T, R, D)), array(value.reshape(T, D)),
-        array(weight.float()), numbers, array(taking), residual, array(y.view(T, R, D)),
-        threads(2 * T * R * D),
+        array(weight.float()), numbers, given(taking, 1, torch.bool), residual,
+        array(y.view(T, R, D)), threads(2 * T * R * D),
     )  # fmt: skip
     return y

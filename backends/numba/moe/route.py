@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transom.kernels.moe.route import LINEAR_ABOVE, ROOT_BELOW, SCORES, TINY, route
 
-from .._arrays import array, floats, scratch
+from .._arrays import array, floats, given, scratch
 from .._compile import kernel, part, strict
 from .._numbers import exp, sigmoid, wide
 from .._pool import for_each, threads
@@ -169,13 +169,11 @@ def numba(
     T, E = logits.shape
     ids, weights = torch.empty((T, k), dtype=torch.int32), torch.empty((T, k))
     used = threads(8 * T * E)
-    bias = torch.empty(0) if bias is None else bias.float()
-    chosen = torch.empty((0, 0), dtype=torch.int64) if preset is None else preset.long()
-    taken = torch.empty(0, dtype=torch.bool) if mask is None else mask
     form = (SCORES.index(score), groups, top_groups, renormalize, np.float32(scale))
     size = -(-E // LANES) * LANES + E + max(k, 2 * groups)
     _run(
-        array(logits), form, array(bias), array(chosen), array(taken), array(ids), array(weights),
-        scratch(used, size), np.empty((used, max(k, groups)), np.int64),
+        array(logits), form, given(bias, 1, torch.float32), given(preset, 2, torch.int64),
+        given(mask, 1, torch.bool), array(ids), array(weights), scratch(used, size),
+        np.empty((used, max(k, groups)), np.int64),
     )  # fmt: skip
     return ids, weights

@@ -1,0 +1,134 @@
+"""sparse_attention: a query's keys are copied into tiles, those it does not see left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transom.kernels.attention.sparse_attention import sparse_attention
+from transom.requires import at_most, last_dim_contiguous
+
+from .._arrays import array, flat, floats, given, scratch
+from .._compile import kernel, part
+from .._numbers import narrow
+from .._pool import for_each, threads
+from .._product import LANES
+from ._tiles import KEYS, LOWEST, attend, clear, copy_row, finish, merge, pack, padded, whole
+
+SPLIT = 1024
+"""Keys of a task, seen or not: longer lists are cut, and their parts merged in order."""
+HELD = 1 << 24
+"""Bytes of parts that wait to be merged."""
+
+
+@part
+def _part(task, thread, first, cut, q, kv, local, lists, numbers, sums, room):
+    """One cut of one query's keys, for some of its heads."""
+    splits, blocks, heads = cut
+    parts, largest, mass = sums
+    packed, tiles, logits = room
+    (entries, entry_batch, entry_row), (near, near_batch, near_row) = kv, local
+    indices, visible, valid = lists
+    S, N, M, window, scale = numbers
+    which, split, block = task // (splits * blocks), task // blocks % splits, task % blocks
+    b, s = (first + which) // S, (first + which) % S
+    at, h = which * splits + split, block * heads
+    tops, masses, o = largest[at, h : h + heads], mass[at, h : h + heads], parts[at, h : h + heads]
+    queries, keys, weights = packed[thread], tiles[thread], logits[thread]
+    D, filled = q.shape[2], 0
+    pack(q[first + which], scale, h, queries)
+    clear(tops, masses, o)
+    bound = min(N, max(0, np.int64(visible[b, s]))) if visible.size > 0 else N
+    listed = indices.shape[2] if indices.size > 0 else N
+    # Local tokens follow the longest list: where they stand does not depend on the query.
+    stop = min((split + 1) * SPLIT, listed + window)
+    for i in range(split * SPLIT, stop):
+        if i < listed:
+            j = np.int64(indices[b, s, i]) if indices.size > 0 else i
+            if j < 0 or j >= bound:
+                continue
+            copy_row(entries, b * entry_batch + j * entry_row, keys[filled, :D])
+        else:
+            j = M - S + s - window + 1 + i - listed
+            if j < 0 or (valid.size > 0 and not valid[b, j]):
+                continue
+            copy_row(near, b * near_batch + j * near_row, keys[filled, :D])
+        filled += 1
+        if filled == KEYS:
+            attend(queries, keys, keys, filled, weights, tops, masses, o)
+            filled = 0
+    if filled > 0:
+        attend(queries, keys, keys, filled, weights, tops, masses, o)
+
+
+@part
+def _merge(task, thread, first, splits, sums, sink, o, lse):
+    parts, largest, mass = sums
+    H, width = o.shape[1:]
+    which, h = task // H, task % H
+    some = slice(which * splits, (which + 1) * splits)
+    total = parts[which * splits, h, :width]
+    top, amount = largest[which * splits, h], mass[which * splits, h]
+    if splits > 1:  # which reads the first part before it writes there
+        top, amount = merge(parts[some, :, :width], largest[some], mass[some], h, total)
+    lse[first + which, h] = finish(top, amount, sink[h], total)
+    out = o[first + which, h]
+    for d in range(width):
+        out[d] = narrow(total[d], out)
+
+
+@kernel
+def _run(cut, q, kv, local, lists, numbers, sink, o, lse, sums, room):
+    splits, blocks, _ = cut
+    at_once, threads = sums[0].shape[0] // splits, room[0].shape[0]
+    for first in range(0, q.shape[0], at_once):
+        some = min(at_once, q.shape[0] - first)
+        args = (first, cut, q, kv, local, lists, numbers, sums, room)
+        for_each(_part, some * splits * blocks, threads, args)
+        for_each(_merge, some * o.shape[1], threads, (first, splits, sums, sink, o, lse))
+
+
+@sparse_attention.impl(
+    requires=(*floats("q"), last_dim_contiguous("kv", "local_kv"), at_most("N", 2**31 - 1))
+)
+def numba(
+    q: Tensor, kv: Tensor, indices: Tensor | None = None, *, visible: Tensor | None = None,
+    local_kv: Tensor | None = None, window: int = 0, sink: Tensor | None = None, scale: float,
+    v_dim: int, local_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o = sum_j softmax(scale * q . K)_j K_j[:v_dim] over entries, local tokens and sink; lse."""
+    (B, S, H, D), N = q.shape, kv.shape[1]
+    o, lse = torch.empty((B, S, H, v_dim), dtype=q.dtype), torch.empty((B, S, H))
+    if not lse.numel():
+        return o, lse
+    near = kv[:, :0] if local_kv is None else local_kv
+    sinks = torch.full((H,), float(LOWEST)) if sink is None else sink.float()
+    longest = (N if indices is None else indices.shape[2]) + window
+    splits, lanes, width = max(1, -(-longest // SPLIT)), padded(H), padded(v_dim)
+    used = threads(B * S * H * D * max(1, longest))
+    # Where queries are few, each one's heads are shared by the threads.
+    heads = lanes if B * S * splits >= 2 * used else LANES
+    at_once = max(1, min(B * S, HELD // max(1, 4 * splits * lanes * width)))
+    if indices is not None and not indices.numel():
+        indices, kv, N = None, kv[:, :0], 0  # to a kernel, an empty list is none: every entry
+    lists = (
+        given(whole(indices), 3, torch.int32), given(whole(visible), 2, torch.int32),
+        given(local_valid, 2, torch.bool),
+    )  # fmt: skip
+    _run(
+        (splits, lanes // heads, heads), array(q.reshape(B * S, H, D)),
+        (flat(kv), *kv.stride()[:2]), (flat(near), *near.stride()[:2]), lists,
+        (S, N, near.shape[1], window, np.float32(scale)), array(sinks),
+        array(o.view(B * S, H, v_dim)), array(lse.view(B * S, H)),
+        (
+            np.empty((at_once * splits, lanes, width), np.float32),
+            np.empty((at_once * splits, lanes), np.float32),
+            np.empty((at_once * splits, lanes), np.float32),
+        ),
+        (
+            scratch(used, heads // LANES, D, LANES), scratch(used, KEYS, max(D, width)),
+            scratch(used, KEYS + 1, heads),
+        ),
+    )  # fmt: skip
+    return o, lse
