@@ -45,10 +45,11 @@ def copy_row(source, place, out):
 
 
 @part
-def pack(q, scale, first, queries):
-    """queries[panel, d, lane] = scale * q[first + panel*LANES + lane, d]; 0 behind the last row.
+def pack(q, scale, query, head, group, first, count, queries):
+    """queries[panel, d, lane] = scale * row first + panel*LANES + lane; 0 from row `count` on.
 
-    q [H, D]; queries [panels, D, LANES].
+    Row r is head head + r % group of query query + r // group in q [Q, H, D]; queries [panels, D,
+    LANES].
     """
     panels, D = queries.shape[:2]
     for p in range(panels):
@@ -56,9 +57,9 @@ def pack(q, scale, first, queries):
         for start in range(0, D, STRIP):  # what is written stays in the first-level cache
             size = min(STRIP, D - start)
             for lane in range(LANES):
-                h = first + p * LANES + lane
-                if h < q.shape[0]:
-                    row = q[h, start : start + size]
+                r = first + p * LANES + lane
+                if r < count:
+                    row = q[query + r // group, head + r % group, start : start + size]
                     for d in range(size):
                         panel[start + d, lane] = scale * wide(row[d])
                 else:
@@ -84,19 +85,32 @@ def attend(queries, keys, values, count, logits, largest, mass, o):
     keys [KEYS, >= D], values [KEYS, >= width], logits [KEYS + 1, heads]: a tile and its workspace;
     heads and width are multiples of LANES.
     """
+    meet(queries, keys, count, logits)
+    softmax(logits, count, largest, mass, o)
+    mix(logits, values, count, o)
+
+
+@part
+def meet(queries, keys, count, logits):
+    """logits[j, h] = keys[j] . query h."""
     panels, D = queries.shape[:2]
-    heads, across, width = logits.shape[1], keys.shape[1], o.shape[1]
+    heads, across = logits.shape[1], keys.shape[1]
     for p in range(panels):
         for j in range(0, count, ROWS):
             product(
                 keys, j * across, across, 1, queries, p * D * LANES, LANES,
                 logits, j * heads + p * LANES, heads, min(ROWS, count - j), D, False,
             )  # fmt: skip
-    softmax(logits, count, largest, mass, o)
+
+
+@part
+def mix(weights, values, count, o):
+    """o[h] += sum_j weights[j, h] * values[j]."""
+    heads, across, width = weights.shape[1], values.shape[1], o.shape[1]
     for h in range(0, heads, ROWS):
         for d in range(0, width, LANES):
             product(
-                logits, h, 1, heads, values, d, values.shape[1],
+                weights, h, 1, heads, values, d, across,
                 o, h * width + d, width, min(ROWS, heads - h), count, True,
             )  # fmt: skip
 

@@ -37,7 +37,7 @@ def _part(task, thread, first, cut, q, kv, local, lists, numbers, sums, room):
     tops, masses, o = largest[at, h : h + heads], mass[at, h : h + heads], parts[at, h : h + heads]
     queries, keys, weights = packed[thread], tiles[thread], logits[thread]
     D, filled = q.shape[2], 0
-    pack(q[first + which], scale, h, queries)
+    pack(q, scale, first + which, 0, q.shape[1], h, q.shape[1], queries)
     clear(tops, masses, o)
     bound = min(N, max(0, np.int64(visible[b, s]))) if visible.size > 0 else N
     listed = indices.shape[2] if indices.size > 0 else N
