@@ -15,8 +15,8 @@ from transom.weights import QuantizedWeight
 from transom.weights.layout import parse_spec, parts
 
 from ._arrays import array
-from ._compile import STRICT, part
-from ._numbers import float_of
+from ._compile import STRICT, part, strict
+from ._numbers import bits_of, float_of
 
 INT8, INT4, FP8, MXFP4 = range(4)
 _FORMATS = {"int8": INT8, "int4": INT4, "fp8": FP8, "mxfp4": MXFP4}
@@ -137,37 +137,37 @@ def _decode_int4(line, first, scale, zero, out):
         out[i] = np.float32((code & np.int32(15)) - zero) * scale
 
 
+# Both small floats have few exponents: a code moved to float32's place, with its bias added, is the
+# value t of a normal number; a subnormal code's is 2*t less its smallest normal. No step meets a
+# subnormal float32, which a processor may be set to flush.
+
+
 @part
 def _decode_e2m1(line, first, scale, out):
-    some, half = line[first // 2 : (first + out.shape[0]) // 2], scale * np.float32(0.5)
-    if not np.isfinite(half * np.float32(12)) or half < np.float32(2.0**-126):
-        half = scale  # half of the smallest scale is no normal number: the factor goes elsewhere
-        for i in range(some.shape[0]):
-            code = np.int32(some[i])
-            out[2 * i] = _twice_e2m1(code) * np.float32(0.5) * half
-            out[2 * i + 1] = _twice_e2m1(code >> np.int32(4)) * np.float32(0.5) * half
-        return
+    some = line[first // 2 : (first + out.shape[0]) // 2]
     for i in range(some.shape[0]):
         code = np.int32(some[i])
-        out[2 * i] = _twice_e2m1(code) * half
-        out[2 * i + 1] = _twice_e2m1(code >> np.int32(4)) * half
+        out[2 * i] = _e2m1(code) * scale
+        out[2 * i + 1] = _e2m1(code >> np.int32(4)) * scale
 
 
-@part
-def _twice_e2m1(code):
-    """Twice the value of the lower nibble: a whole number, so that no subnormal is met."""
-    exponent, mantissa = (code >> np.int32(1)) & np.int32(3), code & np.int32(1)
-    large = (mantissa + np.int32(2)) << max(exponent - np.int32(1), np.int32(0))
-    value = large if exponent > 0 else mantissa
-    return np.float32(-value if code & np.int32(8) else value)
+@strict
+def _e2m1(code):
+    """The value of the lower nibble."""
+    t = float_of(((code & np.int32(7)) << np.int32(22)) + np.int32(126 << 23))
+    value = t if (code & np.int32(6)) != 0 else np.float32(2) * t - np.float32(1)
+    return float_of(bits_of(value) | ((code & np.int32(8)) << np.int32(28)))
 
 
 @part
 def _decode_e4m3(line, scale, out):
     for i in range(line.shape[0]):
-        code = np.int32(line[i])
-        exponent, mantissa = (code >> np.int32(3)) & np.int32(15), code & np.int32(7)
-        large = (mantissa + np.int32(8)) << max(exponent - np.int32(1), np.int32(0))
-        value = np.float32(large if exponent > 0 else mantissa) * np.float32(2.0**-9)
-        value = np.float32(np.nan) if (code & np.int32(127)) == 127 else value
-        out[i] = (-value if code & np.int32(128) else value) * scale
+        out[i] = _e4m3(np.int32(line[i])) * scale
+
+
+@strict
+def _e4m3(code):
+    t = float_of(((code & np.int32(127)) << np.int32(20)) + np.int32(120 << 23))
+    value = t if (code & np.int32(120)) != 0 else np.float32(2) * t - np.float32(2.0**-6)
+    value = np.float32(np.nan) if (code & np.int32(127)) == np.int32(127) else value
+    return float_of(bits_of(value) | ((code & np.int32(128)) << np.int32(24)))
