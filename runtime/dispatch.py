@@ -8,6 +8,7 @@ with its reasons, and nothing is moved between devices.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ import torch
 
 from . import config, guard
 from . import device as _device
-from .abi.call import described
+from .abi.frame import described
 from .dtypes import Kind
 from .errors import NotSupported, SlowPath
 from .plugins import load, loading, serves
@@ -65,6 +66,8 @@ class Plan:
     impl: Impl
     facts: Facts
     check: Callable[[Sequence[Any]], None] | None
+    run: Callable[..., Any]
+    """Of the declared arguments in order."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> An
         plan.check(values)
     if _recorders:
         return _run_recorded(op, plan, values)
-    return op._invoke(plan.impl.function, *values)
+    return plan.run(*values)
 
 
 def _make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bool) -> Plan:
@@ -135,7 +138,9 @@ def _make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bo
         _report_slow_path(op, facts, explanation)
     elif config.GUARD.get() != "0":
         impl = guard.watched(op, impl)
-    plan = Plan(impl, facts, _value_check(op, facts))
+    prepare = getattr(impl.function, "prepared", None)  # of C: for calls of these facts only
+    run = prepare(values, gradient) if prepare else functools.partial(op._invoke, impl.function)
+    plan = Plan(impl, facts, _value_check(op, facts), run)
     if not facts.capturing:
         if len(op._plans) >= PLANS:
             op._plans.clear()
@@ -350,7 +355,7 @@ def _run_recorded(op: Op[..., Any], plan: Plan, values: tuple[Any, ...]) -> Any:
     for calls, _ in list(_recorders):
         calls.append(call)
     if not timed:
-        return op._invoke(plan.impl.function, *values)
+        return plan.run(*values)
     cost = op.cost(values)
     call.flops, call.bytes = cost.flops, cost.bytes
     device = next(iter(op.tensors(values).values())).device
@@ -358,7 +363,7 @@ def _run_recorded(op: Op[..., Any], plan: Plan, values: tuple[Any, ...]) -> Any:
     _device.synchronize(device)
     start = time.perf_counter()
     try:
-        return op._invoke(plan.impl.function, *values)
+        return plan.run(*values)
     finally:
         _device.synchronize(device)
         elapsed = time.perf_counter() - start

@@ -31,8 +31,7 @@ GROUP = "transom.plugins"
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of this tree: the device types it serves, and why it cannot be used here (None: it
-    can)."""
+    """A backend of this tree: what devices it serves, why it can't be used here (None: it can)."""
 
     name: str
     devices: tuple[str, ...]
@@ -76,8 +75,7 @@ def backends() -> dict[str, Backend]:
 
 @functools.cache
 def plugins() -> dict[str, Plugin]:
-    """The installed plugins that TRANSOM_PLUGINS lets through, in sorted order; not loaded by
-    this."""
+    """The installed plugins that TRANSOM_PLUGINS lets through, sorted; not loaded by this."""
     from importlib.metadata import entry_points  # 15 ms: not at `import transom`
 
     wanted = config.PLUGINS.get()

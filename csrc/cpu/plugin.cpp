@@ -19,7 +19,7 @@
   static const transom_plugin level##_plugin = {                                           \
       sizeof(transom_plugin), TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR,                     \
       "transom", "1." #level, "cpu", sizeof level##_impls / sizeof level##_impls[0],    \
-      0, level##_impls};
+      0, level##_impls, nullptr};
 
 struct Level {
   const char *name;

@@ -11,7 +11,8 @@
  * 1. The major version is part of the function's name. Within it structs only grow: new fields are
  *    appended, and each has a meaning when it is missing. A struct that may grow begins with
  *    struct_size, the writer's sizeof. Read a field only if the struct_size that you were given
- *    covers it. No function becomes required in a minor version.
+ *    covers it. No function becomes required in a minor version. Initialise your tables by field
+ *    name: what a later header appends is then zero, which is what missing means.
  * 2. Tensors are borrowed for the duration of the call. The host allocates outputs and workspace; a
  *    plugin frees nothing that it was given and keeps no pointer to it (with a stream: until the
  *    work enqueued there is done).
@@ -22,10 +23,14 @@
  * 5. An implementation that fails answers another number than 0 and writes the reason. Inputs are
  *    then as they were; outputs may hold anything. Texts are UTF-8, one line:
  *    `<what was seen>; <what is supported>[; <what to do>]`.
+ *
+ * Versions
+ * 1.0  The first.
+ * 1.1  transom_call: a flag, and packed. transom_plugin: services.
  */
 
 #define TRANSOM_ABI_MAJOR 1
-#define TRANSOM_ABI_MINOR 0
+#define TRANSOM_ABI_MINOR 1
 
 /* Codes of transom_status, and what the host raises for them. */
 #define TRANSOM_ERROR_VALUE 1       /* ValueError: a tensor holds what the operator excludes */
@@ -82,6 +87,9 @@ typedef struct transom_value {
   };
 } transom_value;
 
+/* Flags of a call; bits that you do not know are not for you. */
+#define TRANSOM_CALL_DETERMINISTIC 1 /* 1.1: torch.use_deterministic_algorithms is on */
+
 /* One call. Arguments stand in the order of transom_ops.h, every one of them. One that may be a
  * quantised weight takes four places: values, scales, zero points and spec ("int4:1x64"); a plain
  * weight stands in the first and TRANSOM_VALUE_NONE in the other three. */
@@ -90,13 +98,16 @@ typedef struct transom_call {
   uint32_t n_args;
   const transom_value *args;
   uint32_t n_outs;
-  uint32_t flags;              /* 0 */
+  uint32_t flags;              /* TRANSOM_CALL_...; a 1.0 host gives 0 */
   transom_tensor *const *outs; /* allocated, contiguous, not initialised, apart from all inputs */
   void *stream;                /* the device's native handle; NULL for the host */
   void *workspace;             /* what workspace() asked for, 64-byte aligned; NULL for nothing */
   uint64_t workspace_bytes;
   int32_t threads; /* of the host: how many may be used, torch.get_num_threads(); at least 1 */
   int32_t reserved;
+  /* 1.1. NULL, or n_args addresses: at a weight's first place its packed form, if services->pack
+   * has written one for this implementation and the weight is unchanged since; else NULL. */
+  void *const *packed;
 } transom_call;
 
 /* Flags of an implementation. */
@@ -127,6 +138,39 @@ typedef struct transom_impl {
   int32_t (*run)(const transom_call *call, transom_status *status);
 } transom_impl;
 
+/* 1.1. Services of a plugin, each of them optional (NULL). Memory, copies and streams are for a
+ * device that brings no torch extension: the Python that mounts it on torch calls them, as
+ * transom.CPlugin(path).services; the host itself asks for `stream` where torch names none. A
+ * function that answers a number answers 0 or says in status why not. */
+#define TRANSOM_TO_DEVICE 1
+#define TRANSOM_FROM_DEVICE 2
+#define TRANSOM_WITHIN_DEVICE 3
+
+typedef struct transom_services {
+  uint32_t struct_size;
+  uint32_t reserved;
+  /* `bytes` > 0 of the device's memory, 64-byte aligned; NULL: status says why. */
+  void *(*allocate)(int32_t device_id, uint64_t bytes, transom_status *status);
+  int32_t (*release)(int32_t device_id, void *address, transom_status *status);
+  /* Enqueues a copy; with stream NULL it is done on return. */
+  int32_t (*copy)(int32_t device_id, void *to, const void *from, uint64_t bytes,
+                  int32_t direction, void *stream, transom_status *status);
+  /* Waits for all work enqueued on `stream`; NULL: on every stream of the device. */
+  int32_t (*synchronize)(int32_t device_id, void *stream, transom_status *status);
+  /* The stream that the calling thread's work goes to. */
+  void *(*stream)(int32_t device_id);
+  /* A weight in a layout of the plugin's own. `weight` points at the four places of args[at]. Bytes
+   * of the packed form that impl->run would rather have, 0 for none; depends on what it is given
+   * and nothing else; data is NULL. */
+  uint64_t (*packed_bytes)(const transom_impl *impl, uint32_t at, const transom_value *weight);
+  /* Writes it to `packed`, which the host allocated on the weight's device, 64-byte aligned. The
+   * host asks when it meets a weight again unchanged, keeps the form as long as the weight, and
+   * drops it when the weight changes. run() therefore works without it as well, and a deterministic
+   * one computes the same bits. */
+  int32_t (*pack)(const transom_impl *impl, uint32_t at, const transom_value *weight, void *packed,
+                  void *stream, transom_status *status);
+} transom_services;
+
 /* What a plugin offers. It and all that it points to live as long as the process. */
 typedef struct transom_plugin {
   uint32_t struct_size;
@@ -138,6 +182,7 @@ typedef struct transom_plugin {
   uint32_t n_impls;
   uint32_t reserved;
   const transom_impl *const *impls; /* pointers: an entry may grow without moving the next */
+  const transom_services *services; /* 1.1; NULL: none */
 } transom_plugin;
 
 /* Who asks. */

@@ -81,13 +81,37 @@ static int32_t run(const transom_call *call, transom_status *status) {
 #endif
 }
 
-static const transom_impl gemm = {TOY_IMPL_SIZE, TRANSOM_TUNED, "grouped_gemm", "toy", TOY_HASH,
-                                  TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-static const transom_impl other = {sizeof(transom_impl), TRANSOM_PORTABLE, "no_such_operator",
-                                   "toy", 1, 0, 0, 0, 0, run};
+/* By field name: what a later header appends is then zero. */
+static const transom_impl gemm = {
+    .struct_size = TOY_IMPL_SIZE,
+    .tier = TRANSOM_TUNED,
+    .op = "grouped_gemm",
+    .name = "toy",
+    .schema_hash = TOY_HASH,
+    .flags = TRANSOM_DETERMINISTIC,
+    .supports = supports,
+    .workspace = workspace,
+    .run = run,
+};
+static const transom_impl other = {
+    .struct_size = sizeof(transom_impl),
+    .tier = TRANSOM_PORTABLE,
+    .op = "no_such_operator",
+    .name = "toy",
+    .schema_hash = 1,
+    .run = run,
+};
 static const transom_impl *const impls[] = {&gemm, &other};
-static const transom_plugin plugin = {sizeof(transom_plugin), TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR,
-                                      "toy", "1.0", "cpu", 2, 0, impls};
+static const transom_plugin plugin = {
+    .struct_size = sizeof(transom_plugin),
+    .abi_major = TRANSOM_ABI_MAJOR,
+    .abi_minor = TRANSOM_ABI_MINOR,
+    .vendor = "toy",
+    .version = "1.0",
+    .device_type = "cpu",
+    .n_impls = 2,
+    .impls = impls,
+};
 
 const transom_plugin *transom_plugin_v1(const transom_host *host, transom_status *status) {
   if (host->struct_size < sizeof(transom_host) || host->abi_major != TRANSOM_ABI_MAJOR) {

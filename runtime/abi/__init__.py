@@ -1,7 +1,8 @@
 """Plugins in C: libraries that answer csrc/include/transom_plugin.h, called through cffi.
 
 table   opening a library, checking its table, registering what it offers
-call    a call's arguments as C sees them, outputs and workspace, errors
+frame   a call as C sees it
+call    calling: outputs and workspace, errors
 """
 
 from __future__ import annotations

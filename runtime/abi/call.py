@@ -1,39 +1,39 @@
-"""Calls of C implementations: arguments as a transom_call, outputs and workspace allocated here."""
+"""Calls of C implementations through cffi: frames, outputs and workspace, errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..errors import NotSupported, PluginError
-from ..weights import QuantizedWeight, checked_group, grid_size
+from ..weights import QuantizedWeight
 from . import table
+from .frame import (
+    TENSOR,
+    Frame,
+    Part,
+    assumed,
+    contiguous,
+    described,
+    give_scratch,
+    take_scratch,
+)
 
 if TYPE_CHECKING:
     from ..dispatch import Facts
     from ..op import Op
 
-# torch dtype -> DLPack's code and bits (DLPack 1.1 for float8).
-_DTYPES: dict[torch.dtype, tuple[int, int]] = {
-    torch.float64: (2, 64), torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16),
-    torch.int64: (0, 64), torch.int32: (0, 32), torch.int16: (0, 16), torch.int8: (0, 8),
-    torch.uint8: (1, 8), torch.bool: (6, 8), torch.float8_e4m3fn: (10, 8),
-}  # fmt: skip
-_DEVICES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "mps": 8, "xpu": 14}
-_PRIVATE_USE = 12
-_NONE, _TENSOR, _INT, _FLOAT, _BOOL, _STRING, _INTS = range(7)
-_TAGS = {"int": _INT, "float": _FLOAT, "bool": _BOOL, "str": _STRING, "int[]": _INTS}
 _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: NotSupported, 3: MemoryError}
-MOST_WORKSPACE = 1 << 40
-"""Bytes; a library that asks for more is taken to be wrong."""
 KEPT = 1024
-"""Output shapes kept per implementation, one entry a distinct call; past it all are dropped."""
+"""Signatures that an implementation keeps frames of; past it all are dropped."""
 
-Part = tuple[int, Sequence[int], Sequence[int], torch.dtype]
-"""A tensor as C sees it: address, shape, strides, dtype."""
+Run = Callable[..., Any]
+"""A function of an operator's declared arguments, all of them in order."""
 
 
 class CFunction:
@@ -42,44 +42,102 @@ class CFunction:
     def __init__(self, op: Op[..., Any], entry: table.Entry, library: table.Library) -> None:
         self.op, self.entry, self.library = op, entry, library
         self.__name__ = entry.name
-        self._tags = [_TAGS.get(p.type.removesuffix("?"), _NONE) for p in op.parameters]
-        self._outputs: dict[Any, list[tuple[tuple[int, ...], torch.dtype]]] = {}
+        self._prepared: dict[Any, Run] = {}
 
     def __repr__(self) -> str:
         return f"<{self.op.name} of {self.library.path.name}: {self.entry.name}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ffi, impl = table.interface(), self.entry.pointer
-        values = self.op._bind(*args, **kwargs)
-        # A view that negates when read (of a complex tensor's conjugate): C reads memory as it is.
-        values = tuple(
-            v.resolve_neg() if isinstance(v, Tensor) and v.is_neg() else v for v in values
-        )
+        return self._run(self.op._bind(*args, **kwargs))
+
+    def _run(self, values: Sequence[Any]) -> Any:
+        key = self.op._key(*values), torch.are_deterministic_algorithms_enabled()
+        run = self._prepared.get(key)
+        if run is None:
+            if len(self._prepared) >= KEPT:
+                self._prepared.clear()
+            run = self._prepared[key] = self.prepared(values)
+        return run(*values)
+
+    def prepared(self, values: Sequence[Any], gradient: bool = False) -> Run:
+        """A function for calls of the same key as `values`, in the same state of
+        torch.use_deterministic_algorithms. Several threads may call it at once, and it itself."""
+        op, impl = self.op, self.entry.pointer
+        run, ask = impl.run, impl.workspace
+        who, threads_now = self._text(), torch.get_num_threads
+        deterministic = torch.are_deterministic_algorithms_enabled()
         on = next(v.device for v in values if isinstance(v, (Tensor, QuantizedWeight)))
-        outputs = [torch.empty(s, dtype=d, device=on) for s, d in self._outputs_of(values)]
-        call, keep = self._call(
-            [_parts(v) if isinstance(v, (Tensor, QuantizedWeight)) else v for v in values],
-            [_part(t) for t in outputs], on.type, on.index or 0,
-        )  # fmt: skip
-        if impl.workspace != ffi.NULL and (wanted := impl.workspace(call)):
-            if wanted > MOST_WORKSPACE:
-                raise PluginError(f"{self._text()}: asks for {wanted} bytes of workspace")
-            workspace = torch.empty(wanted, dtype=torch.uint8, device=on)
-            call.workspace = ffi.cast("void *", workspace.data_ptr())
-            call.workspace_bytes = wanted
-        call.stream = ffi.cast("void *", _stream(on))
-        status = ffi.new("transom_status *")
-        code = impl.run(call, status)
-        del keep
-        if code:
-            text = table.message(status) or "gives no reason"
-            error = _ERRORS.get(status.code or code)
-            if error is None:
-                raise PluginError(f"{self._text()}: failed with code {status.code or code}: {text}")
-            raise error(f"{self.op.name}: {text}")
-        if self.op.mutates:
-            return None
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        far = on.type != "cpu"
+        shapes = self._outputs_of(values)
+        plain, quantised, floats, count = self._addresses(values)
+        allocate = [_allocator(shape, dtype, on) for shape, dtype in shapes]
+        only = allocate[0] if len(allocate) == 1 else None
+        written = [op._rank[name] for name in op.mutates]
+        free: list[Frame] = []
+
+        def frame_of(values: Sequence[Any]) -> Frame:
+            kinds = (Tensor, QuantizedWeight)
+            parts = [described(v) if isinstance(v, kinds) else v for v in values]
+            outputs: list[Part] = [contiguous(shape, dtype) for shape, dtype in shapes]
+            frame = Frame(op, parts, outputs, on.type, on.index or 0, deterministic)
+            frame.measure(ask, on, who)
+            return frame
+
+        def call(*values: Any) -> Any:
+            try:
+                frame = free.pop()
+            except IndexError:
+                frame = frame_of(values)
+            if frame.threads != threads_now():
+                frame = frame_of(values)
+            addresses = frame.addresses
+            for i, word, signed in plain:
+                value = values[i]
+                if signed and value.is_neg():
+                    # A view that negates when read (of a complex tensor's conjugate): C reads
+                    # memory as it is.
+                    return self._run([v.resolve_neg() if isinstance(v, Tensor) else v
+                                      for v in values])  # fmt: skip
+                addresses[word] = value.data_ptr()
+            for i, name, word in quantised:
+                addresses[word] = values[i]._buffers[name].data_ptr()
+            for i, place in floats:
+                frame.floats[place] = values[i]
+            result: Any
+            if only is not None:
+                result = only()
+                addresses[count] = result.data_ptr()
+            else:
+                result = tuple([make() for make in allocate])
+                for i, output in enumerate(result):
+                    addresses[count + TENSOR * i] = output.data_ptr()
+            scratch = None
+            if frame.wanted:
+                scratch = take_scratch(frame.wanted, on)
+                frame.call.workspace = scratch[1]
+            if far:
+                frame.call.stream = self._stream(on)
+            code = run(frame.call, frame.status)
+            if code:
+                self.fail(code, frame.status.code, table.message(frame.status))
+            if scratch is not None:
+                give_scratch(scratch)
+            frame.state[0] = 0
+            free.append(frame)
+            if written:
+                increment_version([values[i] for i in written])
+                return None
+            return result
+
+        return call
+
+    def fail(self, code: int, status: int, text: str) -> NoReturn:
+        """Raise what a failed call means: its own number, and what it wrote into the status."""
+        text = text or "gives no reason"
+        error = _ERRORS.get(status or code)
+        if error is None:
+            raise PluginError(f"{self._text()}: failed with code {status or code}: {text}")
+        raise error(f"{self.op.name}: {text}")
 
     def refusal(self, facts: Facts) -> str | None:
         """What the library's supports() says against a call of these facts."""
@@ -94,151 +152,65 @@ class CFunction:
         outputs: list[Part] = []
         if not self.op.mutates:
             for shape, dtype in self.op.outputs({**facts.arguments, **facts.dims}, facts.dtypes):
-                outputs.append(_contiguous(shape, dtype))
-        call, keep = self._call(values, outputs, facts.device, 0)
-        status = ffi.new("transom_status *")
-        answer = impl.supports(call, status)
-        del keep
-        if answer == 1:
+                outputs.append(contiguous(shape, dtype))
+        frame = Frame(self.op, values, outputs, facts.device, 0, facts.deterministic)
+        if impl.supports(frame.call, frame.status) == 1:
             return None
-        return table.message(status) or f"{self.library.vendor}'s library refuses it unexplained"
+        sentence = table.message(frame.status)
+        return sentence or f"{self.library.vendor}'s library refuses it unexplained"
 
     def _text(self) -> str:
         return f"{self.op.name}: implementation {self.entry.name!r} of plugin {self.library.vendor}"
 
-    def _outputs_of(self, values: tuple[Any, ...]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def _outputs_of(self, values: Sequence[Any]) -> list[tuple[tuple[int, ...], torch.dtype]]:
         op = self.op
         if op.mutates:
             return []
-        key = op._key(*values)
-        found = self._outputs.get(key)
-        if found is None:
-            tensors, arguments = op.tensors(values), op.arguments(values)
-            shapes = {n: t.shape for n, t in tensors.items()}
-            bound = op.signature.bind(op.name, shapes, arguments)
-            kinds = {
-                n: t.format if isinstance(t, QuantizedWeight) else t.dtype
-                for n, t in tensors.items()
-            }
-            if len(self._outputs) >= KEPT:
-                self._outputs.clear()
-            found = self._outputs[key] = op.outputs({**arguments, **bound}, kinds)
-        return found
+        tensors, arguments = op.tensors(values), op.arguments(values)
+        bound = op.signature.bind(op.name, {n: t.shape for n, t in tensors.items()}, arguments)
+        kinds = {
+            n: t.format if isinstance(t, QuantizedWeight) else t.dtype for n, t in tensors.items()
+        }
+        return op.outputs({**arguments, **bound}, kinds)
 
-    def _call(
-        self, values: Sequence[Any], outputs: Sequence[Part], device: str, index: int
-    ) -> tuple[Any, list[Any]]:
-        """The call in C, and what must live as long as it."""
+    def _addresses(
+        self, values: Sequence[Any]
+    ) -> tuple[list[tuple[int, int, bool]], list[tuple[int, str, int]], list[tuple[int, int]], int]:
+        """What each call writes: (argument, word, may negate) of plain tensors; (argument, buffer,
+        word) of quantised weights; (argument, place) of floats; the word of the first output."""
+        plain, quantised, floats = [], [], []
+        word = place = 0
+        for i, (p, value) in enumerate(zip(self.op.parameters, values, strict=True)):
+            if isinstance(value, QuantizedWeight):
+                for name in ("values", "scales", "zeros"):
+                    if value._buffers[name] is not None:
+                        quantised.append((i, name, word))
+                        word += TENSOR
+            elif isinstance(value, Tensor):
+                plain.append((i, word, value.dtype.is_floating_point))
+                word += TENSOR
+            elif value is not None and p.type in ("float", "float?"):
+                floats.append((i, 2 * place + 1))
+            place += 4 if p.role == "weight" else 1
+        return plain, quantised, floats, word
+
+    def _stream(self, device: torch.device) -> Any:
+        """The current stream's native handle; NULL for devices whose torch names none."""
         ffi = table.interface()
-        places: list[tuple[int, Any]] = []
-        tensors: list[Part] = []
-        for p, tag, value in zip(self.op.parameters, self._tags, values, strict=True):
-            if p.role == "value":
-                places.append((_NONE if value is None else tag, value))
-                continue
-            parts = (None,) if value is None else value
-            if p.role == "weight":
-                parts = (*parts, *(None,) * (4 - len(parts)))
-            for part in parts:
-                if part is None or isinstance(part, str):
-                    places.append((_NONE if part is None else _STRING, part))
-                else:
-                    places.append((_TENSOR, len(tensors)))
-                    tensors.append(part)
-        tensors += outputs
-        c_tensors = ffi.new("transom_tensor[]", len(tensors) or 1)
-        numbers = [n for _, shape, strides, _ in tensors for n in (*shape, *strides)]
-        c_numbers = ffi.new("int64_t[]", numbers or [0])
-        kind, at = _DEVICES.get(device, _PRIVATE_USE), 0
-        for i, (address, shape, _, dtype) in enumerate(tensors):
-            t, ndim = c_tensors[i], len(shape)
-            t.data = ffi.cast("void *", address)
-            t.device_type, t.device_id, t.ndim = kind, index, ndim
-            t.dtype_code, t.dtype_bits = _DTYPES[dtype]
-            t.dtype_lanes = 1
-            t.shape, t.strides = c_numbers + at, c_numbers + at + ndim
-            at += 2 * ndim
-        c_args = ffi.new("transom_value[]", len(places) or 1)
-        keep = [c_tensors, c_numbers, c_args]
-        for i, (tag, value) in enumerate(places):
-            place = c_args[i]
-            place.tag = tag
-            if tag == _TENSOR:
-                place.tensor = c_tensors + value
-            elif tag == _STRING:
-                raw = value.encode()
-                keep.append(ffi.new("char[]", raw))
-                place.string, place.count = keep[-1], len(raw)
-            elif tag == _INTS:
-                keep.append(ffi.new("int64_t[]", list(value) or [0]))
-                place.ints, place.count = keep[-1], len(value)
-            elif tag == _FLOAT:
-                place.f = value
-            elif tag != _NONE:
-                place.i = value
-        first = len(tensors) - len(outputs)
-        own = [c_tensors + first + i for i in range(len(outputs))]
-        outs = ffi.new("transom_tensor *[]", own or 1)
-        call = ffi.new("transom_call *")
-        call.struct_size = ffi.sizeof("transom_call")
-        call.n_args, call.args = len(places), c_args
-        call.n_outs, call.outs = len(outputs), outs
-        call.threads = torch.get_num_threads()
-        keep += [outs, call]
-        return call, keep
+        module = getattr(torch, device.type, None)
+        if module is None or not hasattr(module, "current_stream"):
+            return ffi.NULL
+        stream = module.current_stream(device)
+        return ffi.cast("void *", int(getattr(stream, f"{device.type}_stream", 0) or 0))
 
 
-def _part(tensor: Tensor) -> Part:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _parts(value: Tensor | QuantizedWeight) -> tuple[Part | str | None, ...]:
-    if isinstance(value, Tensor):
-        return (_part(value),)
-    zeros = None if value.zeros is None else _part(value.zeros)
-    return _part(value.values), _part(value.scales), zeros, value.spec
-
-
-def described(value: Tensor | QuantizedWeight) -> tuple[Part | str | None, ...]:
-    """The parts of a tensor or weight without their addresses, for Facts."""
-    if isinstance(value, Tensor):
-        return ((0, value.shape, value.stride(), value.dtype),)
-    zeros = None if value.zeros is None else described(value.zeros)[0]
-    return described(value.values)[0], described(value.scales)[0], zeros, value.spec
-
-
-def assumed(op: Op[..., Any], name: str, facts: Facts) -> tuple[Part | str | None, ...] | None:
-    """The parts of an argument whose facts were made without tensors (`transom explain` of shapes):
-    contiguous, and in a quantised format's usual groups. None if it is not given."""
-    kind = facts.dtypes.get(name)
-    if kind is None:
-        return None
-    shape = op.signature.inputs[name].sizes({**facts.arguments, **facts.dims})
-    if not isinstance(kind, str):
-        return (_contiguous(shape, kind),)
-    rows, columns = checked_group(kind, None)
-    *lead, n, k = shape
-    grid = (*lead, grid_size(n, rows), grid_size(k, columns))
-    stored = (*lead, n, k // 2 if kind in ("int4", "mxfp4") else k)
-    values = _contiguous(stored, torch.int8 if kind == "int8" else torch.uint8)
-    scales = _contiguous(grid, torch.uint8 if kind == "mxfp4" else torch.float32)
-    zeros = _contiguous(grid, torch.uint8) if kind == "int4" else None
-    return values, scales, zeros, f"{kind}:{rows}x{columns}"
-
-
-def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Part:
-    strides = [1] * len(shape)
-    for i in reversed(range(len(shape) - 1)):
-        strides[i] = strides[i + 1] * max(1, shape[i + 1])
-    return 0, shape, strides, dtype
-
-
-def _stream(device: torch.device) -> int:
-    """The current stream's native handle; 0 for the host and for devices whose torch names none."""
-    if device.type == "cpu":
-        return 0
-    module = getattr(torch, device.type, None)
-    if module is None or not hasattr(module, "current_stream"):
-        return 0
-    stream = module.current_stream(device)
-    return int(getattr(stream, f"{device.type}_stream", 0) or 0)
+def _allocator(
+    shape: tuple[int, ...], dtype: torch.dtype, on: torch.device
+) -> Callable[[], Tensor]:
+    """A function that makes the same empty tensor each time. On the host by a prototype without
+    memory: empty_like() has no arguments to parse and takes half the time of empty()."""
+    if on.type != "cpu":
+        return functools.partial(torch.empty, shape, dtype=dtype, device=on)
+    prototype = torch.empty(shape, dtype=dtype)
+    prototype.untyped_storage().resize_(0)
+    return functools.partial(torch.empty_like, prototype)

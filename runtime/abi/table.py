@@ -204,7 +204,7 @@ def open_library(path: str | Path) -> Library:
 
 def header_version() -> tuple[int, int]:
     """(major, minor) of the ABI that this transom speaks."""
-    return (1, 0)
+    return (1, 1)
 
 
 def message(status: Any) -> str:

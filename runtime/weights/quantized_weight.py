@@ -135,8 +135,9 @@ class QuantizedWeight(nn.Module):
     @property
     def key(self) -> tuple[Any, ...]:
         """What a plan for this weight depends on: everything but the values."""
-        values, scales, _, spec = parts(self)
-        return spec, values.shape, values.stride(), values.device, scales.dtype, scales.stride()
+        values, scales, zeros, spec = parts(self)
+        layout = values.stride(), scales.stride(), None if zeros is None else zeros.stride()
+        return spec, values.shape, layout, values.device, scales.dtype
 
     def is_contiguous(self) -> bool:
         """True if payload, scales and zero points are."""

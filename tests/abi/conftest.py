@@ -1,0 +1,84 @@
+"""Plugins in C, compiled by the tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import transom
+from transom.abi import table
+from transom.dispatch import forget_plans
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+COMPILER = shutil.which("cc")
+
+
+def pytest_collection_modifyitems(items):
+    if COMPILER is None:
+        skip = pytest.mark.skip(reason="no C compiler (cc) to build with")
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """(defines) -> path of the toy plugin, or of another source, compiled with them; warnings are
+    errors."""
+
+    def make(
+        *defines: str, file: str | None = None, source: str | None = None, language: str = "c11",
+        include: Path = ROOT / "csrc/include",
+    ) -> Path:  # fmt: skip
+        what = ROOT / "csrc/toy_plugin/toy.c" if file is None else HERE / file
+        if source is not None:
+            what = tmp_path / "made.c"
+            what.write_text(textwrap.dedent(source))
+        library = tmp_path / f"lib{len([*tmp_path.iterdir()])}.so"
+        warnings = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
+        kind = ("-x", "c++" if "++" in language else "c", f"-std={language}")
+        options = ("-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{include}")
+        flags = [f"-D{d}" for d in defines]
+        subprocess.run(
+            [COMPILER, *kind, *warnings, *options, *flags, what, "-o", library], check=True
+        )
+        return library
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """What a test registers is taken away again."""
+    before = {op: dict(op.impls) for op in transom.ops().values()}
+    yield
+    for op, impls in before.items():
+        op.impls.clear()
+        op.impls.update(impls)
+    table._open.clear()
+    forget_plans()
+
+
+@pytest.fixture
+def deterministic():
+    """A function that turns torch.use_deterministic_algorithms on and off; off at the end."""
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def gemm():
+    """(dtype) -> x, weight, offsets of a small grouped_gemm."""
+
+    def make(dtype=torch.float32):
+        g = torch.Generator().manual_seed(3)
+        x = torch.randn(6, 8, generator=g).to(dtype)
+        return x, torch.randn(3, 5, 8, generator=g).to(dtype), torch.tensor([2, 2, 5])
+
+    return make
