@@ -65,10 +65,10 @@ else
 endif
 	@touch $@
 
-# setuptools comes from the constraints too: hence no isolated build. The folder runtime
+# setuptools and pybind11 come from the constraints too: hence no isolated build. The folder runtime
 # is newer than the stamp when a file came or went: then the link tree in build/ide is out of date.
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py runtime $(wildcard csrc/*/*.* csrc/*/*/*.*)
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py runtime $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	@echo "make: installing transom, editable, and what its tests need"
-	@$(PIP) install -q -c constraints.txt setuptools
+	@$(PIP) install -q -c constraints.txt setuptools pybind11
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@

@@ -1,8 +1,8 @@
 """Assemble the import package `transom` from the fixed top-level folders.
 
 Everything that can be said as data stands in pyproject.toml. Here is what can't: which folder
-becomes which package, the C++ library (found, not listed), and the link tree that an editable
-install leaves for type checkers.
+becomes which package, the C++ library (found, not listed) and the extension that calls it, and the
+link tree that an editable install leaves for type checkers.
 """
 
 from __future__ import annotations
@@ -52,36 +52,67 @@ FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtt
 FLAGS += ["-fvisibility=hidden"]
 
 
-def native() -> list[Extension]:
-    """`transom/_native.so`, or nothing where it isn't wanted (TRANSOM_NO_EXT=1) or can't be built.
+def extensions() -> list[Extension]:
+    """What is compiled; nothing where it isn't wanted (TRANSOM_NO_EXT=1) or can't be.
 
-    A plain shared library without Python's API: one serves every Python. Without an extension
-    setuptools tags the wheel py3-none-any.
+    transom/_native.so: the kernels, a plain shared library without Python's API: one serves every
+    Python. transom/_C.cpython-...so: the extension that calls C implementations, for one Python;
+    where pybind11 isn't at hand it is left out, and they are called through cffi.
     """
-    sources = sorted((ROOT / "csrc/cpu").rglob("*.cpp"))
-    if os.environ.get("TRANSOM_NO_EXT") == "1" or not sources or os.name != "posix":
+    if os.environ.get("TRANSOM_NO_EXT") == "1" or os.name != "posix":
         return []
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     if shutil.which(compiler.split()[0]) is None:
         return []
-    extension = Extension(
-        "transom._native", [path.relative_to(ROOT).as_posix() for path in sources]
-    )
-    # A compiler that fails costs speed, not the installation: everything has a composite.
-    extension.optional = True
-    return [extension]
+    found = []
+    kernels = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/**/*.cpp"))
+    if kernels:
+        found.append(Extension("transom._native", kernels))
+    if (ROOT / "csrc/bind.cpp").exists() and (pybind11 := pybind11_include()):
+        flags = ["-std=c++20", "-O2", "-fvisibility=hidden"]
+        found.append(
+            Extension(
+                "transom._C", ["csrc/bind.cpp"], include_dirs=["csrc/include", pybind11],
+                depends=["csrc/include/transom_plugin.h"], extra_compile_args=flags,
+                language="c++",
+            )
+        )  # fmt: skip
+    for extension in found:
+        # A compiler that fails costs speed, not the installation: everything has a composite.
+        extension.optional = True
+    return found
 
 
-class build_native(build_ext):
-    """Compiles csrc/cpu: files of the folder itself once, those below it once for each level.
+def pybind11_include() -> str | None:
+    """Where pybind11's headers lie, if it is installed."""
+    try:
+        import pybind11
+    except ImportError:
+        return None
+    return str(pybind11.get_include())
 
-    What is up to date in the build folder is kept; the rest is compiled on all processors at once.
+
+class build_compiled(build_ext):
+    """Compiles csrc/bind.cpp as any extension, and csrc/cpu as a library: files of the folder
+    itself once, those below it once for each level.
+
+    Of the library, what is up to date in the build folder is kept; the rest is compiled on all
+    processors at once.
     """
 
     def get_ext_filename(self, name: str) -> str:
+        if name.rpartition(".")[2] != "_native":
+            return str(super().get_ext_filename(name))
         return "_native.so" if name == "_native" else "transom/_native.so"
 
     def build_extension(self, extension: Extension) -> None:
+        if extension.name == "transom._C":
+            super().build_extension(extension)
+        else:
+            self.build_library(extension)
+
+    def build_library(self, extension: Extension) -> None:
+        """transom/_native.so."""
         machine = sysconfig.get_platform().rpartition("-")[2]
         levels = LEVELS.get(machine, {"baseline": []})
         # For a build that is checked while it runs: TRANSOM_SANITIZE=address,undefined
@@ -141,11 +172,14 @@ def up_to_date(done: Path) -> bool:
 
 
 class platform_wheel(bdist_wheel):
-    """A wheel with the library fits every Python 3 of its platform."""
+    """A wheel with the library alone fits every Python 3 of its platform; with the extension, the
+    Python that it was built for."""
 
     def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()
-        return tag if self.root_is_pure else ("py3", "none", tag[2])
+        if self.root_is_pure or any(Path(self.bdist_dir).glob("transom/_C.*.so")):
+            return tag
+        return "py3", "none", tag[2]
 
 
 def link_tree(target: Path) -> None:
@@ -181,10 +215,10 @@ class develop(editable_wheel):
 setup(
     packages=packages(),
     package_dir=FOLDER,
-    ext_modules=native(),
+    ext_modules=extensions(),
     cmdclass={
         "bdist_wheel": platform_wheel,
-        "build_ext": build_native,
+        "build_ext": build_compiled,
         "editable_wheel": develop,
     },  # fmt: skip
     package_data={

@@ -1,11 +1,16 @@
-"""What a call costs beside its work: the direct path, the torch operator, autograd, import time.
+"""What a call costs beside its work: the direct path, the torch operator, C plugins, import time.
 
     python bench/overhead.py [--json] [--gate]
 
 Each figure is the median over rounds of the difference between a call of an operator and a call of
 its implementation with the same arguments, in microseconds, and as a ratio to `torch.add` of two
-small tensors in the same round (so that figures of different machines can be compared). --gate
-exits 1 when a direct call costs more than LIMIT_US above its implementation.
+small tensors in the same round (so that figures of different machines can be compared).
+
+A plugin in C (csrc/toy_plugin, compiled here) is called by each road with one row of three tensors,
+which leaves it next to nothing to compute. What a road costs above the C function alone (called
+through cffi with all its structs made) includes making the output, of which torch.empty_like's own
+time is shown. --gate exits 1 when a direct call costs more than LIMIT_US above its implementation,
+or a road more than ROADS_US.
 """
 
 from __future__ import annotations
@@ -15,16 +20,23 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import transom
+from transom.abi.frame import Frame, addressed
+from transom.abi.road import why_cffi
+from transom.abi.table import interface
 from transom.device import describe
 
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT_US = 10.0
+ROADS_US = {"cffi": 3.0, "transom._C": 1.0}
 ROUNDS, CALLS = 15, 300
 
 
@@ -101,8 +113,58 @@ def measure() -> dict[str, Any]:
                 for c, v in above.items()
             },
         }
+    out["plugin"] = plugin()
     out["import"] = import_time()
     return out
+
+
+def plugin() -> dict[str, Any]:
+    """A call of a plugin in C by each road, above its C function alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "libtoy.so"
+        options = ("-std=c11", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc/include'}")
+        source = ROOT / "csrc/toy_plugin/toy.c"
+        try:
+            subprocess.run(["cc", *options, source, "-o", library], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            return {"not measured": str(error)}
+        transom.CPlugin(library)
+    args = torch.ones(1, 4), torch.ones(1, 4, 4), torch.tensor([1])
+    function = transom.grouped_gemm.impls["toy"].function
+    y, workspace = torch.empty(1, 4), torch.empty(4)
+    parts = [addressed(tensor) for tensor in args]
+    frame = Frame(transom.grouped_gemm, parts, [*addressed(y)], "cpu", 0, False)
+    frame.call.workspace = interface().cast("void *", workspace.data_ptr())
+    frame.call.workspace_bytes = workspace.nbytes
+    run, call, status = function.entry.pointer.run, frame.call, frame.status
+    through = {"cffi": function.through_cffi(args)}
+    if why_cffi() is None:
+        through["transom._C"] = function.through_extension()
+    candidates: dict[str, Callable[[], Any]] = {
+        "C function": lambda: run(call, status),
+        "torch.empty_like": lambda: torch.empty_like(y),
+        **{road: lambda f=f: f(*args) for road, f in through.items()},
+        "operator": lambda: transom.grouped_gemm(*args),
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    with torch.no_grad(), transom.use(grouped_gemm="toy"):
+        for work in candidates.values():
+            seconds(work, 20)
+        for _ in range(2 * ROUNDS):
+            for name, work in candidates.items():
+                times[name].append(seconds(work) * 1e6)
+    alone = times["C function"]
+    return {
+        "C function_us": round(statistics.median(alone), 2),
+        **{
+            f"{name} above C function, us": round(
+                statistics.median(x - y for x, y in zip(taken, alone, strict=True)), 2
+            )
+            for name, taken in times.items()
+            if taken is not alone
+        },
+        "operator's road": "cffi" if why_cffi() else "transom._C",
+    }
 
 
 def import_time() -> dict[str, float]:
@@ -143,13 +205,22 @@ def main() -> int:
             print(name)
             for key, value in row.items():
                 print(f"  {value:9.2f}  {key}")
+        print("a plugin in C")
+        for key, value in found["plugin"].items():
+            print(f"  {value:>9}  {key}")
         print(
             f"import transom: {found['import']['transom_ms']} ms "
             f"after torch's {found['import']['torch_ms']} ms"
         )
     slow = [n for n, r in found["calls"].items() if r["direct above implementation, us"] > LIMIT_US]
-    if options.gate and slow:
-        print(f"overhead: {', '.join(slow)} above {LIMIT_US} us", file=sys.stderr)
+    roads = [
+        road for road, limit in ROADS_US.items()
+        if found["plugin"].get(f"{road} above C function, us", 0.0) > limit
+    ]  # fmt: skip
+    if options.gate and (slow or roads):
+        limits = ", ".join(f"{road} {ROADS_US[road]} us" for road in roads)
+        text = f"{', '.join(slow)} above {LIMIT_US} us" * bool(slow), limits and f"above {limits}"
+        print(f"overhead: {'; '.join(filter(None, text))}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,10 +1,10 @@
-"""Calls of C implementations through cffi: frames, outputs and workspace, errors."""
+"""Calls of C implementations: outputs and workspace, errors; through the extension or cffi."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch.autograd.graph import increment_version
 
 from ..errors import NotSupported, PluginError
 from ..weights import QuantizedWeight
-from . import table
+from . import road, table
 from .frame import (
+    TAGS,
     TENSOR,
     Frame,
     Part,
@@ -32,8 +33,10 @@ _ERRORS: dict[int, type[Exception]] = {1: ValueError, 2: NotSupported, 3: Memory
 KEPT = 1024
 """Signatures that an implementation keeps frames of; past it all are dropped."""
 
-Run = Callable[..., Any]
+Run: TypeAlias = Callable[..., Any]
 """A function of an operator's declared arguments, all of them in order."""
+Maker: TypeAlias = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any] | None]
+"""A function, its arguments and keywords."""
 
 
 class CFunction:
@@ -43,6 +46,7 @@ class CFunction:
         self.op, self.entry, self.library = op, entry, library
         self.__name__ = entry.name
         self._prepared: dict[Any, Run] = {}
+        self._bound: Run | None = None
 
     def __repr__(self) -> str:
         return f"<{self.op.name} of {self.library.path.name}: {self.entry.name}>"
@@ -51,6 +55,8 @@ class CFunction:
         return self._run(self.op._bind(*args, **kwargs))
 
     def _run(self, values: Sequence[Any]) -> Any:
+        if road.extension() is not None:
+            return self.through_extension()(*values)
         key = self.op._key(*values), torch.are_deterministic_algorithms_enabled()
         run = self._prepared.get(key)
         if run is None:
@@ -61,17 +67,66 @@ class CFunction:
 
     def prepared(self, values: Sequence[Any], gradient: bool = False) -> Run:
         """A function for calls of the same key as `values`, in the same state of
-        torch.use_deterministic_algorithms. Several threads may call it at once, and it itself."""
+        torch.use_deterministic_algorithms. Several threads may call it at once, and it itself.
+
+        gradient   the call is differentiated: its weights are about to change
+        """
+        if road.extension() is None:
+            return self.through_cffi(values)
+        return self.through_extension()
+
+    def through_extension(self) -> Run:
+        """The function that transom._C makes; it serves every signature."""
+        if self._bound is None:
+            self._bound = self._bind()
+        return self._bound
+
+    def _bind(self) -> Run:
+        op, extension = self.op, road.extension()
+        kinds = {"tensor": extension.TENSOR, "weight": extension.WEIGHT}
+        parameters = [
+            (p.name, kinds.get(p.role) or TAGS[p.type.removesuffix("?")], p.type.endswith("?"))
+            for p in op.parameters
+        ]
+
+        def fail(code: int, status: int, raw: bytes) -> NoReturn:
+            self.fail(code, status, table.one_line(raw))
+
+        address = int(table.interface().cast("uintptr_t", self.entry.pointer))
+        call: Run = extension.bind(
+            address, op.name, parameters, self._makers_of, fail, self.greedy, self._far, None
+        )
+        if not op.mutates:
+            return call
+        written = [op._rank[name] for name in op.mutates]
+
+        def writing(*values: Any) -> None:
+            call(*values)
+            increment_version([values[i] for i in written])
+
+        return writing
+
+    def _makers_of(self, values: Sequence[Any]) -> tuple[Maker, ...]:
+        on = _device_of(values)
+        return tuple(_maker(shape, dtype, on) for shape, dtype in self._outputs_of(values))
+
+    def _far(self, on: torch.device, wanted: int) -> tuple[int, Tensor | None]:
+        workspace = torch.empty(wanted, dtype=torch.uint8, device=on) if wanted else None
+        return self._stream(on), workspace
+
+    def through_cffi(self, values: Sequence[Any]) -> Run:
+        """The same in Python, for this signature: its structs are built once, in frames."""
         op, impl = self.op, self.entry.pointer
         run, ask = impl.run, impl.workspace
-        who, threads_now = self._text(), torch.get_num_threads
+        threads_now = torch.get_num_threads
         deterministic = torch.are_deterministic_algorithms_enabled()
-        on = next(v.device for v in values if isinstance(v, (Tensor, QuantizedWeight)))
+        on = _device_of(values)
         far = on.type != "cpu"
         shapes = self._outputs_of(values)
         plain, quantised, floats, count = self._addresses(values)
-        allocate = [_allocator(shape, dtype, on) for shape, dtype in shapes]
-        only = allocate[0] if len(allocate) == 1 else None
+        made = [_maker(shape, dtype, on) for shape, dtype in shapes]
+        makers = [functools.partial(make, *args, **(more or {})) for make, args, more in made]
+        only = makers[0] if len(makers) == 1 else None
         written = [op._rank[name] for name in op.mutates]
         free: list[Frame] = []
 
@@ -80,7 +135,7 @@ class CFunction:
             parts = [described(v) if isinstance(v, kinds) else v for v in values]
             outputs: list[Part] = [contiguous(shape, dtype) for shape, dtype in shapes]
             frame = Frame(op, parts, outputs, on.type, on.index or 0, deterministic)
-            frame.measure(ask, on, who)
+            frame.measure(ask, on, self.greedy)
             return frame
 
         def call(*values: Any) -> Any:
@@ -99,8 +154,10 @@ class CFunction:
                     return self._run([v.resolve_neg() if isinstance(v, Tensor) else v
                                       for v in values])  # fmt: skip
                 addresses[word] = value.data_ptr()
+            held = []
             for i, name, word in quantised:
-                addresses[word] = values[i]._buffers[name].data_ptr()
+                held.append(part := values[i]._buffers[name])
+                addresses[word] = part.data_ptr()
             for i, place in floats:
                 frame.floats[place] = values[i]
             result: Any
@@ -108,7 +165,7 @@ class CFunction:
                 result = only()
                 addresses[count] = result.data_ptr()
             else:
-                result = tuple([make() for make in allocate])
+                result = tuple([make() for make in makers])
                 for i, output in enumerate(result):
                     addresses[count + TENSOR * i] = output.data_ptr()
             scratch = None
@@ -116,7 +173,7 @@ class CFunction:
                 scratch = take_scratch(frame.wanted, on)
                 frame.call.workspace = scratch[1]
             if far:
-                frame.call.stream = self._stream(on)
+                frame.call.stream = table.interface().cast("void *", self._stream(on))
             code = run(frame.call, frame.status)
             if code:
                 self.fail(code, frame.status.code, table.message(frame.status))
@@ -138,6 +195,10 @@ class CFunction:
         if error is None:
             raise PluginError(f"{self._text()}: failed with code {status or code}: {text}")
         raise error(f"{self.op.name}: {text}")
+
+    def greedy(self, wanted: int) -> NoReturn:
+        """Refuse a workspace of this many bytes."""
+        raise PluginError(f"{self._text()}: asks for {wanted} bytes of workspace")
 
     def refusal(self, facts: Facts) -> str | None:
         """What the library's supports() says against a call of these facts."""
@@ -194,23 +255,24 @@ class CFunction:
             place += 4 if p.role == "weight" else 1
         return plain, quantised, floats, word
 
-    def _stream(self, device: torch.device) -> Any:
-        """The current stream's native handle; NULL for devices whose torch names none."""
-        ffi = table.interface()
+    def _stream(self, device: torch.device) -> int:
+        """The current stream's native handle; 0 for devices whose torch names none."""
         module = getattr(torch, device.type, None)
         if module is None or not hasattr(module, "current_stream"):
-            return ffi.NULL
+            return 0
         stream = module.current_stream(device)
-        return ffi.cast("void *", int(getattr(stream, f"{device.type}_stream", 0) or 0))
+        return int(getattr(stream, f"{device.type}_stream", 0) or 0)
 
 
-def _allocator(
-    shape: tuple[int, ...], dtype: torch.dtype, on: torch.device
-) -> Callable[[], Tensor]:
-    """A function that makes the same empty tensor each time. On the host by a prototype without
-    memory: empty_like() has no arguments to parse and takes half the time of empty()."""
+def _device_of(values: Sequence[Any]) -> torch.device:
+    return next(v.device for v in values if isinstance(v, (Tensor, QuantizedWeight)))
+
+
+def _maker(shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> Maker:
+    """What makes the same empty tensor each time. On the host from a prototype without memory:
+    empty_like() has no arguments to parse and takes half the time of empty()."""
     if on.type != "cpu":
-        return functools.partial(torch.empty, shape, dtype=dtype, device=on)
+        return torch.empty, (shape,), {"dtype": dtype, "device": on}
     prototype = torch.empty(shape, dtype=dtype)
     prototype.untyped_storage().resize_(0)
-    return functools.partial(torch.empty_like, prototype)
+    return torch.empty_like, (prototype,), None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..errors import PluginError
 from ..weights import QuantizedWeight, checked_group, grid_size
 from . import table
 
@@ -100,12 +99,12 @@ class Frame:
         """Bytes of workspace that the call must bring."""
         self.own: Scratch | None = None
 
-    def measure(self, workspace: Any, on: torch.device, who: str) -> None:
+    def measure(self, workspace: Any, on: torch.device, greedy: Callable[[int], NoReturn]) -> None:
         """Ask the library for the size of its workspace, before any address is written."""
         ffi, call = table.interface(), self.call
         self.wanted = workspace(call) if workspace != ffi.NULL else 0
         if self.wanted > MOST_WORKSPACE:
-            raise PluginError(f"{who}: asks for {self.wanted} bytes of workspace")
+            greedy(self.wanted)
         call.workspace_bytes = self.wanted
         if 0 < self.wanted <= FRAME_WORKSPACE and on.type == "cpu":
             self.own = new_scratch(self.wanted, on)

@@ -209,8 +209,11 @@ def header_version() -> tuple[int, int]:
 
 def message(status: Any) -> str:
     """The text of a status as one line; bytes that are no UTF-8 are replaced."""
-    ffi = interface()
-    raw = ffi.buffer(status.message)[:]
+    return one_line(interface().buffer(status.message)[:])
+
+
+def one_line(raw: bytes) -> str:
+    """The text up to the first zero as one line; bytes that are no UTF-8 are replaced."""
     return _line(raw.partition(b"\0")[0].decode("utf-8", "replace"))
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .. import config, dispatch, guard
 from .. import device as _device
+from ..abi.road import why_cffi
 from ..explain import backends, ops
 from ..plugins import Plugin, load, plugins
 from ..plugins import backends as tree_backends
@@ -107,6 +108,7 @@ def _figures(measured: dict[str, _device.Peaks | None], verbose: bool) -> dict[s
             for name, reason in available.items()
         ],
         "ties": _ties(),
+        "c_calls": {"road": "cffi" if why_cffi() else "transom._C", "reason": why_cffi()},
         "cache": {"folder": str(config.cache_folder()), **_cached()},
         "variables": [
             {"name": v.name, "value": v.get(), "set": v.name in os.environ, "meaning": v.meaning}
@@ -227,6 +229,9 @@ def _print(console: Console, found: dict[str, Any], verbose: bool) -> None:
         f"{t['op']} ({t['tier']}): {' before '.join(t['order'])}" for t in found["ties"]
     )
     console.print(Text(f"ties within a tier, decided by name: {ties or 'none'}"))
+    calls = found["c_calls"]
+    reason = f": {calls['reason']}" if calls["reason"] else ""
+    console.print(Text(f"C implementations are called through {calls['road']}{reason}"))
     console.print()
 
     for e in found["quarantined"]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import transom
-from transom.abi import table
+from transom.abi import road, table
 from transom.dispatch import forget_plans
 
 HERE = Path(__file__).resolve().parent
@@ -82,3 +82,13 @@ def gemm():
         return x, torch.randn(3, 5, 8, generator=g).to(dtype), torch.tensor([2, 2, 5])
 
     return make
+
+
+@pytest.fixture(params=["cffi", "extension"])
+def by(request, monkeypatch):
+    """Each road by which a call can go."""
+    if request.param == "cffi":
+        monkeypatch.setattr(road, "_found", lambda: (None, "the test asked for cffi"))
+    elif road.why_cffi() is not None:
+        pytest.skip(road.why_cffi())
+    return request.param

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from email.parser import Parser
@@ -100,6 +103,40 @@ def test_the_library_is_found_and_built_once_for_every_python(tmp_path: Path) ->
     assert not built.name.endswith("-any.whl")
     assert "transom/_native.so" in names(built)
     assert "-py3-none-" in built.name
+
+
+def test_with_the_extension_a_wheel_is_for_one_python(tmp_path: Path) -> None:
+    copy = copy_source(tmp_path / "source")
+    shutil.rmtree(copy / "csrc/cpu")
+    (built,) = build(copy, tmp_path / "dist", "--wheel").glob("*.whl")
+    python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert f"-{python}-" in built.name
+    (name,) = (n for n in names(built) if n.endswith(".so"))
+    assert name.startswith("transom/_C.")
+
+
+def test_an_extension_that_does_not_compile_costs_only_itself(tmp_path: Path) -> None:
+    copy = copy_source(tmp_path / "source")
+    add_library(copy)
+    (copy / "csrc/bind.cpp").write_text("#error broken\n")
+    (built,) = build(copy, tmp_path / "dist", "--wheel").glob("*.whl")
+    assert "-py3-none-" in built.name
+    assert [n for n in names(built) if n.endswith(".so")] == ["transom/_native.so"]
+
+
+def test_the_binaries_need_neither_torch_nor_openmp(wheel: Path, tmp_path: Path) -> None:
+    reader = shutil.which("readelf")
+    if reader is None:
+        pytest.skip("no readelf")
+    with zipfile.ZipFile(wheel) as archive:
+        binaries = [archive.extract(n, tmp_path) for n in names(wheel) if n.endswith(".so")]
+    for binary in binaries:
+        dynamic = subprocess.run([reader, "-dW", binary], capture_output=True, text=True).stdout
+        lines = [line for line in dynamic.splitlines() if "NEEDED" in line]
+        needed = {line.rpartition("[")[2].rstrip("]") for line in lines}
+        assert not [n for n in needed if re.search("torch|c10|omp", n)]
+        symbols = subprocess.run([reader, "-sW", binary], capture_output=True, text=True).stdout
+        assert not [s for s in ("3c10", "2at", "THP", "5torch") if f"_ZN{s}" in symbols]
 
 
 def test_a_library_that_does_not_compile_costs_only_itself(tmp_path: Path) -> None:

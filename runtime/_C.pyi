@@ -1,0 +1,43 @@
+"""csrc/bind.cpp: calls of C implementations without cffi between them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
+
+from torch import Tensor
+
+ABI: Final[tuple[int, int]]
+"""The version of transom_plugin.h that it was compiled with."""
+TENSOR: Final[int]
+WEIGHT: Final[int]
+"""Kinds of a parameter; that of a plain one is its tag."""
+
+def set_up(
+    tensor: type,
+    quantized: type,
+    threads: Callable[[], int],
+    deterministic: Callable[[], bool],
+) -> str | None:
+    """Learn the types and functions that calls use. None, or why this torch's tensors cannot be
+    read."""
+
+def bind(
+    impl: int,
+    op: str,
+    parameters: list[tuple[str, int, bool]],
+    makers_of: Callable[
+        [Sequence[Any]],
+        tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any] | None], ...],
+    ],
+    fail: Callable[[int, int, bytes], NoReturn],
+    greedy: Callable[[int], NoReturn],
+    far: Callable[[Any, int], tuple[int, Tensor | None]],
+    packed: Callable[[int, Any], Tensor | None] | None,
+) -> Callable[..., Any]:
+    """A built-in function that runs the transom_impl at this address.
+
+    parameters  (name, kind, may be None) in declared order
+    makers_of   (arguments) -> for each output the function that makes it, its arguments, keywords
+    fail        (code, status code, text) raises; greedy (bytes of workspace) likewise
+    far         (device, bytes) -> stream, workspace; asked for devices other than the host
+    packed      (place, weight) -> its packed form or None
+    """
