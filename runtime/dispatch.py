@@ -24,8 +24,7 @@ from . import device as _device
 from .abi.frame import described
 from .dtypes import Kind
 from .errors import NotSupported, SlowPath
-from .plugins import load, loading, serves
-from .plugins import names as plugin_names
+from .plugins import backends, load, loading, serves
 from .tune import lookup as measured_choice
 
 if TYPE_CHECKING:
@@ -181,11 +180,11 @@ def able(op: Op[..., Any], facts: Facts) -> list[Impl]:
 def select(op: Op[..., Any], facts: Facts) -> Explanation:
     """The choice for these facts: asked for, else measured, else the best tier that can run."""
     load(op, facts.device)
-    vendors = plugin_names()
+    ours = backends()
     asked = _asked_for(op)
     order = sorted(
         op.impls.values(),
-        key=lambda i: (-TIERS.index(i.tier), i.backend not in vendors, i.name),
+        key=lambda i: (-TIERS.index(i.tier), i.backend in ours, i.name),
     )
     if asked:
         wanted = [i for i in order if asked in (i.name, i.backend)]

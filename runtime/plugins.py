@@ -92,11 +92,6 @@ def plugins() -> dict[str, Plugin]:
     return out
 
 
-def names() -> frozenset[str]:
-    """The names of the plugins that have been loaded."""
-    return frozenset(p.name for p in plugins().values() if p.loaded)
-
-
 def loading() -> str | None:
     """The plugin whose register() is running."""
     return _loading

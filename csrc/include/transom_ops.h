@@ -6,6 +6,7 @@
 #ifndef TRANSOM_OPS_H
 #define TRANSOM_OPS_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -13,6 +14,11 @@ extern "C" {
 #endif
 
 #include "transom_plugin.h"
+
+/* True if the struct that `pointer` was given as holds `field`: ask before you read a field that
+ * came with a later minor than the first one that you support. */
+#define TRANSOM_HAS(pointer, type, field) \
+  ((pointer)->struct_size >= offsetof(type, field) + sizeof((pointer)->field))
 
 #if defined(_WIN32)
 #define TRANSOM_EXPORT __declspec(dllexport)

@@ -11,7 +11,7 @@
  * 1. The major version is part of the function's name. Within it structs only grow: new fields are
  *    appended, and each has a meaning when it is missing. A struct that may grow begins with
  *    struct_size, the writer's sizeof. Read a field only if the struct_size that you were given
- *    covers it. No function becomes required in a minor version. Initialise your tables by field
+ *    covers it (TRANSOM_HAS in transom_ops.h asks). No function becomes required in a minor version. Initialise your tables by field
  *    name: what a later header appends is then zero, which is what missing means.
  * 2. Tensors are borrowed for the duration of the call. The host allocates outputs and workspace; a
  *    plugin frees nothing that it was given and keeps no pointer to it (with a stream: until the

@@ -114,8 +114,8 @@ static const transom_plugin plugin = {
 };
 
 const transom_plugin *transom_plugin_v1(const transom_host *host, transom_status *status) {
-  if (host->struct_size < sizeof(transom_host) || host->abi_major != TRANSOM_ABI_MAJOR) {
-    strcpy(status->message, "this transom speaks another ABI; expected 1.0 or later");
+  if (host->abi_major != TRANSOM_ABI_MAJOR) {
+    strcpy(status->message, "this transom speaks another ABI; expected 1");
     return 0;
   }
   return &plugin;

@@ -24,6 +24,7 @@ from .frame import (
     give_scratch,
     take_scratch,
 )
+from .services import Packed
 
 if TYPE_CHECKING:
     from ..dispatch import Facts
@@ -46,7 +47,11 @@ class CFunction:
         self.op, self.entry, self.library = op, entry, library
         self.__name__ = entry.name
         self._prepared: dict[Any, Run] = {}
-        self._bound: Run | None = None
+        self._bound: dict[bool, Run] = {}
+        services = library.services
+        packs = services is not None and services.packed_bytes and services.pack
+        self.packed = Packed(self, services) if packs else None
+        """Of weights; None where the library packs none."""
 
     def __repr__(self) -> str:
         return f"<{self.op.name} of {self.library.path.name}: {self.entry.name}>"
@@ -72,16 +77,16 @@ class CFunction:
         gradient   the call is differentiated: its weights are about to change
         """
         if road.extension() is None:
-            return self.through_cffi(values)
-        return self.through_extension()
+            return self.through_cffi(values, gradient)
+        return self.through_extension(gradient)
 
-    def through_extension(self) -> Run:
+    def through_extension(self, gradient: bool = False) -> Run:
         """The function that transom._C makes; it serves every signature."""
-        if self._bound is None:
-            self._bound = self._bind()
-        return self._bound
+        if gradient not in self._bound:
+            self._bound[gradient] = self._bind(gradient)
+        return self._bound[gradient]
 
-    def _bind(self) -> Run:
+    def _bind(self, gradient: bool) -> Run:
         op, extension = self.op, road.extension()
         kinds = {"tensor": extension.TENSOR, "weight": extension.WEIGHT}
         parameters = [
@@ -94,8 +99,9 @@ class CFunction:
 
         address = int(table.interface().cast("uintptr_t", self.entry.pointer))
         call: Run = extension.bind(
-            address, op.name, parameters, self._makers_of, fail, self.greedy, self._far, None
-        )
+            address, op.name, parameters, self._makers_of, fail, self.greedy, self._far,
+            self._look(gradient),
+        )  # fmt: skip
         if not op.mutates:
             return call
         written = [op._rank[name] for name in op.mutates]
@@ -112,9 +118,15 @@ class CFunction:
 
     def _far(self, on: torch.device, wanted: int) -> tuple[int, Tensor | None]:
         workspace = torch.empty(wanted, dtype=torch.uint8, device=on) if wanted else None
-        return self._stream(on), workspace
+        return self.stream(on), workspace
 
-    def through_cffi(self, values: Sequence[Any]) -> Run:
+    def _look(self, gradient: bool) -> Callable[[int, Any], Tensor | None] | None:
+        """What a call asks for the packed form of each of its weights."""
+        if self.packed is None:
+            return None
+        return self.packed.forget if gradient else self.packed.form
+
+    def through_cffi(self, values: Sequence[Any], gradient: bool = False) -> Run:
         """The same in Python, for this signature: its structs are built once, in frames."""
         op, impl = self.op, self.entry.pointer
         run, ask = impl.run, impl.workspace
@@ -128,6 +140,8 @@ class CFunction:
         makers = [functools.partial(make, *args, **(more or {})) for make, args, more in made]
         only = makers[0] if len(makers) == 1 else None
         written = [op._rank[name] for name in op.mutates]
+        look = self._look(gradient)
+        weights = self._weights(values) if look else []
         free: list[Frame] = []
 
         def frame_of(values: Sequence[Any]) -> Frame:
@@ -136,6 +150,8 @@ class CFunction:
             outputs: list[Part] = [contiguous(shape, dtype) for shape, dtype in shapes]
             frame = Frame(op, parts, outputs, on.type, on.index or 0, deterministic)
             frame.measure(ask, on, self.greedy)
+            if weights:
+                frame.call.packed = frame.packed
             return frame
 
         def call(*values: Any) -> Any:
@@ -158,6 +174,10 @@ class CFunction:
             for i, name, word in quantised:
                 held.append(part := values[i]._buffers[name])
                 addresses[word] = part.data_ptr()
+            for i, place in weights:
+                form = look(place, values[i])  # type: ignore[misc]
+                frame.forms[place] = 0 if form is None else form.data_ptr()
+                held.append(form)
             for i, place in floats:
                 frame.floats[place] = values[i]
             result: Any
@@ -173,7 +193,7 @@ class CFunction:
                 scratch = take_scratch(frame.wanted, on)
                 frame.call.workspace = scratch[1]
             if far:
-                frame.call.stream = table.interface().cast("void *", self._stream(on))
+                frame.call.stream = table.interface().cast("void *", self.stream(on))
             code = run(frame.call, frame.status)
             if code:
                 self.fail(code, frame.status.code, table.message(frame.status))
@@ -196,9 +216,9 @@ class CFunction:
             raise PluginError(f"{self._text()}: failed with code {status or code}: {text}")
         raise error(f"{self.op.name}: {text}")
 
-    def greedy(self, wanted: int) -> NoReturn:
-        """Refuse a workspace of this many bytes."""
-        raise PluginError(f"{self._text()}: asks for {wanted} bytes of workspace")
+    def greedy(self, wanted: int, what: str = "workspace") -> NoReturn:
+        """Refuse that many bytes."""
+        raise PluginError(f"{self._text()}: asks for {wanted} bytes of {what}")
 
     def refusal(self, facts: Facts) -> str | None:
         """What the library's supports() says against a call of these facts."""
@@ -255,13 +275,29 @@ class CFunction:
             place += 4 if p.role == "weight" else 1
         return plain, quantised, floats, word
 
-    def _stream(self, device: torch.device) -> int:
-        """The current stream's native handle; 0 for devices whose torch names none."""
-        module = getattr(torch, device.type, None)
-        if module is None or not hasattr(module, "current_stream"):
+    def _weights(self, values: Sequence[Any]) -> list[tuple[int, int]]:
+        """(argument, first place) of each weight that is given."""
+        found, place = [], 0
+        for i, (p, value) in enumerate(zip(self.op.parameters, values, strict=True)):
+            if p.role == "weight" and value is not None:
+                found.append((i, place))
+            place += 4 if p.role == "weight" else 1
+        return found
+
+    def stream(self, on: torch.device) -> int:
+        """The current stream's native handle: torch's, else that of the library's service, else
+        0."""
+        if on.type == "cpu":
             return 0
-        stream = module.current_stream(device)
-        return int(getattr(stream, f"{device.type}_stream", 0) or 0)
+        module = getattr(torch, on.type, None)
+        if module is not None and hasattr(module, "current_stream"):
+            handle = getattr(module.current_stream(on), f"{on.type}_stream", None)
+            if handle is not None:
+                return int(handle)
+        services = self.library.services
+        if services is None or not services.stream:
+            return 0
+        return int(table.interface().cast("uintptr_t", services.stream(on.index or 0)))
 
 
 def _device_of(values: Sequence[Any]) -> torch.device:

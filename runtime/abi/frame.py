@@ -49,8 +49,8 @@ class Frame:
     calls has it to himself meanwhile."""
 
     __slots__ = (
-        "addresses", "call", "floats", "keep", "own", "packed", "state", "status", "threads",
-        "wanted",
+        "addresses", "call", "floats", "forms", "keep", "own", "packed", "state", "status",
+        "threads", "wanted",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +80,8 @@ class Frame:
                 place.i = value
         outs = ffi.new("transom_tensor *[]", [c_tensors + i for i in own] or 1)
         self.packed = ffi.new("void *[]", len(places) or 1)
+        """What call.packed may point to."""
+        self.forms = memoryview(ffi.buffer(self.packed)).cast("B").cast("Q")
         self.call = call = ffi.new("transom_call *")
         call.struct_size = ffi.sizeof("transom_call")
         call.n_args, call.args = len(places), c_args
@@ -153,12 +155,11 @@ def _tensors(tensors: Sequence[Part], device: str, index: int) -> tuple[Any, lis
     return c_tensors, [c_tensors, c_numbers]
 
 
-def weight_values(value: Tensor | QuantizedWeight, index: int) -> tuple[Any, list[Any]]:
-    """The four places of one weight, with addresses, and what must live as long as they."""
+def weight_values(parts: Parts, on: torch.device) -> tuple[Any, list[Any]]:
+    """The four places of one weight, and what must live as long as they."""
     ffi = table.interface()
-    parts = addressed(value)
     tensors = [part for part in parts if isinstance(part, tuple)]
-    c_tensors, keep = _tensors(tensors, value.device.type, index)
+    c_tensors, keep = _tensors(tensors, on.type, on.index or 0)
     places = ffi.new("transom_value[4]")
     at = 0
     for place, part in zip(places, parts, strict=False):

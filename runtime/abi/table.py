@@ -23,9 +23,10 @@ from ..requires import Requirement, device
 if TYPE_CHECKING:
     from ..dispatch import Facts
     from ..op import Op
+    from .services import Services
 
-FIRST_SIZE = {"transom_plugin": 48, "transom_impl": 64}
-"""Bytes of each struct in ABI 1.0: the least that a library of this major version can have."""
+FIRST_SIZE = {"transom_plugin": 48, "transom_impl": 64, "transom_services": 64}
+"""Bytes of each struct in the minor version that brought it: the least that a library can have."""
 MOST_IMPLS = 4096
 """More entries than this are taken for a damaged table."""
 LONGEST = 256
@@ -96,6 +97,8 @@ class Library:
     abi: tuple[int, int]
     entries: tuple[Entry, ...]
     handle: Any = field(repr=False)
+    services: Any = field(default=None, repr=False)
+    """The transom_services in C, or None."""
     registered: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def register(self, entry: Entry, backend: str | None = None) -> str | None:
@@ -157,6 +160,14 @@ class CPlugin:
             reason = self.library.register(entry)
             if reason is not None:
                 self.refused[f"{entry.op}/{entry.name}"] = reason
+
+    @property
+    def services(self) -> Services | None:
+        """What the library does for its device beside computing; None for nothing."""
+        from .services import Services
+
+        lib = self.library
+        return None if lib.services is None else Services(lib.vendor, lib.services)
 
     def __repr__(self) -> str:
         lib = self.library
@@ -242,7 +253,18 @@ def _checked(where: Path, handle: Any, table: Any) -> Library:
     if table.n_impls and table.impls == ffi.NULL:
         raise PluginError(f"{at}: impls is NULL; expected {table.n_impls} implementations")
     entries = tuple(_entry(at, i, table.impls[i]) for i in range(table.n_impls))
-    return Library(where, vendor, version, device_type, (major, minor), entries, handle)
+    services = _services(at, table)
+    return Library(where, vendor, version, device_type, (major, minor), entries, handle, services)
+
+
+def _services(at: str, table: Any) -> Any:
+    """The library's services, or None: of an older header, or it has none."""
+    ffi = interface()
+    end = ffi.offsetof("transom_plugin", "services") + ffi.sizeof("void *")
+    if table.struct_size < end or table.services == ffi.NULL:
+        return None
+    _size(at, "transom_services", table.services.struct_size)
+    return table.services
 
 
 def _entry(at: str, i: int, impl: Any) -> Entry:

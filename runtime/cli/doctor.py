@@ -17,7 +17,6 @@ from ..abi.road import why_cffi
 from ..explain import backends, ops
 from ..plugins import Plugin, load, plugins
 from ..plugins import backends as tree_backends
-from ..plugins import names as loaded_plugins
 from . import machine, units
 from .console import out, table, write_json
 
@@ -150,7 +149,7 @@ def _ties() -> list[dict[str, Any]]:
     for op in ops().values():
         order = sorted(
             (i for i in op.impls.values() if i.tier in ("portable", "tuned") and not i.unavailable),
-            key=lambda i: (i.tier, i.backend not in loaded_plugins(), i.name),
+            key=lambda i: (i.tier, i.backend in tree_backends(), i.name),
         )
         for tier, members in groupby(order, key=lambda i: i.tier):
             names = [i.name for i in members]

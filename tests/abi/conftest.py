@@ -56,12 +56,12 @@ def build(tmp_path):
 @pytest.fixture(autouse=True)
 def restored():
     """What a test registers is taken away again."""
-    before = {op: dict(op.impls) for op in transom.ops().values()}
     yield
-    for op, impls in before.items():
-        op.impls.clear()
-        op.impls.update(impls)
-    table._open.clear()
+    for library in table._open.values():
+        for op, name in library.registered if library.path.name != "_native.so" else ():
+            del transom.ops()[op].impls[name]
+    for path in [path for path in table._open if path.name != "_native.so"]:
+        del table._open[path]
     forget_plans()
 
 

@@ -30,6 +30,15 @@ static int32_t run(const transom_call *call, transom_status *status) {
   }
   for (int m = 0; m < 6; m++)
     for (int n = 0; n < 5; n++) y[m * 5 + n] = (kept[n] + x[n]) / 2;
+#elif defined(PLACES)
+  const transom_value *weight = call->args + PLACES;
+  (void)status;
+  for (int i = 0; i < 4; i++) {
+    const int whole = weight[i].tag == TRANSOM_VALUE_TENSOR;
+    y[2 * i] = (float)(whole ? 100 * weight[i].tensor->dtype_code + weight[i].tensor->dtype_bits
+                             : weight[i].tag);
+    y[2 * i + 1] = (float)(whole ? weight[i].tensor->shape[2] : (int64_t)weight[i].count);
+  }
 #elif defined(FLOAT)
   (void)status;
   y[0] = (float)call->args[FLOAT].f;

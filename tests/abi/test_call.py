@@ -137,7 +137,7 @@ def test_a_call_within_a_call_shares_nothing(build, gemm, by):
     else:
         run(ones, w, offsets)
         function._makers_of = lambda values: ((call_within, (), None),)
-        y = function._bind()(ones, w, offsets)
+        y = function._bind(False)(ones, w, offsets)
     assert torch.equal(y, ones[:, :5]) and torch.equal(inner[0], twos[:, :5])
 
 
@@ -165,3 +165,46 @@ def test_what_a_call_writes_to_is_marked_as_written(build):
         transom.hashed_embedding(tokens, table, out=out, **numbers)
     assert out.flatten()[1] == 72
     assert out._version == before + 1
+
+
+QUANTISED = {
+    "plain": [232, 128, 0, 0, 0, 0, 0, 0],
+    "int8": [8, 128, 232, 1, 0, 0, 5, 8],  # int8 codes, float32 scales, no zeros, "int8:1x0"
+    "int4": [108, 64, 232, 1, 108, 1, 5, 10],
+    "mxfp4": [108, 64, 108, 4, 0, 0, 5, 10],
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_weight_takes_four_places(build, kind):
+    transom.CPlugin(build("PLACES=TRANSOM_GROUPED_GEMM_WEIGHT", file="tells.c"))
+    w = torch.randn(3, 5, 128)
+    w = w if kind == "plain" else transom.quantize(w, kind)
+    with transom.use(grouped_gemm="tells"):
+        y = transom.grouped_gemm(torch.randn(6, 128), w, torch.tensor([2, 2, 5]))
+    assert y.flatten()[:8].tolist() == QUANTISED[kind]
+
+
+def test_an_absurd_workspace_is_an_error_of_the_plugin(build, gemm):
+    transom.CPlugin(build("BYTES=(UINT64_C(1)<<41)", file="tells.c"))
+    with transom.use(grouped_gemm="tells"):
+        with pytest.raises(transom.PluginError, match="asks for 2199023255552 bytes of workspace"):
+            transom.grouped_gemm(*gemm())
+
+
+@pytest.mark.parametrize("T", [0, 1])
+def test_quantised_and_optional_and_many_arguments_arrive(build, by, T):
+    """By both roads the native kernels compute the same bits: they share one call."""
+    if transom.backends()["native"] is not None:
+        pytest.skip(transom.backends()["native"])
+    g = torch.Generator().manual_seed(5)
+    x, ids = torch.randn(T, 32, generator=g), torch.randint(0, 4, (T, 2), generator=g)
+    weights = torch.rand(T, 2, generator=g)
+    gate_up, down = torch.randn(4, 64, 32, generator=g), torch.randn(4, 32, 32, generator=g)
+    args = dict(gate_up_bias=torch.randn(4, 64, generator=g), limit=7.0)
+    with transom.use(moe_experts="composite"):
+        want = transom.moe_experts(x, ids, weights, gate_up, down, **args)
+    with transom.use(moe_experts="native"), transom.record() as calls:
+        got = transom.moe_experts(x, ids, weights, gate_up, down, **args)
+    assert calls[0].impl == "native"
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
