@@ -72,6 +72,9 @@ static int32_t run(const transom_call *call, transom_status *status) {
       y[m * N + n] = sum;
     }
   }
+#ifdef TOY_OVERRUNS
+  y[M * N] = 0;
+#endif
 #ifdef TOY_FAILS
   status->code = TOY_FAILS;
   strcpy(status->message, "the toy is broken; expected a whole one");

@@ -114,7 +114,7 @@ class CFunction:
 
     def _makers_of(self, values: Sequence[Any]) -> tuple[Maker, ...]:
         on = _device_of(values)
-        return tuple(_maker(shape, dtype, on) for shape, dtype in self._outputs_of(values))
+        return tuple(self.maker(shape, dtype, on) for shape, dtype in self._outputs_of(values))
 
     def _far(self, on: torch.device, wanted: int) -> tuple[int, Tensor | None]:
         workspace = torch.empty(wanted, dtype=torch.uint8, device=on) if wanted else None
@@ -136,7 +136,7 @@ class CFunction:
         far = on.type != "cpu"
         shapes = self._outputs_of(values)
         plain, quantised, floats, count = self._addresses(values)
-        made = [_maker(shape, dtype, on) for shape, dtype in shapes]
+        made = [self.maker(shape, dtype, on) for shape, dtype in shapes]
         makers = [functools.partial(make, *args, **(more or {})) for make, args, more in made]
         only = makers[0] if len(makers) == 1 else None
         written = [op._rank[name] for name in op.mutates]
@@ -284,6 +284,16 @@ class CFunction:
             place += 4 if p.role == "weight" else 1
         return found
 
+    def maker(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> Maker:
+        """What makes an output: the same empty tensor each time. On the host from a prototype
+        without memory: empty_like() has no arguments to parse and takes half the time of empty().
+        The kit overrides it, to put guards around outputs."""
+        if on.type != "cpu":
+            return torch.empty, (shape,), {"dtype": dtype, "device": on}
+        prototype = torch.empty(shape, dtype=dtype)
+        prototype.untyped_storage().resize_(0)
+        return torch.empty_like, (prototype,), None
+
     def stream(self, on: torch.device) -> int:
         """The current stream's native handle: torch's, else that of the library's service, else
         0."""
@@ -302,13 +312,3 @@ class CFunction:
 
 def _device_of(values: Sequence[Any]) -> torch.device:
     return next(v.device for v in values if isinstance(v, (Tensor, QuantizedWeight)))
-
-
-def _maker(shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> Maker:
-    """What makes the same empty tensor each time. On the host from a prototype without memory:
-    empty_like() has no arguments to parse and takes half the time of empty()."""
-    if on.type != "cpu":
-        return torch.empty, (shape,), {"dtype": dtype, "device": on}
-    prototype = torch.empty(shape, dtype=dtype)
-    prototype.untyped_storage().resize_(0)
-    return torch.empty_like, (prototype,), None
