@@ -1,0 +1,1 @@
+"""Engram in C++: hash, row gather, gate and short convolution."""
