@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .kernels.attention.sparse_attention import sparse_attention
     from .kernels.engram.engram_gate import engram_gate
     from .kernels.engram.hashed_embedding import hashed_embedding
+    from .kernels.engram.hashed_embedding_pooled import hashed_embedding_pooled
     from .kernels.engram.ngram_hash import ngram_hash
     from .kernels.engram.short_conv import short_conv
     from .kernels.mhc.mhc_head import mhc_head
@@ -95,7 +96,7 @@ __all__ = [
     "CPlugin", "Call", "Explanation", "Facts", "Impl", "NotSupported", "Op", "PluginError",
     "QuantizedWeight", "SlowPath", "Weight", "backends", "block_sparse_attention",
     "compress_kv", "declare", "dtypes", "engram_gate", "errors", "explain", "grouped_gemm",
-    "hashed_embedding", "lightning_indexer", "mhc_head", "mhc_post", "mhc_pre", "moe_experts",
-    "ngram_hash", "ops", "patch", "plugins", "quantize", "record", "requires", "route",
-    "short_conv", "sinkhorn", "sparse_attention", "tune", "unpatch", "use",
+    "hashed_embedding", "hashed_embedding_pooled", "lightning_indexer", "mhc_head", "mhc_post",
+    "mhc_pre", "moe_experts", "ngram_hash", "ops", "patch", "plugins", "quantize", "record",
+    "requires", "route", "short_conv", "sinkhorn", "sparse_attention", "tune", "unpatch", "use",
 ]  # fmt: skip

@@ -302,6 +302,30 @@ enum {
   TRANSOM_HASHED_EMBEDDING_OUT_N_ARGS
 };
 
+/* hashed_embedding_pooled(Tensor tokens, Weight table, Tensor? table_scales, Tensor?
+ * table_zeros, str? table_spec, Tensor multipliers, Tensor moduli, Tensor offsets, int pad,
+ * Tensor? lookback, Tensor? blocked, int[] shard, bool mean); tokens[B,S], table[V,d],
+ * multipliers[n], moduli[n-1,h], offsets[(n-1)*h], lookback?[B,n-1], blocked?[B,S] -> y[B,S,d];
+ * tokens: index; multipliers: i64; moduli: index; offsets: index; lookback: index; blocked:
+ * bool; table: float | quant; y: table */
+#define TRANSOM_HASHED_EMBEDDING_POOLED_HASH UINT64_C(0xa090f451e3bf2418)
+enum {
+  TRANSOM_HASHED_EMBEDDING_POOLED_TOKENS,
+  TRANSOM_HASHED_EMBEDDING_POOLED_TABLE,
+  TRANSOM_HASHED_EMBEDDING_POOLED_TABLE_SCALES,
+  TRANSOM_HASHED_EMBEDDING_POOLED_TABLE_ZEROS,
+  TRANSOM_HASHED_EMBEDDING_POOLED_TABLE_SPEC,
+  TRANSOM_HASHED_EMBEDDING_POOLED_MULTIPLIERS,
+  TRANSOM_HASHED_EMBEDDING_POOLED_MODULI,
+  TRANSOM_HASHED_EMBEDDING_POOLED_OFFSETS,
+  TRANSOM_HASHED_EMBEDDING_POOLED_PAD,
+  TRANSOM_HASHED_EMBEDDING_POOLED_LOOKBACK,
+  TRANSOM_HASHED_EMBEDDING_POOLED_BLOCKED,
+  TRANSOM_HASHED_EMBEDDING_POOLED_SHARD,
+  TRANSOM_HASHED_EMBEDDING_POOLED_MEAN,
+  TRANSOM_HASHED_EMBEDDING_POOLED_N_ARGS
+};
+
 /* hashed_embedding_row_gradient(Tensor dy, Tensor tokens, Tensor multipliers, Tensor moduli,
  * Tensor offsets, int pad, int rows, Tensor? lookback, Tensor? blocked, int[] shard);
  * dy[B,S,(n-1)*h,d], tokens[B,S], multipliers[n], moduli[n-1,h], offsets[(n-1)*h],

@@ -21,11 +21,11 @@ from .ngram_hash import (
     whole_lookback,
 )
 
-_HASHED = "multipliers[n], moduli[n-1,h], offsets[(n-1)*h], lookback?[B,n-1], blocked?[B,S]"
-_HASHED_DTYPES = (
+HASHED = "multipliers[n], moduli[n-1,h], offsets[(n-1)*h], lookback?[B,n-1], blocked?[B,S]"
+HASHED_DTYPES = (
     "tokens: index; multipliers: i64; moduli: index; offsets: index; lookback: index; blocked: bool"
 )
-_EXAMPLES = [
+EXAMPLES = [
     dict(B=2, S=5, n=3, h=2, V=200, d=4, pad=2),
     dict(B=1, S=4096, n=3, h=8, V=2**20, d=64, pad=2),
     dict(B=1, S=4096, n=4, h=8, V=2**20, d=256, pad=2),
@@ -34,12 +34,12 @@ _EXAMPLES = [
 
 
 @op(
-    f"tokens[B,S], table[V,d], {_HASHED} -> y[B,S,(n-1)*h*d]",
-    dtypes=f"{_HASHED_DTYPES}; table: float | quant; y: table",
+    f"tokens[B,S], table[V,d], {HASHED} -> y[B,S,(n-1)*h*d]",
+    dtypes=f"{HASHED_DTYPES}; table: float | quant; y: table",
     flops="B*S*(2*n + (n-1)*h)",
     bytes="B*S*(n-1)*h*d*size.table*2 + B*S*size.tokens",
     batch="B",
-    examples=_EXAMPLES,
+    examples=EXAMPLES,
 )
 def hashed_embedding(
     tokens: Tensor,
@@ -101,15 +101,7 @@ def _(
     *Source:* Engram, arXiv 2601.07372, section 3.
     """
     lookback = whole_lookback("hashed_embedding", lookback, multipliers)
-    if shard is None:
-        part: tuple[int, ...] = ()
-    else:
-        part = (int(shard[0]), int(shard[1]))
-        if part[0] < 0 or part[1] != table.shape[0]:
-            raise ValueError(
-                f"hashed_embedding: shard is {part}, table has {table.shape[0]} rows;"
-                " expected (first row >= 0, row count of the table)"
-            )
+    part = shard_of("hashed_embedding", shard, table)
     hashed = dict(
         multipliers=multipliers,
         moduli=moduli,
@@ -134,13 +126,26 @@ def _(
     return call(tokens, table, **hashed)
 
 
+def shard_of(name: str, shard: tuple[int, int] | None, table: Weight) -> tuple[int, ...]:
+    """`shard` as the operators that look up declare it; () is the whole table."""
+    if shard is None:
+        return ()
+    part = (int(shard[0]), int(shard[1]))
+    if part[0] < 0 or part[1] != table.shape[0]:
+        raise ValueError(
+            f"{name}: shard is {part}, table has {table.shape[0]} rows;"
+            " expected (first row >= 0, row count of the table)"
+        )
+    return part
+
+
 @op(
-    f"tokens[B,S], table[V,d], out[B,S,(n-1)*h*d], {_HASHED} -> ",
-    dtypes=f"{_HASHED_DTYPES}; table: float | quant; out: float",
+    f"tokens[B,S], table[V,d], out[B,S,(n-1)*h*d], {HASHED} -> ",
+    dtypes=f"{HASHED_DTYPES}; table: float | quant; out: float",
     flops="B*S*(2*n + (n-1)*h)",
     bytes="B*S*(n-1)*h*d*size.out*2 + B*S*size.tokens",
     mutates="out",
-    examples=_EXAMPLES,
+    examples=EXAMPLES,
 )
 def hashed_embedding_out(
     tokens: Tensor,
@@ -191,12 +196,12 @@ def _gather_into(
 
 
 @op(
-    f"dy[B,S,(n-1)*h,d], tokens[B,S], {_HASHED} -> dtable[rows,d]",
-    dtypes=f"{_HASHED_DTYPES}; dy: float; dtable: dy",
+    f"dy[B,S,(n-1)*h,d], tokens[B,S], {HASHED} -> dtable[rows,d]",
+    dtypes=f"{HASHED_DTYPES}; dy: float; dtable: dy",
     flops="B*S*(n-1)*h*d",
     bytes="B*S*(n-1)*h*d*size.dy + rows*d*size.dy",
     accumulate="B*S",
-    examples=[{**{k: v for k, v in e.items() if k != "V"}, "rows": e["V"]} for e in _EXAMPLES],
+    examples=[{**{k: v for k, v in e.items() if k != "V"}, "rows": e["V"]} for e in EXAMPLES],
 )
 def hashed_embedding_backward(
     dy: Tensor,
@@ -223,17 +228,17 @@ def hashed_embedding_backward(
     unique, place = torch.unique(ids, return_inverse=True)
     dtable = dy.new_zeros((rows, dy.shape[-1]))
     used = int((unique < rows).sum())
-    for columns, sums in _row_sums(dy.reshape(ids.shape[0], dy.shape[-1]), place, unique.shape[0]):
+    for columns, sums in _row_sums(dy, place, unique.shape[0]):
         dtable[unique[:used], columns] = sums[:used].to(dy.dtype)
     return dtable
 
 
 @op(
-    f"dy[B,S,(n-1)*h,d], tokens[B,S], {_HASHED} -> ids[B*S*(n-1)*h], gradients[B*S*(n-1)*h,d]",
-    dtypes=f"{_HASHED_DTYPES}; dy: float; ids: i64; gradients: dy",
+    f"dy[B,S,(n-1)*h,d], tokens[B,S], {HASHED} -> ids[B*S*(n-1)*h], gradients[B*S*(n-1)*h,d]",
+    dtypes=f"{HASHED_DTYPES}; dy: float; ids: i64; gradients: dy",
     flops="B*S*(n-1)*h*d",
     accumulate="B*S",
-    examples=[{**{k: v for k, v in e.items() if k != "V"}, "rows": e["V"]} for e in _EXAMPLES],
+    examples=[{**{k: v for k, v in e.items() if k != "V"}, "rows": e["V"]} for e in EXAMPLES],
 )
 def hashed_embedding_row_gradient(
     dy: Tensor,
@@ -262,7 +267,7 @@ def hashed_embedding_row_gradient(
     packed = torch.full_like(ids, -1)
     packed[:used] = unique[:used]
     gradients = dy.new_zeros((ids.shape[0], dy.shape[-1]))
-    for columns, sums in _row_sums(dy.reshape(ids.shape[0], dy.shape[-1]), place, unique.shape[0]):
+    for columns, sums in _row_sums(dy, place, unique.shape[0]):
         gradients[:used, columns] = sums[:used].to(dy.dtype)
     return packed, gradients
 
@@ -289,19 +294,22 @@ def _table_rows(
     return ids.flatten()
 
 
-def _row_sums(values: Tensor, place: Tensor, count: int):
-    """Yields (column slice, sums [count,w]) with sums[place[i]] += values[i], in order of i."""
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+def _row_sums(dy: Tensor, place: Tensor, count: int):
+    """Yields (column slice, sums [count,w]): sums[place[i]] += the i-th row of dy [B,S,c,d], in
+    order of i."""
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     budget = config.workspace_bytes() // 2
-    d = values.shape[1]
+    each, d = dy.shape[2:]
+    # Blocks of whole tokens: a gradient that is expanded over the columns is never copied whole.
+    rows = dy.flatten(0, 1)
     width = max(1, min(d, budget // (max(1, count) * wide.itemsize)))
-    height = max(1, budget // (width * wide.itemsize))
+    height = max(1, budget // (max(1, each) * width * wide.itemsize))
     for start in range(0, d, width):
         columns = slice(start, min(start + width, d))
-        sums = torch.zeros((count, columns.stop - start), dtype=wide, device=values.device)
-        for i in range(0, values.shape[0], height):
-            part = slice(i, i + height)
-            add_rows(sums, place[part], values[part, columns].to(wide))
+        sums = torch.zeros((count, columns.stop - start), dtype=wide, device=dy.device)
+        for i in range(0, rows.shape[0], height):
+            values = rows[i : i + height, :, columns].to(wide).flatten(0, 1)
+            add_rows(sums, place[i * each : i * each + values.shape[0]], values)
         yield columns, sums
 
 
@@ -416,22 +424,24 @@ def _(dy, tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, sh
     return ids, gradients
 
 
-def _rules(n: int, pad: int, shard: tuple[int, ...]) -> str | None:
+def lookup_rules(n: int, pad: int, shard: tuple[int, ...]) -> str | None:
+    """The rules on the arguments of a lookup, shared by the operators that look up."""
     if len(shard) not in (0, 2) or any(entry < 0 for entry in shard):
         return f"shard is {tuple(shard)}; expected () or (first row, row count), both >= 0"
     return hash_rules(n, pad)
 
 
-def _row_rules(moduli: Tensor, offsets: Tensor, rows: int, shard: tuple[int, ...]) -> str | None:
+def row_rules(moduli: Tensor, offsets: Tensor, V: int, shard: tuple[int, ...]) -> str | None:
+    """The rules on the values of a lookup's moduli and offsets in a table of V rows."""
     if (text := modulus_rules(moduli, offsets)) is not None:
         return text
     # A shard need not hold every row; the whole table must.
-    if not shard and (last := last_row(moduli, offsets)) >= rows:
-        return f"offsets + moduli give rows up to {last}; table has {rows} rows"
+    if not shard and (last := last_row(moduli, offsets)) >= V:
+        return f"offsets + moduli give rows up to {last}; table has {V} rows"
     return None
 
 
-def _sample(rng: np.random.Generator, dims: dict) -> dict:
+def sample_lookup(rng: np.random.Generator, dims: dict) -> dict:
     """As for a hash, with moduli that share out the rows of the table."""
     drawn = sample_hash(rng, dims)
     columns = (dims["n"] - 1) * dims["h"]
@@ -443,10 +453,10 @@ def _sample(rng: np.random.Generator, dims: dict) -> dict:
 
 
 for _op in (hashed_embedding, hashed_embedding_out):
-    _op.check(lambda n, pad, shard: _rules(n, pad, shard))
-    _op.check_values(lambda moduli, offsets, V, shard: _row_rules(moduli, offsets, V, shard))
-    _op.sample(_sample)
+    _op.check(lookup_rules)
+    _op.check_values(row_rules)
+    _op.sample(sample_lookup)
 for _op in (hashed_embedding_backward, hashed_embedding_row_gradient):
-    _op.check(lambda n, pad, shard: _rules(n, pad, shard))
-    _op.check_values(lambda moduli, offsets, rows, shard: _row_rules(moduli, offsets, rows, shard))
-    _op.sample(_sample)
+    _op.check(lookup_rules)
+    _op.check_values(lambda moduli, offsets, rows, shard: row_rules(moduli, offsets, rows, shard))
+    _op.sample(sample_lookup)
