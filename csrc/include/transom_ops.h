@@ -584,6 +584,15 @@ enum {
   TRANSOM_NGRAM_HASH_N_ARGS
 };
 
+/* pack_cache_rows(Tensor kv, int row_bytes); kv[B,N,D] -> rows[B,N,row_bytes]; kv: float; rows:
+ * u8 */
+#define TRANSOM_PACK_CACHE_ROWS_HASH UINT64_C(0xdc993377af8f46ac)
+enum {
+  TRANSOM_PACK_CACHE_ROWS_KV,
+  TRANSOM_PACK_CACHE_ROWS_ROW_BYTES,
+  TRANSOM_PACK_CACHE_ROWS_N_ARGS
+};
+
 /* quantize_fp8(Tensor weight, int rows, int columns); weight[*B,N,K] -> values[*B,N,K],
  * scales[*B,(N+rows-1)//rows if rows>0 else 0,(K+columns-1)//columns if columns>0 else 0];
  * weight: float; values: u8; scales: f32 */
@@ -757,6 +766,33 @@ enum {
   TRANSOM_SPARSE_ATTENTION_BACKWARD_WINDOW,
   TRANSOM_SPARSE_ATTENTION_BACKWARD_SCALE,
   TRANSOM_SPARSE_ATTENTION_BACKWARD_N_ARGS
+};
+
+/* sparse_attention_rows(Tensor q, Tensor rows, Tensor? indices, Tensor? visible, Tensor?
+ * local_kv, int window, Tensor? sink, float scale, int v_dim, Tensor? local_valid);
+ * q[B,S,H,512], rows[B,N,R], indices?[B,S,L], visible?[B,S], local_kv?[B,M,512], sink?[H],
+ * local_valid?[B,M] -> o[B,S,H,v_dim], lse[B,S,H]; q: float; rows: u8; indices: index; visible:
+ * index; local_kv: q; sink: q | f32; local_valid: bool; o: q; lse: acc(q) */
+#define TRANSOM_SPARSE_ATTENTION_ROWS_HASH UINT64_C(0xbe04f8e9d5f3770e)
+enum {
+  TRANSOM_SPARSE_ATTENTION_ROWS_Q,
+  TRANSOM_SPARSE_ATTENTION_ROWS_ROWS,
+  TRANSOM_SPARSE_ATTENTION_ROWS_INDICES,
+  TRANSOM_SPARSE_ATTENTION_ROWS_VISIBLE,
+  TRANSOM_SPARSE_ATTENTION_ROWS_LOCAL_KV,
+  TRANSOM_SPARSE_ATTENTION_ROWS_WINDOW,
+  TRANSOM_SPARSE_ATTENTION_ROWS_SINK,
+  TRANSOM_SPARSE_ATTENTION_ROWS_SCALE,
+  TRANSOM_SPARSE_ATTENTION_ROWS_V_DIM,
+  TRANSOM_SPARSE_ATTENTION_ROWS_LOCAL_VALID,
+  TRANSOM_SPARSE_ATTENTION_ROWS_N_ARGS
+};
+
+/* unpack_cache_rows(Tensor rows); rows[B,N,R] -> kv[B,N,512]; rows: u8; kv: f32 */
+#define TRANSOM_UNPACK_CACHE_ROWS_HASH UINT64_C(0xc1a5b91309ebb197)
+enum {
+  TRANSOM_UNPACK_CACHE_ROWS_ROWS,
+  TRANSOM_UNPACK_CACHE_ROWS_N_ARGS
 };
 
 #endif /* TRANSOM_OPS_H */

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +71,29 @@ def sparse_attention(
     and `v_dim` are given and the lse is always returned. Temporaries stay within the workspace:
     queries are taken in blocks, keys in tiles, with an online softmax over the tiles.
     """
+    return forward(
+        q, kv, indices, visible, local_kv, window, sink, scale, v_dim, local_valid, _convert
+    )
+
+
+def _convert(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    return keys.to(dtype)
+
+
+def forward(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None,
+    visible: Tensor | None,
+    local_kv: Tensor | None,
+    window: int,
+    sink: Tensor | None,
+    scale: float,
+    v_dim: int,
+    local_valid: Tensor | None,
+    read: Callable[[Tensor, torch.dtype], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The composite; `read` makes numbers of the rows of kv that a tile has loaded."""
     batch, queries, heads, _ = q.shape
     dtype = accumulator(q.dtype)
     o = q.new_empty((batch, queries, heads, v_dim))
@@ -80,7 +103,9 @@ def sparse_attention(
     for rows in plan.blocks():
         x = q[rows].to(dtype) * scale
         softmax = OnlineSoftmax(x.shape[:-1], v_dim, x)
-        for tile in _tiles(plan, rows, kv, indices, visible, local_kv, local_valid, window, dtype):
+        for tile in _tiles(
+            plan, rows, kv, indices, visible, local_kv, local_valid, window, dtype, read
+        ):
             logits = products(x, tile.keys).masked_fill_(~tile.seen, -torch.inf)
             softmax.add(mixtures(softmax.weights(logits), tile.clean[..., :v_dim]))
         o[rows], lse[rows] = softmax.finish(sinks)
@@ -154,6 +179,7 @@ def _tiles(
     local_valid: Tensor | None,
     window: int,
     dtype: torch.dtype,
+    read: Callable[[Tensor, torch.dtype], Tensor] = _convert,
 ) -> Iterator[_Tile]:
     """The tiles of one block of queries: entries first, then local tokens."""
     batches, queries = rows
@@ -164,15 +190,15 @@ def _tiles(
         for i in range(0, indices.shape[2] if total else 0, plan.keys):
             index = indices[batches, queries, i : i + plan.keys].long()
             seen = (index >= 0) & (index < (total if bound is None else bound.clamp(max=total)))
-            keys = kv[in_batch, index.clamp(0, total - 1)]
+            keys = read(kv[in_batch, index.clamp(0, total - 1)], dtype)
             # Selected, not multiplied: a clamped index may have loaded a row of NaN.
-            keys = keys.masked_fill_(~seen[..., None], 0).to(dtype)
+            keys = keys.masked_fill_(~seen[..., None], 0)
             place = torch.where(seen, in_batch * total + index, -1)
             yield _Tile(keys, keys, seen.unsqueeze(2), False, place)
     else:
         for i in range(0, total, plan.keys):
             place = slice(i, min(i + plan.keys, total))
-            keys = kv[batches, place].to(dtype)
+            keys = read(kv[batches, place], dtype)
             seen = torch.arange(place.start, place.stop, device=kv.device)[None, None, None]
             seen = seen >= 0 if bound is None else seen < bound.unsqueeze(-1)
             yield _Tile(keys, finite(keys), seen, False, place)
@@ -299,7 +325,9 @@ def _(
     that covers a token of the window, or that is named twice, counts each time.
 
     q            [B,S,H,D].
-    kv           [B,N,D]: entries, keys and values at once; N may be 0.
+    kv           [B,N,D]: entries, keys and values at once; N may be 0. Or [B,N,584] and [B,N,288],
+                 uint8: rows as `pack_cache_rows` makes them of D = 512, read by the operator
+                 sparse_attention_rows, which has no gradient.
     indices      [B,S,L], int32 or int64: the entries that each query sees; any value < 0 or >= N
                  stands for none. None: every entry.
     visible      [B,S], int32 or int64: query s sees only entries j < visible[b,s], selected or not.
@@ -322,6 +350,10 @@ def _(
     *Source:* DeepSeek-V3.2 and V4 (arXiv:2606.19348) attention; output conventions of FlashMLA,
     with lse = -inf.
     """
+    if kv.dtype == torch.uint8:
+        from .sparse_attention_rows import sparse_attention_rows
+
+        call = sparse_attention_rows.call
     o, lse = call(
         q,
         kv,
@@ -338,7 +370,9 @@ def _(
 
 
 @sparse_attention.check
-def _(given: set[str], window: int, v_dim: int, D: int, S: int, M: int | None = None) -> str | None:
+def attention_check(
+    given: set[str], window: int, v_dim: int, D: int, S: int, M: int | None = None
+) -> str | None:
     if not 0 <= v_dim <= D:
         return f"v_dim is {v_dim}; must be in 0..D = {D}"
     if "local_kv" not in given:
@@ -416,7 +450,7 @@ def _seen_rows(
 
 
 @sparse_attention.reference
-def _reference(
+def attention_reference(
     q: np.ndarray,
     kv: np.ndarray,
     indices: np.ndarray | None,
@@ -486,7 +520,7 @@ def _(
 
 
 @sparse_attention.sample
-def _sample(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
+def attention_sample(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
     B, S, N = dims["B"], dims["S"], dims["N"]
     out: dict[str, Any] = {"visible": rng.integers(0, N + 1, (B, S))}
     if "L" in dims:
@@ -502,7 +536,7 @@ def _sample(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
 @sparse_attention_backward.sample
 def _(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
     B, S, H, D, N, M = (dims[name] for name in "BSHDNM")
-    out = _sample(rng, dims)
+    out = attention_sample(rng, dims)
     out.update(
         q=rng.standard_normal((B, S, H, D)),
         kv=rng.standard_normal((B, N, D)),
@@ -514,7 +548,7 @@ def _(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
     forward = {name: out.get(name) for name in ("q", "kv", "indices", "visible", "local_kv")}
     rest = {name: dims[name] for name in ("window", "scale", "v_dim")}
     # The weights are exp(logits - lse), so the lse must belong to the logits.
-    out["o"], out["lse"] = _reference(
+    out["o"], out["lse"] = attention_reference(
         **forward, **rest, sink=out["sink"], local_valid=out.get("local_valid")
     )
     return out

@@ -7,6 +7,7 @@
  * outside its range of the tile: there are no masks. Internal linkage, as in vector.h. */
 #pragma once
 
+#include "_cache_rows.h"
 #include "_softmax.h"
 
 namespace transom::TRANSOM_LEVEL {
@@ -25,27 +26,33 @@ inline int64_t tile_stride(int64_t width) { return up_to(width, kPanel) + 16; }
 struct Soon {
   static constexpr int64_t kMost = 3 * kKeys;
   const char *rows[kMost];
-  int64_t bytes, count, done;
+  int32_t bytes[kMost];
+  int64_t count = 0, done = 0;
 
-  /* The rows that a later add() names are of this tensor's dtype and last dim, too. */
-  explicit Soon(const transom_tensor *t)
-      : bytes(t->strides[t->ndim - 1] == 1 ? t->shape[t->ndim - 1] * size_of(t) : 0),
-        count(0), done(0) {}
+  /* A row whose last dim is in one piece. */
   void add(const transom_tensor *t, int64_t first) {
-    if (count < kMost) rows[count++] = static_cast<const char *>(at(t, first));
+    const int last = t->ndim - 1;
+    if (count == kMost || t->strides[last] != 1) return;
+    rows[count] = static_cast<const char *>(at(t, first));
+    bytes[count++] = static_cast<int32_t>(min_of(t->shape[last] * size_of(t), 1 << 16));
   }
   void fetch(int64_t most) {
     for (; most > 0 && done < count; most--, done++)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[done] + i, 0, 2);
+      for (int32_t i = 0; i < bytes[done]; i += 64) __builtin_prefetch(rows[done] + i, 0, 2);
   }
 };
 
-/* tile[i] = row list[i] of batch b of t[B,N,D], as float32. */
+/* tile[i] = row list[i] of batch b of t[B,N,D], as float32; packed rows are decoded. */
 inline void gather(const transom_tensor *t, int64_t b, const int64_t *list, int64_t count,
                    float *tile, int64_t stride) {
   const int64_t origin = b * t->strides[0];
-  for (int64_t i = 0; i < count; i++)
-    read_row(t, origin + list[i] * t->strides[1], t->strides[2], t->shape[2], tile + i * stride);
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t first = origin + list[i] * t->strides[1];
+    if (t->dtype_code == TRANSOM_UINT)
+      decode_row(t, first, tile + i * stride);
+    else
+      read_row(t, first, t->strides[2], t->shape[2], tile + i * stride);
+  }
 }
 
 /* Heads of a query, packed: panels of kPanel heads, [D][kPanel] each. */

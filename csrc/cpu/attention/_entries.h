@@ -1,0 +1,460 @@
+/* Entries, a window of raw tokens and a sink under one softmax; keys are values. Entries are numbers
+ * (sparse_attention) or packed rows (sparse_attention_rows); the arguments are the same ones.
+ *
+ * A query's keys are cut into pieces of kKeys places: of its list or of all entries, then of its
+ * window, counted from the window's own start. Each piece is gathered, multiplied with all heads
+ * (_keys.h) and merged, in this order, whatever the size of the call: the same bits in prefill and
+ * decode.
+ *
+ * Prefill: a task is a block of neighbouring queries, which share the tile of their windows, and of
+ * entries where there are no lists. With fewer queries than threads can share evenly, a round of
+ * tasks computes single pieces of one query, a second one merges them. Bound by FMA; a piece costs
+ * a gather of kKeys rows for heads * (D + v_dim) multiplications each. Internal
+ * linkage, as in vector.h. */
+#pragma once
+
+#include <sched.h>
+
+#include "../parallel.h"
+#include "../product.h"
+#include "_keys.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+#define ARGUMENT(name) TRANSOM_SPARSE_ATTENTION_##name
+
+static_assert(+ARGUMENT(KV) == +TRANSOM_SPARSE_ATTENTION_ROWS_ROWS &&
+              +ARGUMENT(LOCAL_VALID) == +TRANSOM_SPARSE_ATTENTION_ROWS_LOCAL_VALID &&
+              +ARGUMENT(N_ARGS) == +TRANSOM_SPARSE_ATTENTION_ROWS_N_ARGS);
+
+/* Queries of a task: a window of kKeys is then gathered for 1 + 1/8 times its size. */
+constexpr int64_t kQueries = 16;
+/* Pieces of one query that wait for their merge, for each thread. */
+constexpr int64_t kWaiting = 4;
+
+struct Work {
+  const transom_call *call;
+  const transom_tensor *q, *kv, *indices, *visible, *local, *valid, *sink;
+  int64_t B, S, H, D, N, M, v_dim, window;
+  float scale;
+  int64_t padded, key_stride, sum_stride; /* heads in panels; floats of a row of a tile, of a sum */
+  int64_t entry_pieces, pieces;           /* of one query: of entries, with those of the window */
+  bool split;                             /* a query's pieces are shared by threads */
+  int64_t block, at_once, local_rows;     /* queries of a task, in hand at a time; rows of a tile */
+  int64_t thread_floats;
+  int32_t threads;
+  /* A round of pieces of one query. */
+  int64_t b, s, first, count, whole, parts;
+  float *packed;
+  Collected waiting, total;
+  bool *some, any;
+  int64_t next[3], done[2]; /* tasks of packing, of pieces, of merging: taken, done */
+};
+
+/* A piece of some source as it lies in a tile. */
+struct Tile {
+  float *rows;
+  int64_t b, piece, base, count;
+};
+
+/* One thread's part of the workspace. */
+struct Desk {
+  float *panels;
+  Collected total, piece;
+  Scratch scratch;
+  Tile entries, local;
+};
+
+/* Cuts memory into parts, or counts it where there is none. */
+struct Cutter {
+  float *base;
+  int64_t floats = 0;
+  float *part(int64_t n) {
+    float *start = base == nullptr ? nullptr : base + floats;
+    floats += up_to(n, 16);
+    return start;
+  }
+  Collected collected(int64_t lanes, int64_t sums) {
+    float *largest = part(lanes), *mass = part(lanes);
+    return {largest, mass, part(sums)};
+  }
+};
+
+Desk lay_out(const Work *work, Cutter *cutter) {
+  const int64_t queries = work->at_once, sums = work->H * work->sum_stride;
+  Desk desk = {};
+  desk.panels = cutter->part(queries * work->padded * work->D);
+  desk.total = cutter->collected(queries * work->padded, queries * sums);
+  desk.piece = cutter->collected(work->padded, sums);
+  float *scratch = cutter->part(scratch_floats(work->H));
+  desk.scratch = {scratch, scratch + kKeys * kPanel};
+  desk.entries = {cutter->part(work->N > 0 ? kKeys * work->key_stride : 0), -1, -1, 0, 0};
+  desk.local = {cutter->part(work->local_rows * work->key_stride), -1, -1, 0, 0};
+  return desk;
+}
+
+/* The part that all threads share when the pieces of a query are. */
+void lay_out_shared(Work *work, Cutter *cutter) {
+  if (!work->split) return;
+  const int64_t slots = kWaiting * work->call->threads, sums = work->H * work->sum_stride;
+  work->packed = cutter->part(work->padded * work->D);
+  work->total = cutter->collected(work->padded, sums);
+  work->waiting = cutter->collected(slots * work->padded, slots * sums);
+  work->some = reinterpret_cast<bool *>(cutter->part(slots));
+}
+
+Work describe(const transom_call *call) {
+  Work work = {};
+  work.call = call;
+  work.q = tensor(call, ARGUMENT(Q));
+  work.kv = tensor(call, ARGUMENT(KV));
+  work.indices = tensor(call, ARGUMENT(INDICES));
+  work.visible = tensor(call, ARGUMENT(VISIBLE));
+  work.local = tensor(call, ARGUMENT(LOCAL_KV));
+  work.valid = tensor(call, ARGUMENT(LOCAL_VALID));
+  work.sink = tensor(call, ARGUMENT(SINK));
+  work.scale = static_cast<float>(call->args[ARGUMENT(SCALE)].f);
+  work.v_dim = call->args[ARGUMENT(V_DIM)].i;
+  work.B = work.q->shape[0], work.S = work.q->shape[1];
+  work.H = work.q->shape[2], work.D = work.q->shape[3];
+  work.N = work.kv->shape[1];
+  work.M = work.local == nullptr ? 0 : work.local->shape[1];
+  /* Pieces before the first token are left out, so that those that stay are cut where they were. */
+  const int64_t window = call->args[ARGUMENT(WINDOW)].i;
+  work.window = window - max_of(window - work.M, 0) / kKeys * kKeys;
+  work.padded = up_to(work.H, kPanel);
+  work.key_stride = tile_stride(work.D), work.sum_stride = up_to(work.v_dim, kPanel);
+  const int64_t named = work.indices == nullptr ? work.N : work.indices->shape[2];
+  work.entry_pieces = work.N == 0 ? 0 : (named + kKeys - 1) / kKeys;
+  work.pieces = work.entry_pieces + (work.window + kKeys - 1) / kKeys;
+
+  const int64_t units = work.B * work.S;
+  const double products = static_cast<double>(units * work.H * (work.D + work.v_dim)) *
+                          static_cast<double>(named + work.window);
+  work.threads = threads_for(products, call->threads);
+  /* One query each leaves threads idle where the last round of queries is far from full. */
+  const int64_t rounds = (units + work.threads - 1) / work.threads;
+  work.split = work.threads > 1 && 5 * units < 4 * rounds * work.threads && work.pieces > 1;
+  work.block = work.split ? 1 : clamp(units / (4 * work.threads), 1, kQueries);
+  /* Queries in hand share a tile that does not last: their sums must not push it out of L2. */
+  const bool lasting = work.indices != nullptr || work.entry_pieces <= 1;
+  const int64_t state = work.padded * (work.D + work.sum_stride) * 4;
+  const int64_t fit = l2_bytes() / 2 / max_of(state, 1);
+  work.at_once =
+      lasting && work.window <= kKeys ? 1 : clamp(fit, 1, work.block);
+  /* Longer windows are taken in pieces, whose tiles last no longer than the queries in hand. */
+  if (work.window > kKeys) work.block = work.at_once;
+  work.local_rows = work.window == 0 ? 0 : work.block - 1 + min_of(work.window, kKeys);
+  Cutter cutter = {nullptr};
+  lay_out(&work, &cutter);
+  work.thread_floats = cutter.floats;
+  return work;
+}
+
+/* Query s of batch b sees entries below this. */
+int64_t bound_of(const Work *work, int64_t b, int64_t s) {
+  const transom_tensor *v = work->visible;
+  if (v == nullptr) return work->N;
+  return min_of(work->N, integer(v, b * v->strides[0] + s * v->strides[1]));
+}
+
+/* The entries of a piece of a query's list that it sees. */
+int64_t listed(const Work *work, int64_t b, int64_t s, int64_t piece, int64_t *list) {
+  const transom_tensor *named = work->indices;
+  const int64_t start = piece * kKeys, stop = min_of(start + kKeys, named->shape[2]);
+  const int64_t row = b * named->strides[0] + s * named->strides[1];
+  const int64_t bound = bound_of(work, b, s);
+  int64_t count = 0;
+  for (int64_t i = start; i < stop; i++) {
+    const int64_t j = integer(named, row + i * named->strides[2]);
+    if (j >= 0 && j < bound) list[count++] = j;
+  }
+  return count;
+}
+
+/* A piece of a query's list will be needed. Without lists neighbouring rows are, which the
+ * prefetchers of the processor follow. */
+void expect(const Work *work, int64_t b, int64_t s, int64_t piece, Soon *soon) {
+  if (work->indices == nullptr || piece >= work->entry_pieces) return;
+  int64_t list[kKeys];
+  const int64_t count = listed(work, b, s, piece, list);
+  for (int64_t i = 0; i < count; i++)
+    soon->add(work->kv, b * work->kv->strides[0] + list[i] * work->kv->strides[1]);
+}
+
+/* The entries of piece `piece` that a query sees are gathered; how many there are. */
+int64_t gather_entries(const Work *work, Tile *tile, int64_t b, int64_t s, int64_t piece) {
+  int64_t list[kKeys], count = 0;
+  if (work->indices != nullptr) {
+    count = listed(work, b, s, piece, list);
+    gather(work->kv, b, list, count, tile->rows, work->key_stride);
+    return count;
+  }
+  const int64_t start = piece * kKeys, bound = bound_of(work, b, s);
+  /* All entries: the tile serves every query of the batch, each sees its first rows. Rows are
+   * added to it as queries come to see them; what no query sees is not read. */
+  if (tile->b != b || tile->piece != piece) tile->b = b, tile->piece = piece, tile->count = 0;
+  const int64_t seen = clamp(bound - start, 0, kKeys);
+  for (int64_t i = tile->count; i < seen; i++) list[count++] = start + i;
+  gather(work->kv, b, list, count, tile->rows + tile->count * work->key_stride, work->key_stride);
+  tile->count = max_of(tile->count, seen);
+  return seen;
+}
+
+/* Which keys a query finds in a tile: rows first .. first + count. */
+struct Range {
+  const float *rows;
+  int64_t count;
+};
+
+/* Piece `piece` of the windows of queries s .. s + queries. tile->base: position of its first
+ * place; before[i]: rows of it before place i. */
+void gather_local(const Work *work, Tile *tile, int64_t b, int64_t s, int64_t queries,
+                  int64_t piece, int16_t *before) {
+  const transom_tensor *valid = work->valid;
+  const int64_t length = min_of(kKeys, work->window - piece * kKeys);
+  tile->base = work->M - work->S + s - work->window + 1 + piece * kKeys;
+  int64_t list[kKeys + kQueries], count = 0;
+  for (int64_t i = 0; i < queries - 1 + length; i++) {
+    before[i] = static_cast<int16_t>(count);
+    const int64_t j = tile->base + i;
+    if (j < 0) continue;
+    if (valid != nullptr &&
+        static_cast<const uint8_t *>(
+            valid->data)[b * valid->strides[0] + j * valid->strides[1]] == 0)
+      continue;
+    list[count++] = j;
+  }
+  before[queries - 1 + length] = static_cast<int16_t>(count);
+  gather(work->local, b, list, count, tile->rows, work->key_stride);
+}
+
+/* Some heads of a query against the keys in a range; into `total` if it is empty, else through
+ * `piece`. */
+void take_up(const Work *work, const float *panels, int64_t heads, Range range, Scratch scratch,
+             Collected total, Collected piece, Soon *soon, bool *any) {
+  if (range.count == 0) return;
+  attend(panels, heads, work->D, work->scale, range.rows, work->key_stride, range.rows,
+         work->key_stride, work->v_dim, range.count, scratch, *any ? piece : total,
+         work->sum_stride, soon);
+  if (*any) merge(total, piece, heads, work->sum_stride);
+  *any = true;
+}
+
+/* Queries s .. s + count, all heads. */
+void attend_queries(const Work *work, Desk *desk, int64_t b, int64_t s, int64_t count,
+                    int64_t local_s, const int16_t *kept) {
+  const transom_tensor *q = work->q;
+  const int64_t H = work->H, panels = work->padded * work->D;
+  const auto total = [&](int64_t i) {
+    return Collected{desk->total.largest + i * work->padded, desk->total.mass + i * work->padded,
+                     desk->total.sum + i * H * work->sum_stride};
+  };
+  bool any[kQueries] = {};
+  int16_t own[kKeys + kQueries];
+  for (int64_t i = 0; i < count; i++)
+    pack_heads(q, b * q->strides[0] + (s + i) * q->strides[1], H, desk->panels + i * panels);
+  for (int64_t p = 0; p < work->pieces; p++) {
+    const int64_t local_piece = p - work->entry_pieces;
+    const int16_t *before = kept;
+    if (local_piece >= 0 && kept == nullptr) {
+      gather_local(work, &desk->local, b, s, count, local_piece, own);
+      before = own, local_s = s;
+    }
+    const int64_t length = min_of(kKeys, work->window - local_piece * kKeys);
+    for (int64_t i = 0; i < count; i++) {
+      Range range = {desk->entries.rows, 0};
+      if (local_piece < 0) {
+        range.count = gather_entries(work, &desk->entries, b, s + i, p);
+      } else {
+        const int64_t place = s + i - local_s;
+        range.rows = desk->local.rows + before[place] * work->key_stride;
+        range.count = before[place + length] - before[place];
+      }
+      Soon soon;
+      if (p + 1 < work->pieces) {
+        if (count == 1) expect(work, b, s, p + 1, &soon);
+      } else if (s + count + i < work->S) {
+        /* Beyond the task's own queries it may be in vain. */
+        expect(work, b, s + count + i, 0, &soon);
+        for (int64_t h = 0; h < H; h++)
+          soon.add(q, b * q->strides[0] + (s + count + i) * q->strides[1] + h * q->strides[2]);
+      }
+      take_up(work, desk->panels + i * panels, H, range, desk->scratch, total(i), desk->piece,
+              &soon, any + i);
+    }
+  }
+  for (int64_t i = 0; i < count; i++)
+    finish(total(i), any[i], 0, H, work->sum_stride, work->sink, work->call->outs[0],
+           work->call->outs[1], (b * work->S + s + i) * H);
+}
+
+void blocks(void *context, int32_t thread) {
+  Work *work = static_cast<Work *>(context);
+  Cutter cutter = {static_cast<float *>(work->call->workspace) + thread * work->thread_floats};
+  Desk desk = lay_out(work, &cutter);
+  const int64_t each = (work->S + work->block - 1) / work->block;
+  int16_t before[kKeys + kQueries];
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(work->next, 1, __ATOMIC_RELAXED);
+    if (task >= work->B * each) return;
+    const int64_t b = task / each, s = task % each * work->block;
+    const int64_t count = min_of(work->block, work->S - s);
+    const bool lasting = work->window > 0 && work->window <= kKeys;
+    if (lasting) gather_local(work, &desk.local, b, s, count, 0, before);
+    for (int64_t i = 0; i < count; i += work->at_once)
+      attend_queries(work, &desk, b, s + i, min_of(work->at_once, count - i), s,
+                     lasting ? before : nullptr);
+  }
+}
+
+/* Waits until `done` has reached `all`. What is missing is in the hands of threads that run. */
+void await(int64_t *done, int64_t all) {
+  for (int64_t turn = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < all; turn++)
+    if (turn > 1000) sched_yield();
+}
+
+/* Pieces of the query in hand: first as many whole ones as all threads have equally many of, then
+ * those left, each in parts of its heads. */
+void attend_pieces(Work *work, Desk *desk) {
+  const int64_t H = work->H, tasks = work->whole + (work->count - work->whole) * work->parts;
+  const int64_t panels = work->padded / kPanel;
+  int16_t before[kKeys + kQueries];
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(&work->next[1], 1, __ATOMIC_RELAXED);
+    if (task >= tasks) break;
+    int64_t slot = task, from = 0, stop = H;
+    if (task >= work->whole) {
+      slot = work->whole + (task - work->whole) / work->parts;
+      const int64_t part = (task - work->whole) % work->parts;
+      from = part * panels / work->parts * kPanel;
+      stop = min_of((part + 1) * panels / work->parts * kPanel, H);
+    }
+    const int64_t p = work->first + slot, local = p - work->entry_pieces;
+    Range range = {desk->entries.rows, 0};
+    Soon soon;
+    if (local < 0) {
+      range.count = gather_entries(work, &desk->entries, work->b, work->s, p);
+      expect(work, work->b, work->s, p + work->threads, &soon);
+    } else {
+      gather_local(work, &desk->local, work->b, work->s, 1, local, before);
+      range = {desk->local.rows, before[min_of(kKeys, work->window - local * kKeys)]};
+    }
+    await(&work->done[0], panels);
+    const Collected here = {work->waiting.largest + slot * work->padded + from,
+                            work->waiting.mass + slot * work->padded + from,
+                            work->waiting.sum + (slot * H + from) * work->sum_stride};
+    if (from == 0) work->some[slot] = range.count > 0;
+    bool any = false;
+    take_up(work, work->packed + from * work->D, stop - from, range, desk->scratch, here, here,
+            &soon, &any);
+    __atomic_fetch_add(&work->done[1], 1, __ATOMIC_RELEASE);
+  }
+  await(&work->done[1], tasks);
+}
+
+/* Every head of the query in hand takes up the round's pieces, in order. */
+void merge_pieces(Work *work) {
+  const int64_t stride = work->sum_stride;
+  const bool last = work->first + work->count == work->pieces;
+  for (;;) {
+    const int64_t h = __atomic_fetch_add(&work->next[2], 1, __ATOMIC_RELAXED);
+    if (h >= work->H) return;
+    const auto waiting = [&](int64_t slot) {
+      return Collected{work->waiting.largest + slot * work->padded + h,
+                       work->waiting.mass + slot * work->padded + h,
+                       work->waiting.sum + (slot * work->H + h) * stride};
+    };
+    /* Much of it lies in other cores' caches: fetched for the head that this one will take next. */
+    for (int64_t slot = 0; h + work->threads < work->H && slot < work->count; slot++)
+      for (int64_t d = 0; d < stride; d += 16)
+        __builtin_prefetch(waiting(slot).sum + work->threads * stride + d, 0, 3);
+    const Collected into = {work->total.largest + h, work->total.mass + h,
+                            work->total.sum + h * stride};
+    bool any = work->any;
+    for (int64_t slot = 0; slot < work->count; slot++) {
+      if (!work->some[slot]) continue;
+      const Collected from = waiting(slot);
+      if (any) {
+        merge(into, from, 1, stride);
+      } else {
+        *into.largest = *from.largest, *into.mass = *from.mass;
+        memcpy(into.sum, from.sum, static_cast<size_t>(stride) * sizeof(float));
+      }
+      any = true;
+    }
+    if (last)
+      finish(into, any, h, 1, stride, work->sink, work->call->outs[0], work->call->outs[1],
+             (work->b * work->S + work->s) * work->H);
+  }
+}
+
+/* A round: the query is packed if it is the first, its pieces are computed, then merged. Threads
+ * wait for each other only where one may read what another writes. */
+void round_of_pieces(void *context, int32_t thread) {
+  Work *work = static_cast<Work *>(context);
+  Cutter cutter = {static_cast<float *>(work->call->workspace) + thread * work->thread_floats};
+  Desk desk = lay_out(work, &cutter);
+  const transom_tensor *q = work->q;
+  const int64_t start = work->b * q->strides[0] + work->s * q->strides[1];
+  for (;;) {
+    const int64_t panel = __atomic_fetch_add(&work->next[0], 1, __ATOMIC_RELAXED);
+    if (panel >= work->padded / kPanel) break;
+    const int64_t h = panel * kPanel;
+    if (work->first == 0)
+      pack_heads(q, start + h * q->strides[2], min_of(kPanel, work->H - h),
+                 work->packed + h * work->D);
+    __atomic_fetch_add(&work->done[0], 1, __ATOMIC_RELEASE);
+  }
+  attend_pieces(work, &desk);
+  merge_pieces(work);
+}
+
+void attend_one(Work *work) {
+  const int64_t round = kWaiting * work->call->threads;
+  work->any = false;
+  for (work->first = 0; work->first < work->pieces; work->first += work->count) {
+    work->count = min_of(round, work->pieces - work->first);
+    work->whole = work->count / work->threads * work->threads;
+    const int64_t left = max_of(work->count - work->whole, 1);
+    work->parts = clamp((work->threads + left - 1) / left, 1, work->padded / kPanel);
+    memset(work->next, 0, sizeof work->next);
+    memset(work->done, 0, sizeof work->done);
+    parallel(work->threads, round_of_pieces, work);
+    for (int64_t slot = 0; slot < work->count; slot++) work->any |= work->some[slot];
+  }
+}
+
+int32_t supports(const transom_call *call, transom_status *status) {
+  if (kind(tensor(call, ARGUMENT(Q))) >= 0) return 1;
+  snprintf(status->message, sizeof status->message,
+           "q is float64; supported: float32, bfloat16, float16");
+  return 0;
+}
+
+uint64_t workspace(const transom_call *call) {
+  Work work = describe(call);
+  Cutter shared = {nullptr};
+  lay_out_shared(&work, &shared);
+  return static_cast<uint64_t>(work.thread_floats * work.threads + shared.floats) * sizeof(float);
+}
+
+int32_t run(const transom_call *call, transom_status *) {
+  Work work = describe(call);
+  if (work.B == 0 || work.S == 0 || work.H == 0) return 0;
+  const transom_tensor *o = call->outs[0];
+  will_write(o->data, work.B * work.S * work.H * work.v_dim * size_of(o));
+  if (!work.split) {
+    parallel(work.threads, blocks, &work);
+    return 0;
+  }
+  Cutter shared = {static_cast<float *>(call->workspace) + work.threads * work.thread_floats};
+  lay_out_shared(&work, &shared);
+  for (work.b = 0; work.b < work.B; work.b++)
+    for (work.s = 0; work.s < work.S; work.s++) attend_one(&work);
+  return 0;
+}
+
+}  // namespace
+}  // namespace transom::TRANSOM_LEVEL
