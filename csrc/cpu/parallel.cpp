@@ -51,17 +51,21 @@ int32_t threads_for(double products, int32_t threads) {
 
 int64_t l2_bytes() { return l2; }
 
-void will_write(void *data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = 1 << 21;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t stop = start + static_cast<uintptr_t>(bytes);
-  const uintptr_t first = (start + kHuge - 1) & ~(kHuge - 1), last = stop & ~(kHuge - 1);
-  /* A refusal costs speed only. */
-  if (last > first + kHuge)
-    static_cast<void>(madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE));
+bool about_to_write(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t page = 1 << 21;
+  if (bytes < 2 * page) return true;
+  const int64_t start = reinterpret_cast<int64_t>(memory);
+  const int64_t first = (start + page - 1) & -page, end = (start + bytes) & -page;
+  unsigned char held = 1;
+  if (mincore(reinterpret_cast<void *>((first + end) / 2 & -page), 1, &held) != 0 || held & 1)
+    return true;
+  /* A hint: where it is refused, small pages serve. */
+  madvise(reinterpret_cast<void *>(first), static_cast<size_t>(end - first), MADV_HUGEPAGE);
+  return false;
 #else
-  static_cast<void>(data), static_cast<void>(bytes);
+  (void)memory, (void)bytes;
+  return true;
 #endif
 }
 

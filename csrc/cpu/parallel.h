@@ -15,10 +15,10 @@ int32_t threads_for(double products, int32_t threads);
 /* Bytes of one core's second-level cache; a common size where the system does not tell. */
 int64_t l2_bytes();
 
-/* Memory that will be written whole, the first time since it was allocated: large parts are asked
- * for in huge pages, where the system grants them. Page by page the system takes as long to hand
- * over a large output as memory takes to write it. */
-void will_write(void *data, int64_t bytes);
+/* Says that a kernel is about to write all of an output; true if the system has provided its memory
+ * already, as it has not for most large tensors. There, pages of 2 MB, where the system offers them
+ * on request, take a third of the time of small ones: more than a kernel bound by memory itself. */
+bool about_to_write(void *memory, int64_t bytes);
 
 /* Once a process, before the first parallel(). */
 void prepare();

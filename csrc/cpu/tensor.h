@@ -56,6 +56,17 @@ inline int64_t start_of(const transom_tensor *t, int inner, int64_t token) {
   return start;
 }
 
+/* body(number) with a null pointer to the type that a tensor of kind() >= 0 holds. */
+template <class Body>
+inline void as_held(const transom_tensor *t, Body body) {
+  if (t->dtype_bits == 32)
+    body(static_cast<const float *>(nullptr));
+  else if (t->dtype_code == TRANSOM_BFLOAT)
+    body(static_cast<const bf16 *>(nullptr));
+  else
+    body(static_cast<const f16 *>(nullptr));
+}
+
 template <class Number>
 inline void read_numbers(const Number *from, int64_t stride, int64_t n, float *to) {
   int64_t i = 0;

@@ -12,6 +12,8 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -177,8 +179,9 @@ inline vs narrow(vu x) {
 /* Rounded to nearest even, as to_bf16() and to_f16() of one number do, to the bit: NaN stays NaN,
  * its sign and the first bits of its payload too. */
 inline vs to_bf16(vf x) {
-  const vu u = bits_as<vu>(x);
-  return narrow((x == x ? u + 0x7fffu + ((u >> 16) & 1u) : u | 0x400000u) >> 16);
+  const vu u = bits_as<vu>(x), number = bits_as<vu>(x == x);
+  const vu half = (0x7fffu + ((u >> 16) & 1u)) & number;
+  return narrow(((u + half) | (~number & 0x400000u)) >> 16);
 }
 
 inline vs to_f16(vf x) {
@@ -223,6 +226,34 @@ inline void store_some(Number *p, vf v, int64_t count) {
   Number some[kWidth];
   store(some, v);
   memcpy(p, some, static_cast<size_t>(count) * sizeof(Number));
+}
+
+/* Bytes of a cache line. */
+constexpr int64_t kLine = 64;
+
+/* A cache line, past the caches where there is a way: memory that is written whole is then not read
+ * first, and what the caches hold stays. Both ends are aligned; fence() comes last. */
+inline void store_line(void *to, const void *from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i *>(to), _mm512_load_si512(from));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 2; i++)
+    _mm256_stream_si256(static_cast<__m256i *>(to) + i,
+                        _mm256_load_si256(static_cast<const __m256i *>(from) + i));
+#elif defined(__SSE2__)
+  for (int i = 0; i < 4; i++)
+    _mm_stream_si128(static_cast<__m128i *>(to) + i,
+                     _mm_load_si128(static_cast<const __m128i *>(from) + i));
+#else
+  memcpy(to, from, kLine);
+#endif
+}
+
+/* After the last store_line() of a thread, before another one may read. */
+inline void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <class Number>

@@ -444,7 +444,7 @@ int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
   if (work.B == 0 || work.S == 0 || work.H == 0) return 0;
   const transom_tensor *o = call->outs[0];
-  will_write(o->data, work.B * work.S * work.H * work.v_dim * size_of(o));
+  about_to_write(o->data, work.B * work.S * work.H * work.v_dim * size_of(o));
   if (!work.split) {
     parallel(work.threads, blocks, &work);
     return 0;
