@@ -67,6 +67,10 @@ inline vf widen(vs s);
 
 template <>
 inline vf widen<bf16>(vs s) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  /* gcc 12 widens the halves of a __builtin_convertvector apart. */
+  return bits_as<vf>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits_as<__m128i>(s)), 16));
+#endif
   return bits_as<vf>(__builtin_convertvector(s, vu) << 16);
 }
 
