@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def packages() -> list[str]:
     ]
 
 
-# Each operator's source is compiled once for each level of its processor; csrc/cpu/plugin.cpp takes
-# the best one at run time.
+# Each operator's source is compiled once for each level of its processor, the best one last;
+# csrc/cpu/plugin.cpp takes the best that runs. A new name needs its has_<level>() there.
 LEVELS = {
     "x86_64": {
         "baseline": [],
@@ -49,7 +50,11 @@ LEVELS = {
 }
 # Sums are the same with every compiler only if all of them fuse a product with its addition.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti"]
-FLAGS += ["-fvisibility=hidden"]
+FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion"]
+
+
+# With TRANSOM_SANITIZE: code that is compiled soon, and a fault that ends the program.
+CHECKED = ["-O1", "-g", "-fno-wrapv", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 
 
 def extensions() -> list[Extension]:
@@ -115,11 +120,14 @@ class build_compiled(build_ext):
         """transom/_native.so."""
         machine = sysconfig.get_platform().rpartition("-")[2]
         levels = LEVELS.get(machine, {"baseline": []})
+        # For a build of some levels: TRANSOM_LEVELS=baseline,avx2
+        if asked := os.environ.get("TRANSOM_LEVELS"):
+            levels = {level: levels[level] for level in asked.split(",")}
         # For a build that is checked while it runs: TRANSOM_SANITIZE=address,undefined
         checked = os.environ.get("TRANSOM_SANITIZE")
-        sanitize = [f"-fsanitize={checked}", "-g", "-fno-omit-frame-pointer"] if checked else []
+        sanitize = [f"-fsanitize={checked}", *CHECKED] if checked else []
         below = [source for source in extension.sources if is_kernel(source)]
-        write_list(Path(self.build_temp) / "transom_kernels.h", below)
+        write_list(Path(self.build_temp) / "transom_kernels.h", below, levels)
         jobs = [(source, level, levels[level]) for source in below for level in levels]
         jobs += [(source, "once", []) for source in extension.sources if source not in below]
 
@@ -142,7 +150,7 @@ class build_compiled(build_ext):
         # No C++ library is needed, and no OpenMP library may be: torch has loaded its own.
         target = self.get_ext_fullpath(extension.name)
         self.mkpath(os.path.dirname(target))
-        self.compiler.link_shared_object(objects, target, extra_postargs=sanitize)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-lm", *sanitize])
 
 
 def is_kernel(source: str) -> bool:
@@ -150,10 +158,12 @@ def is_kernel(source: str) -> bool:
     return len(Path(source).parts) > len(("csrc", "cpu", "file"))
 
 
-def write_list(target: Path, kernels: list[str]) -> None:
-    """The header by which csrc/cpu/plugin.cpp knows every kernel: F(level, op) for each."""
+def write_list(target: Path, kernels: list[str], levels: Iterable[str]) -> None:
+    """The header by which csrc/cpu/plugin.cpp knows every kernel, F(level, op) for each, and every
+    level, F(level), the best one first."""
     each = " ".join(f"F(level, {Path(source).stem})" for source in kernels)
-    text = f"#define TRANSOM_EACH(F, level) {each}\n"
+    best_first = " ".join(f"F({level})" for level in reversed(list(levels)))
+    text = f"#define TRANSOM_EACH(F, level) {each}\n#define TRANSOM_LEVELS(F) {best_first}\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists() or target.read_text() != text:
         target.write_text(text)

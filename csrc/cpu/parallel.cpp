@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -20,8 +21,21 @@ namespace {
 /* libgomp's threads do not survive fork(), and it waits for them forever: a child stays serial. */
 bool forked = false;
 int64_t l2 = 1 << 19;
+double least_work = 1 << 19;
+pthread_once_t prepared = PTHREAD_ONCE_INIT;
 
 void in_child() { forked = true; }
+
+void prepare_once() {
+  pthread_atfork(nullptr, nullptr, in_child);
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (told >= 1 << 17 && told <= 1 << 24) l2 = told;
+#endif
+  /* For tests: a small call is split as a large one is. */
+  const char *split = getenv("TRANSOM_TEST_SPLIT");
+  if (split != nullptr && split[0] == '1') l2 = 1 << 14, least_work = 1;
+}
 
 struct Region {
   void (*body)(void *, int32_t);
@@ -45,7 +59,7 @@ void parallel(int32_t threads, void (*body)(void *, int32_t), void *context) {
 }
 
 int32_t threads_for(double products, int32_t threads) {
-  const double wanted = products / (1 << 19);
+  const double wanted = products / least_work;
   return wanted >= threads ? threads : wanted < 1 ? 1 : static_cast<int32_t>(wanted);
 }
 
@@ -69,15 +83,6 @@ bool about_to_write(void *memory, int64_t bytes) {
 #endif
 }
 
-void prepare() {
-  static bool done = false;
-  if (done) return;
-  done = true;
-  pthread_atfork(nullptr, nullptr, in_child);
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (told >= 1 << 17 && told <= 1 << 24) l2 = told;
-#endif
-}
+void prepare() { pthread_once(&prepared, prepare_once); }
 
 }  // namespace transom

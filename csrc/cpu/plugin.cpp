@@ -7,7 +7,8 @@
 #include "transom_kernels.h"
 #include "transom_ops.h"
 
-/* Each level's sources define these; transom_kernels.h, which the build writes, lists them. */
+/* Each level's sources define these; transom_kernels.h, which the build writes, lists them and the
+ * levels, the best one first. */
 #define TRANSOM_DECLARE(level, op)  \
   namespace transom::level {        \
   extern const transom_impl op;     \
@@ -27,30 +28,22 @@ struct Level {
   const transom_plugin *plugin;
 };
 
-static bool always() { return true; }
-
 #if defined(__x86_64__)
-static bool has_avx2() {
+[[maybe_unused]] static bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-static bool has_avx512() {
+[[maybe_unused]] static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl");
 }
-TRANSOM_TABLE(baseline)
-TRANSOM_TABLE(avx2)
-TRANSOM_TABLE(avx512)
-static const Level levels[] = {{"avx512", has_avx512, &avx512_plugin},
-                               {"avx2", has_avx2, &avx2_plugin},
-                               {"baseline", always, &baseline_plugin}};
-#elif defined(__aarch64__)
-TRANSOM_TABLE(neon)
-static const Level levels[] = {{"neon", always, &neon_plugin}};
-#else
-TRANSOM_TABLE(baseline)
-static const Level levels[] = {{"baseline", always, &baseline_plugin}};
 #endif
+[[maybe_unused]] static bool has_baseline() { return true; }
+[[maybe_unused]] static bool has_neon() { return true; }
+
+TRANSOM_LEVELS(TRANSOM_TABLE)
+#define TRANSOM_ROW(level) {#level, has_##level, &level##_plugin},
+static const Level levels[] = {TRANSOM_LEVELS(TRANSOM_ROW)};
 
 const transom_plugin *transom_plugin_v1(const transom_host *host, transom_status *status) {
   if (host->abi_major != TRANSOM_ABI_MAJOR) {

@@ -9,6 +9,7 @@
  * in vector.h. */
 #pragma once
 
+#include "parallel.h"
 #include "tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
