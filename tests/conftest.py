@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,3 +31,26 @@ settings.load_profile(os.environ.get("TRANSOM_TEST_PROFILE", "ci"))
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """The same numbers in every run of a test, and other numbers in every test."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(name, make) -> the folder `name` with what `make(folder)` puts there, made by the first test
+    process that asks."""
+    from filelock import FileLock
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        done = folder / "done"
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of

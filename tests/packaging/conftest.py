@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = shutil.ignore_patterns(
@@ -80,35 +79,21 @@ class Environment:
         run(*pip, *options, *what, cwd=cwd, **variables)
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder `name` with what `make` puts there, made by the first test process that asks."""
-    own = factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
-    done = folder / "done"
-    with FileLock(f"{folder}.lock"):
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            make(folder)
-            done.touch()
-    return folder
-
-
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(made_once: Callable[..., Path]) -> Path:
     """The tree as a clone has it; read only."""
-    return made_once(tmp_path_factory, "source", lambda f: copy_source(f / "tree")) / "tree"
+    return made_once("source", lambda f: copy_source(f / "tree")) / "tree"
 
 
 @pytest.fixture(scope="session")
-def dist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(source: Path, made_once: Callable[..., Path]) -> Path:
     """A source distribution, and the wheel built from that source distribution."""
 
     def make(folder: Path) -> None:
         shutil.copytree(source, folder / "tree")
         build(folder / "tree", folder / "dist")
 
-    return made_once(tmp_path_factory, "dist", make) / "dist"
+    return made_once("dist", make) / "dist"
 
 
 @pytest.fixture(scope="session")
@@ -119,10 +104,10 @@ def wheel(dist: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def installed(wheel: Path, made_once: Callable[..., Path]) -> Environment:
     """An environment with the wheel installed."""
 
     def make(folder: Path) -> None:
         Environment(folder / "venv").install(wheel, cwd=folder)
 
-    return Environment(made_once(tmp_path_factory, "installed", make) / "venv")
+    return Environment(made_once("installed", make) / "venv")

@@ -1,0 +1,154 @@
+"""The native library in a process without Python: guard pages, poison, threads, far addresses."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+
+import pytest
+
+import transom
+
+from .replay import build, calls
+
+REASON = transom.backends()["native"]
+needs_library = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+LEVELS = {"x86_64": ("baseline", "avx2", "avx512"), "aarch64": ("neon",)}
+HERE = LEVELS.get(platform.machine(), ("baseline",))
+OPERATORS = calls.operators()
+
+
+def sinkhorn():
+    """The call that the plugins with faults are given."""
+    return calls.example(transom.ops()["sinkhorn"])
+
+
+def library():
+    from transom.backends.native import library
+
+    return library().path
+
+
+def everything(count=8):
+    """Drawn calls and borders of all operators, in each dtype."""
+    found = []
+    for op in OPERATORS:
+        for dtype in calls.DTYPES:
+            found += calls.drawn(op, count, dtype)
+        found += calls.borders(op)
+    return found
+
+
+def run_at(level, *args, **kwargs):
+    try:
+        return calls.run(*args, TRANSOM_NATIVE_LEVEL=level, **kwargs)
+    except AssertionError as error:
+        if f"TRANSOM_NATIVE_LEVEL is '{level}'" in str(error):
+            pytest.skip(f"this processor has no {level}")
+        raise
+
+
+def ran(given, answers):
+    """The names of the operators that accepted a call, and of those that took several threads."""
+    accepted = {c.case.op.name: 0 for c in given}
+    for call, answer in zip(given, answers, strict=True):
+        if answer.refusal is None:
+            accepted[call.case.op.name] = max(accepted[call.case.op.name], answer.threads)
+    return {n for n, t in accepted.items() if t}, {n for n, t in accepted.items() if t > 1}
+
+
+@needs_library
+@pytest.mark.parametrize("level", HERE)
+def test_guard_pages_poison_and_threads(driver, tmp_path, level):
+    """Every operator agrees with its reference and gives the same bits on 1, 2, 3 and 7 threads, in
+    a pool that gives fewer, with poison of any kind around, and when several calls run at once."""
+    given = everything()
+    answers = run_at(level, [driver], library(), given, tmp_path)
+    assert calls.wrong(given, answers) == []
+    accepted, threaded = ran(given, answers)
+    assert accepted == threaded == {op.name for op in OPERATORS}
+
+
+@needs_library
+@pytest.mark.parametrize("level", HERE)
+def test_every_dim_of_every_tensor_is_addressed_with_64_bits(driver, tmp_path, level):
+    given = [
+        call for op in OPERATORS for dtype in calls.DTYPES[:2]
+        for near in (calls.example(op, dtype), *calls.drawn(op, 3, dtype))
+        for call in calls.far(near)
+    ]  # fmt: skip
+    answers = run_at(level, [driver], library(), given, tmp_path, threads=(1, 2))
+    assert calls.wrong(given, answers) == []
+    assert ran(given, answers)[0] == {op.name for op in OPERATORS}
+
+
+@pytest.fixture
+def old(driver):
+    """The driver on a processor of 2008: SSE4.2, no AVX."""
+    if platform.machine() != "x86_64":
+        pytest.skip(f"this processor is {platform.machine()}; AVX is x86_64's")
+    qemu = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+    if qemu is None:
+        pytest.skip("no qemu-x86_64 to run an old processor; on Debian: apt install qemu-user")
+    return [qemu, "-cpu", "Nehalem", driver]
+
+
+@needs_library
+def test_a_processor_without_avx_runs_all_of_it(old, tmp_path):
+    given = everything(4)
+    answers = calls.run(old, library(), given, tmp_path, threads=(1, 3), TRANSOM_NATIVE_LEVEL="")
+    assert calls.wrong(given, answers) == []
+    assert ran(given, answers)[0] == {op.name for op in OPERATORS}
+    with pytest.raises(AssertionError, match="which this library or processor has not"):
+        calls.run(old, library(), [], tmp_path, TRANSOM_NATIVE_LEVEL="avx2")
+
+
+def test_the_old_processor_stops_at_an_instruction_of_avx(old, wrong, tmp_path):
+    with pytest.raises(AssertionError, match="illegal instruction"):
+        calls.run(old, wrong("NEEDS_AVX"), [sinkhorn()], tmp_path)
+
+
+FAULTS = {
+    "READS_BEHIND": "touched a guard page",
+    "READS_BEFORE": "touched a guard page",
+    "WRITES_BEHIND": "touched a guard page",
+    "WRITES_INPUT": "touched a guard page",
+    "LEAVES_A_HOLE": "has other bits than in the first run",
+    "READS_WORKSPACE": "has other bits than in the first run",
+    "OVERRUNS_WORKSPACE": "wrote beside its workspace",
+    "COUNTS_THREADS": "has other bits than in the first run",
+    "NEEDS_THREADS": "7 threads asked for and one given",
+    "ASKS_FOR_MORE": "1 threads, guard page behind: asked the pool for 2",
+    "KEEPS_STATE": "has other bits than in the first run",
+    "WRAPS_ADDRESSES": "touched a guard page",
+}
+
+
+@pytest.fixture(scope="session")
+def wrong(made_once):
+    """(fault, *flags) -> the plugin with that fault."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) to build with")
+
+    def make(fault, *flags):
+        def compiled(folder):
+            headers = f"-I{calls.ROOT / 'csrc/include'}"
+            options = ("-std=c11", "-O1", "-shared", "-fPIC", f"-DFAULT={fault}", headers, *flags)
+            build.run(compiler, build.HERE / "wrong.c", "-o", folder / "wrong.so", *options)
+
+        return made_once(f"wrong-{fault}{''.join(flags)}", compiled) / "wrong.so"
+
+    return make
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_driver_sees_a_kernel_that(driver, wrong, tmp_path, fault):
+    given = calls.far(sinkhorn())[:1] if fault == "WRAPS_ADDRESSES" else [sinkhorn()]
+    with pytest.raises(AssertionError, match=FAULTS[fault]):
+        calls.run([driver], wrong(fault), given, tmp_path)
+
+
+def test_the_driver_sees_nothing_in_a_kernel_without_fault(driver, wrong, tmp_path):
+    (answer,) = calls.run([driver], wrong("NONE"), [sinkhorn()], tmp_path)
+    assert len(answer.tensors) == 1
