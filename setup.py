@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +151,8 @@ class build_compiled(build_ext):
         # No C++ library is needed, and no OpenMP library may be: torch has loaded its own.
         target = self.get_ext_fullpath(extension.name)
         self.mkpath(os.path.dirname(target))
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-lm", *sanitize])
+        own = ["-Wl,--as-needed", "-lm"] if sys.platform == "linux" else []
+        self.compiler.link_shared_object(objects, target, extra_postargs=[*own, *sanitize])
 
 
 def is_kernel(source: str) -> bool:
