@@ -9,13 +9,14 @@ import pytest
 
 import transom
 
-from .replay import build, calls
+from .replay import calls
 
 REASON = transom.backends()["native"]
 needs_library = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LEVELS = {"x86_64": ("baseline", "avx2", "avx512"), "aarch64": ("neon",)}
 HERE = LEVELS.get(platform.machine(), ("baseline",))
 OPERATORS = calls.operators()
+NAMES = {op.name for op in OPERATORS}
 
 
 def sinkhorn():
@@ -29,16 +30,6 @@ def library():
     return library().path
 
 
-def everything(count=8):
-    """Drawn calls and borders of all operators, in each dtype."""
-    found = []
-    for op in OPERATORS:
-        for dtype in calls.DTYPES:
-            found += calls.drawn(op, count, dtype)
-        found += calls.borders(op)
-    return found
-
-
 def run_at(level, *args, **kwargs):
     try:
         return calls.run(*args, TRANSOM_NATIVE_LEVEL=level, **kwargs)
@@ -48,25 +39,15 @@ def run_at(level, *args, **kwargs):
         raise
 
 
-def ran(given, answers):
-    """The names of the operators that accepted a call, and of those that took several threads."""
-    accepted = {c.case.op.name: 0 for c in given}
-    for call, answer in zip(given, answers, strict=True):
-        if answer.refusal is None:
-            accepted[call.case.op.name] = max(accepted[call.case.op.name], answer.threads)
-    return {n for n, t in accepted.items() if t}, {n for n, t in accepted.items() if t > 1}
-
-
 @needs_library
 @pytest.mark.parametrize("level", HERE)
 def test_guard_pages_poison_and_threads(driver, tmp_path, level):
     """Every operator agrees with its reference and gives the same bits on 1, 2, 3 and 7 threads, in
     a pool that gives fewer, with poison of any kind around, and when several calls run at once."""
-    given = everything()
+    given = calls.everything(8)
     answers = run_at(level, [driver], library(), given, tmp_path)
     assert calls.wrong(given, answers) == []
-    accepted, threaded = ran(given, answers)
-    assert accepted == threaded == {op.name for op in OPERATORS}
+    assert calls.threads_of(given, answers, least=2) == NAMES
 
 
 @needs_library
@@ -79,7 +60,7 @@ def test_every_dim_of_every_tensor_is_addressed_with_64_bits(driver, tmp_path, l
     ]  # fmt: skip
     answers = run_at(level, [driver], library(), given, tmp_path, threads=(1, 2))
     assert calls.wrong(given, answers) == []
-    assert ran(given, answers)[0] == {op.name for op in OPERATORS}
+    assert calls.threads_of(given, answers) == NAMES
 
 
 @pytest.fixture
@@ -95,10 +76,10 @@ def old(driver):
 
 @needs_library
 def test_a_processor_without_avx_runs_all_of_it(old, tmp_path):
-    given = everything(4)
+    given = calls.everything(4)
     answers = calls.run(old, library(), given, tmp_path, threads=(1, 3), TRANSOM_NATIVE_LEVEL="")
     assert calls.wrong(given, answers) == []
-    assert ran(given, answers)[0] == {op.name for op in OPERATORS}
+    assert calls.threads_of(given, answers) == NAMES
     with pytest.raises(AssertionError, match="which this library or processor has not"):
         calls.run(old, library(), [], tmp_path, TRANSOM_NATIVE_LEVEL="avx2")
 
@@ -122,24 +103,6 @@ FAULTS = {
     "KEEPS_STATE": "has other bits than in the first run",
     "WRAPS_ADDRESSES": "touched a guard page",
 }
-
-
-@pytest.fixture(scope="session")
-def wrong(made_once):
-    """(fault, *flags) -> the plugin with that fault."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler (cc) to build with")
-
-    def make(fault, *flags):
-        def compiled(folder):
-            headers = f"-I{calls.ROOT / 'csrc/include'}"
-            options = ("-std=c11", "-O1", "-shared", "-fPIC", f"-DFAULT={fault}", headers, *flags)
-            build.run(compiler, build.HERE / "wrong.c", "-o", folder / "wrong.so", *options)
-
-        return made_once(f"wrong-{fault}{''.join(flags)}", compiled) / "wrong.so"
-
-    return make
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -75,6 +75,15 @@ def borders(op: Op[..., Any]) -> list[Call]:
     return [Call(case) for case in edges(op)]
 
 
+def everything(count: int) -> list[Call]:
+    """`count` drawn calls of every operator in every dtype, and the borders."""
+    return [
+        call for op in operators()
+        for some in (*(drawn(op, count, dtype) for dtype in DTYPES), borders(op))
+        for call in some
+    ]  # fmt: skip
+
+
 def example(op: Op[..., Any], dtype: torch.dtype = torch.float32, **dims: Any) -> Call:
     """The operator's first example, which is small."""
     return Call(build(op, {**op.examples[0], **dims}, dtype))
@@ -125,6 +134,15 @@ def wrong(calls: Sequence[Call], answers: Sequence[Answer]) -> list[str]:
             if (problem := checks.agrees(call.case, given, answer.tensors)) is not None:
                 found.append(f"{call}: {problem}")
     return found
+
+
+def threads_of(calls: Sequence[Call], answers: Sequence[Answer], least: int = 1) -> set[str]:
+    """The operators that have run, in at least one call on so many threads."""
+    return {
+        call.case.op.name
+        for call, answer in zip(calls, answers, strict=True)
+        if answer.refusal is None and answer.threads >= least
+    }
 
 
 def _places(call: Call) -> Iterator[Any]:
