@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 import transom
-from transom.abi.call import CFunction
 from transom.op import Op
 
-from . import checks
+from . import around, checks
 from .cases import Case, same_bits
 from .tolerance import as_tuple
 
-POISON = 0xA5
 CALLS = 300
 """Calls over which memory must not grow."""
 GROWTH = 4 << 20
@@ -30,45 +28,10 @@ def _call(op: Op[..., Any], case: Case) -> tuple[torch.Tensor, ...]:
 
 
 def guards(op: Op[..., Any], impl: str, case: Case) -> str | None:
-    """Memory before and behind every output is as it was."""
-    function = op.impls[impl].function
-    if not isinstance(function, CFunction):
-        return f"{checks.NOTHING}it allocates its outputs itself; its inputs' guards are checked"
+    """Memory before and behind every output and the workspace is as it was."""
     if op.mutates:
         return f"{checks.NOTHING}it writes an argument, whose guards are checked"
-    guarded = _Guarded(function.op, function.entry, function.library)
-    guarded(**dict(zip((p.name for p in op.parameters), case.values, strict=True)))
-    return guarded.damage()
-
-
-class _Guarded(CFunction):
-    """A library's implementation whose outputs lie amid poison."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._made: list[tuple[torch.Tensor, int, int]] = []
-
-    def maker(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> Any:
-        """As CFunction's, but for what lies around the output."""
-        return self._make, (shape, dtype, on), None
-
-    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> torch.Tensor:
-        # In bytes, and a multiple of 64: outputs keep the alignment that they have elsewhere.
-        size, guard = torch.Size(shape).numel() * dtype.itemsize, 4096
-        buffer = torch.full((size + 2 * guard,), POISON, dtype=torch.uint8, device=on)
-        self._made.append((buffer, guard, guard + size))
-        return buffer[guard : guard + size].view(dtype).view(shape)
-
-    def damage(self) -> str | None:
-        """Which output was written past, if one was."""
-        for name, (buffer, start, stop) in zip(self.op.signature.outputs, self._made, strict=True):
-            around = torch.cat([buffer[:start], buffer[stop:]]).cpu()
-            wrong = (around != POISON).nonzero().flatten()
-            if len(wrong):
-                at = int(wrong[0])
-                place = f"{start - at} bytes before" if at < start else f"{at - start} bytes behind"
-                return f"memory {place} {name} was written"
-        return None
+    return around.outputs(op, impl, case)
 
 
 def threads(op: Op[..., Any], impl: str, case: Case) -> str | None:
