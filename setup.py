@@ -25,6 +25,7 @@ FOLDER = {
     "transom": "runtime",
     "transom.kernels": "kernels",
     "transom.backends": "backends",
+    "transom.bench": "bench",
     "transom.conformance": "tests/conformance",
     "transom.include": "csrc/include",
 }

@@ -1,4 +1,5 @@
-"""The command line: `transom run`, `doctor`, `explain`, `tune`, `verify`, `new-backend`.
+"""The command line: `transom run`, `doctor`, `explain`, `tune`, `bench`, `verify`,
+`new-backend`.
 
 Status 0: done. 1: outputs disagree, or a measurement failed its check. 2: bad input, told in one
 line on standard error.
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import doctor, explain, new_backend, run, tune, verify
+from . import bench, doctor, explain, new_backend, run, tune, verify
 from .console import Refusal
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command(epilog=run.EPILOG)(run.run)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=tune.EPILOG)(tune.tune)
+app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=verify.EPILOG)(verify.verify)
 app.command("new-backend", epilog=new_backend.EPILOG)(new_backend.new_backend)
 

@@ -55,7 +55,7 @@ def pair(bars: Sequence[tuple[str, float | None, str, str]]) -> Markup:
             f'<text x="{label + length + 8:.1f}" y="{y + 17}" class="value">{escape(text)}</text>'
         )
     what = "; ".join(f"{name}: {text}" for name, _, text, _ in bars)
-    return _svg(width, 6 + 34 * len(bars), parts, what)
+    return svg(width, 6 + 34 * len(bars), parts, what)
 
 
 def shares(phase: Phase, colour: dict[str, str]) -> Markup:
@@ -73,9 +73,9 @@ def shares(phase: Phase, colour: dict[str, str]) -> Markup:
         )
         if width > 8 * len(short) + 12:
             kind = "onrest" if short == "rest" else "onbar"
-            parts.append(_text(x + 7, 23, kind, short))
+            parts.append(written(x + 7, 23, kind, short))
         x += width
-    return _svg(
+    return svg(
         WIDTH,
         36,
         parts,
@@ -84,7 +84,7 @@ def shares(phase: Phase, colour: dict[str, str]) -> Markup:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """The rectangle of a chart: powers of ten upwards; to the right powers of ten, or positions."""
 
     height: float
@@ -129,12 +129,12 @@ class _Frame:
         parts = []
         for e in range(self.ys[0], self.ys[1] + 1):
             y = self.y(10.0**e)
-            parts.append(_line("grid", self.left, y, self.right, y))
-            parts.append(_text(self.left - 8, y + 4, "tick", _power(e), "end"))
+            parts.append(line("grid", self.left, y, self.right, y))
+            parts.append(written(self.left - 8, y + 4, "tick", power(e), "end"))
         for e in range(self.xs[0], self.xs[1] + 1) if self.xs else ():
             x = self.x(10.0**e)
-            parts.append(_line("grid", x, self.top, x, self.bottom))
-            parts.append(_text(x, self.bottom + 18, "tick", _power(e), "middle"))
+            parts.append(line("grid", x, self.top, x, self.bottom))
+            parts.append(written(x, self.bottom + 18, "tick", power(e), "middle"))
         return parts
 
 
@@ -148,10 +148,10 @@ def roofline(
     if not points:
         return Markup("")
     ridge = gflops / gbytes
-    frame = _Frame(
+    frame = Frame(
         380,
-        _decades([r.gflops for _, r in points] + [gflops]),
-        _decades([r.intensity for _, r in points] + [ridge]),
+        decades([r.gflops for _, r in points] + [gflops]),
+        decades([r.intensity for _, r in points] + [ridge]),
     )
     assert frame.xs is not None
     start = max(10.0 ** frame.xs[0], 10.0 ** frame.ys[0] / gbytes)
@@ -166,8 +166,8 @@ def roofline(
     parts = [
         *frame.grid(),
         f'<polyline class="roof" points="{roof}"/>',
-        _text(frame.right - 6, top - 7, "note", arithmetic, "end"),
-        _turned(
+        written(frame.right - 6, top - 7, "note", arithmetic, "end"),
+        turned(
             frame.x(middle),
             frame.y(middle * gbytes) - 8,
             angle,
@@ -183,17 +183,17 @@ def roofline(
         parts.append(_dot(name, row, dot, colour[row.op]))
         parts.append(_name(f"{row.op}, {name}", dot, taken, frame))
     middle_x, below = frame.left + frame.width / 2, frame.bottom + 40
-    parts.append(_text(middle_x, below, "axis", "operations per byte moved", "middle"))
-    parts.append(_turned(16, frame.top + frame.height / 2, -90, "axis", "GFLOP/s achieved"))
+    parts.append(written(middle_x, below, "axis", "operations per byte moved", "middle"))
+    parts.append(turned(16, frame.top + frame.height / 2, -90, "axis", "GFLOP/s achieved"))
     what = "Roofline: each operator's rate under the machine's measured limits"
-    return _svg(WIDTH, frame.bottom + 48, parts, what)
+    return svg(WIDTH, frame.bottom + 48, parts, what)
 
 
 def differences(relative: Sequence[float], prompt: int, limit: float, limit_name: str) -> Markup:
     """The largest logit difference at each position, of the range, on a logarithmic scale."""
     values = [v if math.isfinite(v) and v > 0 else 0.0 for v in relative]
     positive = [v for v in values if v > 0] or [limit / 1000]
-    frame = _Frame(220, _decades([*positive, limit]), last=max(1, len(values) - 1))
+    frame = Frame(220, decades([*positive, limit]), last=max(1, len(values) - 1))
     parts = frame.grid()
     if prompt <= frame.last:
         start = frame.x(prompt - 0.5)
@@ -206,18 +206,18 @@ def differences(relative: Sequence[float], prompt: int, limit: float, limit_name
     y, below = frame.y(limit), frame.bottom
     caption = "position in the text; shaded: generated tokens"
     parts += [
-        _line("limit", frame.left, y, frame.right, y),
-        _text(frame.left + 8, y - 6, "note", limit_name),
+        line("limit", frame.left, y, frame.right, y),
+        written(frame.left + 8, y - 6, "note", limit_name),
         f'<polyline class="trace" points="{trace}"/>',
-        _text(frame.left, below + 18, "tick", "1"),
-        _text(frame.right, below + 18, "tick", f"{len(values):,}", "end"),
-        _text(frame.left + frame.width / 2, below + 30, "axis", caption, "middle"),
+        written(frame.left, below + 18, "tick", "1"),
+        written(frame.right, below + 18, "tick", f"{len(values):,}", "end"),
+        written(frame.left + frame.width / 2, below + 30, "axis", caption, "middle"),
     ]
     what = "Largest logit difference by position, of the logits' range"
-    return _svg(WIDTH, below + 38, parts, what)
+    return svg(WIDTH, below + 38, parts, what)
 
 
-def _decades(values: Sequence[float]) -> tuple[int, int]:
+def decades(values: Sequence[float]) -> tuple[int, int]:
     """The powers of ten that hold all values, with a little room."""
     low = math.floor(math.log10(min(values)) - 0.1)
     return low, max(low + 1, math.ceil(math.log10(max(values)) + 0.1))
@@ -241,7 +241,7 @@ def _name(
     text: str,
     at: tuple[float, float],
     taken: list[tuple[float, float, float, float]],
-    frame: _Frame,
+    frame: Frame,
 ) -> str:
     """A dot's name beside it, where no other dot or name stands; else nothing: the tip has it."""
     x, y = at
@@ -261,30 +261,30 @@ def _name(
         free = all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken)
         if free and frame.left < box[0] and box[2] < frame.right:
             taken.append(box)
-            return _text(start, base, "point", text)
+            return written(start, base, "point", text)
     return ""
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} class="{kind}"/>'
 
 
-def _text(x: float, y: float, kind: str, text: str | Markup, anchor: str = "start") -> str:
+def written(x: float, y: float, kind: str, text: str | Markup, anchor: str = "start") -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text {place} class="{kind}">{escape(text)}</text>'
 
 
-def _turned(x: float, y: float, angle: float, kind: str, text: str) -> str:
+def turned(x: float, y: float, angle: float, kind: str, text: str) -> str:
     place = f'transform="translate({x:.1f} {y:.1f}) rotate({angle:.1f})" text-anchor="middle"'
     return f'<text {place} class="{kind}">{escape(text)}</text>'
 
 
-def _power(exponent: int) -> str | Markup:
+def power(exponent: int) -> str | Markup:
     plain = {0: "1", 1: "10", 2: "100", 3: "1,000", -1: "0.1", -2: "0.01"}.get(exponent)
     return plain or Markup(f'10<tspan dy="-5" class="power">{exponent}</tspan>')
 
 
-def _svg(width: float, height: float, parts: Sequence[str], what: str) -> Markup:
+def svg(width: float, height: float, parts: Sequence[str], what: str) -> Markup:
     frame = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(what)}"'
     return Markup(f"<svg {frame}>{''.join(parts)}</svg>")

@@ -12,12 +12,20 @@ from .operators import Phase
 TEMPLATE = "report.html"
 
 
-def render(outcome: Outcome, found: figures.Figures) -> str:
-    """The report as text: figures, charts, and what each of them means."""
-    from jinja2 import Environment, StrictUndefined
+def template(package: str, name: str) -> Any:
+    """A page of `package` with the filters and the style that all pages share."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    def read(wanted: str) -> str:
+        folder = importlib.resources.files(package if wanted == name else __package__)
+        return folder.joinpath(wanted).read_text(encoding="utf-8")
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(read),
     )
     environment.filters.update(
         memory=units.memory,
@@ -27,11 +35,16 @@ def render(outcome: Outcome, found: figures.Figures) -> str:
         fixed=units.fixed,
         seconds=units.seconds,
         printable=_printable,
+        id=id,
     )
-    source = importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.get_template(name)
+
+
+def render(outcome: Outcome, found: figures.Figures) -> str:
+    """The report as text: figures, charts, and what each of them means."""
     colour = charts.colours(outcome.phases)
     agreed, peaks = outcome.agreement, outcome.peaks
-    return environment.from_string(source).render(
+    return template(__package__, TEMPLATE).render(
         found=found,
         headline=figures.headline(found),
         outcome=outcome,

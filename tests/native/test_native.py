@@ -307,7 +307,10 @@ def test_the_library_needs_neither_torch_nor_an_openmp_of_its_own():
         line.split()[-1] for line in told.splitlines()
         if " GLOBAL " in line and " UND " not in line
     ]  # fmt: skip
-    assert exported == ["transom_plugin_v1"]
+    # the probes are what `transom bench` calls: transom.bench.ceilings
+    assert [name for name in exported if not name.startswith("transom_probe_")] == [
+        "transom_plugin_v1"
+    ]
 
 
 def test_the_library_is_opened_once():

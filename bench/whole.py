@@ -1,0 +1,120 @@
+"""A whole DeepSeek-V4 of laptop size: prefill of a prompt and decode, patched and as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from transom import dtypes
+
+from .cases import Wanted
+from .ceilings import Ceilings
+from .measure import Row, Settings, spread
+
+if TYPE_CHECKING:
+    from .run import Progress
+
+PROMPT = 2048
+STEPS = 16
+"""Decode steps of a sample."""
+ROUNDS = 3
+NAME = "whole model"
+LIMIT = {"f32": 1e-4, "bf16": 0.2, "f16": 0.05}
+"""Of the range of the logits: how far the median logit of the last position may be from
+transformers' in float32. A rounding that tips a choice of experts moves single ones by much."""
+
+
+def measure(
+    wanted: Wanted, ceilings: Ceilings, settings: Settings, progress: Progress
+) -> list[Row]:
+    """Rows of prefill and decode: transom in each dtype, transformers' eager in bf16 and f32.
+
+    Empty where transformers has no DeepSeek-V4.
+    """
+    try:
+        from transom.models import patch, unpatch
+        from transom.models.tiny import builtin_model
+    except ImportError:
+        return []
+    progress.start(f"{NAME}: making the models")
+    ways: list[tuple[str, str, str, Any]] = []
+    patched: list[Any] = []
+    for dtype in dict.fromkeys((*wanted.dtypes, "bf16", "f32")):
+        if dtype in wanted.dtypes:
+            model, _ = builtin_model(dtype=dtypes.parse(dtype))
+            patch(model)
+            patched.append(model)
+            ways.append((f"transom, {dtype}", "transom", dtype, model))
+        if dtype in ("bf16", "f32"):
+            model, _ = builtin_model(dtype=dtypes.parse(dtype))
+            ways.append((f"transformers eager, {dtype}", "transformers", dtype, model))
+    prompt = torch.randint(256, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    try:
+        return _measured(ways, prompt, ceilings, settings, progress)
+    finally:
+        for model in patched:
+            unpatch(model)
+
+
+def _measured(
+    ways: list[tuple[str, str, str, Any]],
+    prompt: Tensor,
+    ceilings: Ceilings,
+    settings: Settings,
+    progress: Progress,
+) -> list[Row]:
+    titles = {"prefill": f"prefill of {PROMPT:,} tokens", "decode": f"decode at {PROMPT:,} tokens"}
+    rows = {
+        (name, phase): Row(
+            NAME, "builtin-v4", title, f"built-in DeepSeek-V4, 47 million parameters, {title}",
+            {"prompt": PROMPT}, dtype, "plain", name, peer,
+            "patched" if peer == "transom" else "as transformers runs it", ceilings.threads,
+            ceilings.level, "", "random weights and tokens", None, 0.0, 0.0,
+            chosen=peer == "transom",
+        )
+        for name, peer, dtype, _ in ways
+        for phase, title in titles.items()
+    }  # fmt: skip
+    truth = None
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in rows}
+    # the truth comes first
+    order = sorted(ways, key=lambda w: (w[1] != "transformers", w[2] != "f32"))
+    for name, _, dtype, model in order:
+        progress.start(f"{NAME}: checking {name}")
+        logits, _, _ = _pass(model, prompt, settings.clock)
+        truth = logits if truth is None else truth
+        scale = float(truth.max() - truth.min())
+        error = float((logits - truth).abs().median()) / scale
+        for phase in titles:
+            rows[name, phase].error = error
+            if not error <= LIMIT[dtype]:
+                rows[name, phase].left_out = f"differs from transformers in float32: {error:.1e}"
+    for round_ in range(ROUNDS):
+        for i in range(len(ways)):
+            name, _, _, model = ways[(i + round_) % len(ways)]
+            if rows[name, "prefill"].left_out:
+                continue
+            progress.start(f"{NAME}: {name}, pass {round_ + 1} of {ROUNDS}")
+            _, first, step = _pass(model, prompt, settings.clock)
+            taken[name, "prefill"].append(first)
+            taken[name, "decode"].append(step)
+    for key, row in rows.items():
+        if taken[key]:
+            row.seconds, row.calls = spread(taken[key]), ROUNDS
+    return list(rows.values())
+
+
+def _pass(model: Any, prompt: Tensor, clock: Callable[[], float]) -> tuple[Tensor, float, float]:
+    """Logits after the prompt, seconds of the prefill, seconds of one decode step."""
+    start = clock()
+    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    first = clock() - start
+    logits, cache = out.logits[0, -1].float(), out.past_key_values
+    token = prompt[:, -1:]
+    start = clock()
+    for _ in range(STEPS):
+        cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
+    return logits, first, (clock() - start) / STEPS
