@@ -99,7 +99,7 @@ def _point(row: Row, frame: Frame, colour: str) -> str:
     tip = (
         f"{row.op}: {row.candidate}\n{row.title}\n{units.seconds(row.median)}, "
         f"{units.digits(row.gflops)} GFLOP/s, {units.digits(row.gbytes)} GB/s\n"
-        f"{units.percent(row.attained[0])} of what the machine allows ({row.bound})"
+        f"{units.share(row.attained[0])} of what the machine allows ({row.bound})"
     )
     look = (
         f'r="5.5" fill="{colour}" stroke="var(--ground)" stroke-width="1"'
@@ -118,8 +118,10 @@ def along(axis: str, series: Mapping[str, Sequence[Row]], title: str) -> Markup:
     rows = [r for rows in series.values() for r in rows]
     xs = [r.sweep[1] for r in rows if r.sweep is not None]
     frame = Frame(
-        170, decades([r.median * 1e3 for r in rows]), decades(xs), left=58, top=10, width=346
-    )
+        170, decades([r.median * 1e3 for r in rows]),
+        (math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs) * 1.0001))),
+        left=58, top=10, width=346,
+    )  # fmt: skip
     parts = frame.grid()
     order = sorted(series, key=lambda name: series[name][0].chosen)
     for name in order:

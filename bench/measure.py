@@ -25,7 +25,7 @@ from transom.plugins import load
 from .cases import PLAIN, Case, Draw, Inputs
 from .ceilings import Ceilings
 
-SAMPLE = 1e-3
+SAMPLE = 3e-3
 MOST_CALLS = 200
 LEAST_ROUNDS = 3
 LONG = 20.0
@@ -178,14 +178,16 @@ def measure(
     settings: Settings,
     rates: dict[tuple[Any, ...], float] | None = None,
     composite: bool = True,
+    inputs: Inputs | None = None,
 ) -> list[Row]:
     """The rows of a case: transom's implementations, then the `others` that apply.
 
     composite  False: it is left out where there is anything else of transom.
+    inputs     of the case, if they have been made.
     rates      seconds by unit of work of candidates in earlier cases of this kind: one that would
                take longer than LONG is left out.
     """
-    inputs = case.make(Draw(case.dtype))
+    inputs = case.make(Draw(case.dtype)) if inputs is None else inputs
     found, chosen = ours(case, inputs.draws[0])
     if not composite:
         found = [c for c in found if c.name != "composite"] or found

@@ -7,7 +7,9 @@ have no case for that model.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -145,3 +147,75 @@ MODELS: dict[str, Model] = {
     )
 }  # fmt: skip
 """By name, as --model takes them."""
+
+
+def find(text: str) -> Model:
+    """The model of this name, or of the folder of a checkpoint (its config.json).
+
+    ValueError says what is wrong. The model of a folder is known by the folder's name from then on.
+    """
+    if text in MODELS:
+        return MODELS[text]
+    path = Path(text) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{text!r} is neither a folder with config.json nor one of {_names()}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{path} cannot be read as JSON") from None
+    name = path.resolve().parent.name
+    MODELS[name] = made = from_config(name, config)
+    return made
+
+
+def _names() -> str:
+    return ", ".join(MODELS)
+
+
+def from_config(name: str, config: dict[str, Any]) -> Model:
+    """A model as a Hugging Face configuration describes it; ValueError if it has no operator of
+    ours.
+
+    Understood are the fields of DeepSeek-V3 to V4, Qwen3-MoE, gpt-oss and Mixtral. What a
+    configuration leaves out is what its class has by default.
+    """
+    get, kind = config.get, config.get("model_type", "")
+    experts = attention = None
+    count = get("n_routed_experts") or get("num_experts") or get("num_local_experts")
+    if count and get("num_experts_per_tok"):
+        oai = kind == "gpt_oss"
+        score = "topk_softmax" if oai else get("scoring_func") or _SCORES.get(kind, "softmax")
+        experts = Experts(
+            count, get("num_experts_per_tok"),
+            get("moe_intermediate_size") or get("intermediate_size"), score,
+            get("n_group") or 1, get("topk_group") or 1, get("routed_scaling_factor") or 1.0,
+            7.0 if oai else get("swiglu_limit"), "swiglu_oai" if oai else "silu", oai, oai,
+        )  # fmt: skip
+    if get("index_topk"):
+        latent = (get("kv_lora_rank") or 0) + (get("qk_rope_head_dim") or 0)
+        dim = latent or get("head_dim") or 512
+        rates = get("compress_ratios") or (get("compress_rates") or {}).values()
+        attention = Attention(
+            get("num_attention_heads"), dim, get("kv_lora_rank") or dim, dim**-0.5,
+            get("index_topk"), 0 if latent else get("sliding_window") or 0,
+            (1,) if latent else tuple(sorted({r for r in rates if r})),
+            get("index_n_heads") or 0, get("index_head_dim") or 128, sink=not latent,
+        )  # fmt: skip
+    if experts is None and attention is None:
+        raise ValueError(
+            f"{name}: its config.json describes neither routed experts nor an indexer "
+            f"(model_type {kind!r}); transom bench has no case for it"
+        )
+    return Model(
+        name, name, get("hidden_size"), "its config.json", experts, attention,
+        streams=get("hc_mult") or 0, iterations=get("hc_sinkhorn_iters") or 20,
+    )  # fmt: skip
+
+
+_SCORES = {
+    "deepseek_v4": "sqrtsoftplus",
+    "deepseek_v32": "sigmoid",
+    "deepseek_v3": "sigmoid",
+    "glm_moe_dsa": "sigmoid",
+}
+"""Of families whose configurations may leave it out."""

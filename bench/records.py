@@ -30,7 +30,7 @@ LEAST = 0.03
 def about(ceilings: dict[str, Any], peers: dict[str, str], commit: str | None) -> dict[str, Any]:
     """What every line of this run begins with."""
     return {
-        "format": FORMAT,
+        "schema": FORMAT,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "machine": device.describe("cpu"),
@@ -62,8 +62,8 @@ def _rounded(value: Any) -> Any:
 
 def row_of(found: dict[str, Any]) -> Row:
     """The row of a line; ValueError if it is not one."""
-    if found.get("format") != FORMAT:
-        raise ValueError(f"format is {found.get('format')!r}; this transom reads {FORMAT}")
+    if found.get("schema") != FORMAT:
+        raise ValueError(f"schema is {found.get('schema')!r}; this transom reads {FORMAT}")
     try:
         values = {f.name: found[f.name] for f in fields(Row)}
     except KeyError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What tune() found for one call: median seconds of every implementation that can run it,
-    fastest first."""
+    """Of one call: median seconds of every implementation that can run it, fastest first."""
 
     op: str
     seconds: dict[str, float]
@@ -32,19 +32,15 @@ class Measured:
 
     def __str__(self) -> str:
         fastest = self.seconds[self.chosen]
-        rows = [
-            f"  {name}: {s * 1e6:.1f} us ({s / fastest:.2f} x)" for name, s in self.seconds.items()
-        ]
+        rows = [f"  {n}: {s * 1e6:.1f} us ({s / fastest:.2f} x)" for n, s in self.seconds.items()]
         return "\n".join([f"{self.op}: {self.chosen}", *rows])
 
 
 def tune(op: str | Op[..., Any], *args: Any, repeats: int = 7, **kwargs: Any) -> Measured:
-    """Time every implementation that can run this call, verified against the composite, and
-    remember the fastest.
+    """Time what can run this call, verified against the composite, and remember the fastest.
 
-    Candidates are interleaved and compared by their medians over `repeats`; the choice is stored
-    for calls with the same dtypes, and dims equal up to rounding of the varying ones, on this
-    machine.
+    Candidates take turns, medians over `repeats` decide. The choice holds on this machine, for
+    calls with the same dtypes, and dims equal up to rounding of the varying ones.
     """
     from .op import lookup
 
@@ -73,14 +69,20 @@ def measure(op: Op[..., Any], values: tuple[Any, ...], repeats: int = 7) -> Meas
     medians = {n: statistics.median(t) for n, t in times.items()}
     medians = dict(sorted(medians.items(), key=lambda item: item[1]))
     chosen = next(iter(medians))
-    table = dict(_table(facts.device))
-    table[_key(op, facts)] = f"{chosen}@{op.impls[chosen].version}"
-    path = _path(facts.device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
-    _table.cache_clear()
-    dispatch.forget_plans()
+    store(op, facts, chosen)
     return Measured(op.name, medians, chosen)
+
+
+def store(op: Op[..., Any], facts: Facts, chosen: str) -> None:
+    """Remember the implementation for calls with these facts, on this machine."""
+    from .dispatch import forget_plans
+
+    entry = {_key(op, facts): f"{chosen}@{op.impls[chosen].version}"}
+    (path := _path(facts.device)).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**_table(facts.device), **entry}, indent=1, sort_keys=True)
+    path.write_text(text, encoding="utf-8")
+    _table.cache_clear()
+    forget_plans()
 
 
 def _agree(op: Op[..., Any], name: str, got: Any, want: Any) -> None:
@@ -128,10 +130,7 @@ def _path(device: str) -> Any:
 def _key(op: Op[..., Any], facts: Facts) -> str:
     def rounded(name: str, size: Any) -> str:
         if isinstance(size, tuple):
-            total = 1
-            for n in size:
-                total *= n
-            return f"{name}={_power(total)}"
+            return f"{name}={_power(math.prod(size))}"
         return f"{name}={_power(size) if name in op.varying else size}"
 
     dims = ",".join(rounded(n, s) for n, s in sorted(facts.dims.items()))

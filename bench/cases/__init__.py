@@ -76,6 +76,8 @@ class Case:
     make: Callable[[Draw], Inputs] = field(compare=False, repr=False)
     scaled: str = ""
     """How much smaller than the model it is, to fit the memory; empty if it is not."""
+    uncut: Mapping[str, int] = field(default_factory=dict)
+    """Dims of the operator that the model has larger: a measured choice is stored for these."""
     sweep: tuple[str, float] | None = None
     """The axis that it is a point of ('tokens', 64), for the scaling charts."""
     integer: bool = False

@@ -49,7 +49,7 @@ def _selected(
         )  # fmt: skip
         yield Case(
             "sparse_attention", model.name, f"{phase}, {kind}", dims, dtype, "plain",
-            _attend(dims, attention), "", sweep,
+            _attend(dims, attention), sweep=sweep,
         )  # fmt: skip
         if dims["L"] and entries:
             inner = dict(
@@ -58,14 +58,14 @@ def _selected(
             )  # fmt: skip
             yield Case(
                 "lightning_indexer", model.name, f"{phase}, {queries:,} x {entries:,}", inner,
-                dtype, "plain", _index(inner), "", sweep, agree="sets",
+                dtype, "plain", _index(inner), sweep=sweep, agree="sets",
             )  # fmt: skip
         if ratio > 1 and queries > 1:
             overlap = ratio < _HCA
             packed = dict(S=queries, W=(1 + overlap) * attention.head_dim, m=ratio, overlap=overlap)
             yield Case(
                 "compress_kv", model.name, f"{phase}, {kind}", packed, dtype, "plain",
-                _compress(packed), "", sweep,
+                _compress(packed), sweep=sweep,
             )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def _blocks(model: Model, dtype: str, tokens: int, queries: int) -> Case:
     sweep = ("context" if queries == 1 else "prefill", float(tokens))
     return Case(
         "block_sparse_attention", model.name, phase, dims, dtype, "plain", _attend_blocks(dims),
-        "", sweep,
+        sweep=sweep,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def of_backward(case: Case) -> Iterator[Case]:
         if name in OPS and case.format == PLAIN and dtypes.parse(case.dtype).is_floating_point:
             yield Case(
                 name, case.model, case.label, case.dims, case.dtype, case.format,
-                _maker(case, name), case.scaled, case.sweep,
+                _maker(case, name), case.scaled, case.uncut, case.sweep,
             )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
         if PLAIN in wanted.formats:
             yield Case(
                 "ngram_hash", model.name, f"{tokens:,} tokens", here, "i64", PLAIN,
-                _hash(here), "", sweep, agree="exact",
+                _hash(here), sweep=sweep, agree="exact",
             )  # fmt: skip
         for dtype, format in by_dtype(wanted, formats=True):
             one = engram.dim * bytes_per_element(dtype, format)
@@ -42,17 +42,17 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
             for op in ("hashed_embedding", "hashed_embedding_out"):
                 yield Case(
                     op, model.name, f"{tokens:,} tokens", table, dtype, format,
-                    _gather(op, table, format), scaled, sweep,
+                    _gather(op, table, format), scaled, {"V": columns * engram.rows}, sweep,
                 )  # fmt: skip
         for dtype, _ in by_dtype(wanted):
             wide = dict(T=tokens, R=model.streams, D=model.hidden, n=engram.sizes)
             yield Case(
-                "engram_gate", model.name, f"T = {tokens:,}", wide, dtype, PLAIN, _gate(wide), "",
-                sweep,
+                "engram_gate", model.name, f"T = {tokens:,}", wide, dtype, PLAIN, _gate(wide),
+                sweep=sweep,
             )  # fmt: skip
             yield Case(
                 "short_conv", model.name, f"{tokens:,} tokens", wide, dtype, PLAIN, _conv(wide),
-                "", sweep,
+                sweep=sweep,
             )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
                 ("sinkhorn", _sinkhorn),
             ):  # fmt: skip
                 yield Case(
-                    op, model.name, f"T = {tokens:,}", dims, dtype, "plain", make(dims), "",
-                    ("tokens", float(tokens)),
+                    op, model.name, f"T = {tokens:,}", dims, dtype, "plain", make(dims),
+                    sweep=("tokens", float(tokens)),
                 )  # fmt: skip
 
 

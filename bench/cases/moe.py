@@ -44,24 +44,25 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
                 T=tokens, D=model.hidden, I=block.width, E=count, K=block.chosen,
                 activation=block.activation, limit=block.limit, interleaved=block.interleaved,
             )  # fmt: skip
+            whole = {"E": block.count}
             sweep = ("experts", float(count)) if cut else ("tokens", float(tokens))
             integer = format in ("int8", "int4", "mxfp4")
             label = f"T = {tokens:,}" + (f", {count} experts" if cut else "")
             yield Case(
                 "moe_experts", model.name, label, dims, dtype, format,
-                _experts(dims, block, format), scaled, sweep, integer,
+                _experts(dims, block, format), scaled, whole, sweep, integer,
             )  # fmt: skip
             rows = dict(M=tokens * block.chosen, K=model.hidden, N=2 * block.width, E=count)
             yield Case(
                 "grouped_gemm", model.name, f"{label}, gate and up", rows, dtype, format,
-                _product(dims, format), scaled, sweep, integer,
+                _product(dims, format), scaled, whole, sweep, integer,
             )  # fmt: skip
     for dtype, _ in by_dtype(wanted):
         for tokens in wanted.tokens:
             dims = dict(T=tokens, E=block.count, k=block.chosen, score=block.score)
             yield Case(
                 "route", model.name, f"T = {tokens:,}", dims, dtype, "plain",
-                _route(dims, block), "", ("tokens", float(tokens)), agree="sets",
+                _route(dims, block), sweep=("tokens", float(tokens)), agree="sets",
             )  # fmt: skip
 
 

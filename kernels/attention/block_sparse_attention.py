@@ -44,6 +44,7 @@ CACHED = 16 * 2**20
     accumulate="D+L*block_size",
     autocast="low: q k v",
     batch="B",
+    varying="B S M N",
     examples=[
         dict(B=2, S=5, Hq=4, Hkv=2, D=8, Dv=6, N=9, Sq=5, L=2, block_size=4, causal=True,
              scale=0.35),

@@ -21,6 +21,7 @@ _KEYS = 2048
     accumulate="H*D",
     autocast="low: q k; f32: weights",
     batch="B",
+    varying="B S M N",
     examples=[
         dict(B=2, S=9, N=13, H=4, D=8, top_k=5),
         dict(B=1, S=1024, N=1024, H=64, D=128, top_k=512),

@@ -40,6 +40,7 @@ SHARED_TILE = 1024
     accumulate="D+(L if L > 0 else N)+window",
     autocast="low: q kv local_kv",
     batch="B",
+    varying="B S M N",
     examples=[
         dict(B=2, S=5, H=3, D=8, N=9, L=4, M=7, window=3, v_dim=8, scale=0.35),
         # Every visible entry, neither window nor list.

@@ -59,7 +59,8 @@ def bench(
         typer.Option(
             metavar="NAME,...",
             help="Models whose shapes are taken: v4-flash, v4-pro, v3.2, v4.1-flash, qwen3-30b, "
-            "gpt-oss-20b, engram-27b, minimax-m3. (default: for each operator one that has it)",
+            "gpt-oss-20b, engram-27b, minimax-m3, or the folder of a checkpoint. "
+            "(default: for each operator one that has it)",
             show_default=False,
         ),
     ] = None,
@@ -171,10 +172,9 @@ def bench(
     from ..bench import peers, records
     from ..bench.cases import Wanted
     from ..bench.measure import Settings
-    from ..bench.models import MODELS
     from ..bench.run import Plan, run
 
-    operators = _operators(names or [])
+    operators = operators_of(names or [])
     for path in (json_, html, save):
         if path is not None and str(path) != "-":
             check_writable(path)
@@ -183,22 +183,22 @@ def bench(
         raise Refusal(f"--rounds is {rounds}; expected 1 or more")
     if seconds <= 0:
         raise Refusal(f"--seconds is {seconds:g}; expected more than 0")
-    room = (_free() / 6e9 if memory is None else memory) * 1e9
+    room = (free_bytes() / 6e9 if memory is None else memory) * 1e9
     if memory is not None and memory <= 0:
         raise Refusal(f"--memory is {memory:g}; expected GB, more than 0")
     plan = Plan(
         operators,
-        _each("--model", model, _one_of(MODELS)) if model else (),
+        each("--model", model, model_name) if model else (),
         Wanted(
-            _each("--tokens", tokens, _length),
-            _each("--context", context, _length),
-            _each("--dtype", dtype, _one_of(("f32", "bf16", "f16"))),
-            _each("--format", format, _one_of(FORMATS)),
+            each("--tokens", tokens, length),
+            each("--context", context, length),
+            each("--dtype", dtype, one_of(("f32", "bf16", "f16"))),
+            each("--format", format, one_of(FORMATS)),
             int(min(room, 4e9) if memory is None else room),
-            _each("--experts", experts, _length) if experts else (),
+            each("--experts", experts, length) if experts else (),
         ),
-        _each("--threads", threads, _length) if threads else (torch.get_num_threads(),),
-        _each("--against", against, _one_of((*peers.names(), "none")))
+        each("--threads", threads, length) if threads else (torch.get_num_threads(),),
+        each("--against", against, one_of((*peers.names(), "none")))
         if against
         else tuple(peers.names()),
         Settings(rounds, seconds, max(room, 1e9) * 2),
@@ -229,14 +229,14 @@ def bench(
 # Input ---------------------------------------------------------------------------------------
 
 
-def _operators(names: Sequence[str]) -> tuple[str, ...]:
+def operators_of(names: Sequence[str]) -> tuple[str, ...]:
     try:
         return tuple(lookup(name).name for name in names)
     except ValueError as error:
         raise Refusal(str(error)) from None
 
 
-def _each(option: str, text: str, read: Callable[[str, str], _T]) -> tuple[_T, ...]:
+def each(option: str, text: str, read: Callable[[str, str], _T]) -> tuple[_T, ...]:
     """The pieces of 'a,b,c', each once; a Refusal if there is none."""
     pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
     if not pieces:
@@ -244,7 +244,17 @@ def _each(option: str, text: str, read: Callable[[str, str], _T]) -> tuple[_T, .
     return tuple(dict.fromkeys(read(option, piece) for piece in pieces))
 
 
-def _one_of(known: Any) -> Callable[[str, str], str]:
+def model_name(option: str, text: str) -> str:
+    """The name of a model, or of the one in a folder."""
+    from ..bench.models import find
+
+    try:
+        return find(text).name
+    except ValueError as error:
+        raise Refusal(f"{option}: {error}") from None
+
+
+def one_of(known: Any) -> Callable[[str, str], str]:
     def read(option: str, text: str) -> str:
         if text not in known:
             raise Refusal(f"{option}: {text!r} is unknown; expected {', '.join(known)}")
@@ -253,7 +263,7 @@ def _one_of(known: Any) -> Callable[[str, str], str]:
     return read
 
 
-def _length(option: str, text: str) -> int:
+def length(option: str, text: str) -> int:
     """64, 64k or 1M; k and M are powers of 1,024."""
     scale = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
     digits = text[:-1] if scale > 1 else text
@@ -276,7 +286,7 @@ def _baseline(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _free() -> float:
+def free_bytes() -> float:
     """Bytes of memory that can be taken."""
     try:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -325,7 +335,7 @@ def _print(console: Console, found: Found, compared: Comparison | None, load: fl
                 f"{units.seconds(row.seconds[1])} .. {units.seconds(row.seconds[4])}",
                 units.fixed(row.gflops) if row.flops else units.NONE,
                 units.fixed(row.gbytes) if row.bytes else units.NONE,
-                units.percent(row.attained[0]) if row.attained else units.NONE, row.bound,
+                units.share(row.attained[0]) if row.attained else units.NONE, row.bound,
                 ratio_text(ratios(group).get(id(row))),
             )  # fmt: skip
         console.print(shown)

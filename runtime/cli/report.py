@@ -30,6 +30,7 @@ def template(package: str, name: str) -> Any:
     environment.filters.update(
         memory=units.memory,
         percent=units.percent,
+        share=units.share,
         small=lambda value: units.small(value).replace("-", "\u2011"),  # no line break
         digits=units.digits,
         fixed=units.fixed,

@@ -27,9 +27,15 @@ Examples:
 
     transom tune --device cuda --memory 8192
 
-Each candidate is checked against the composite before it is timed; medians
-decide. Choices hold for calls of the same dtypes and dims, on this machine
-and with this thread count. TRANSOM_TUNE=off ignores them.
+    transom tune --model v4-flash --dtype bf16 --tokens 1,64,1k
+
+    transom tune moe_experts --model ./Qwen3-30B-A3B --format int4
+
+Without --model the calls are the operators' examples; with it they have the
+shapes of the model, and the choice is stored for these. Each candidate is
+checked before it is timed; medians decide. Choices hold for calls of the same
+dtypes and dims, on this machine and with this thread count. TRANSOM_TUNE=off
+ignores them.
 """
 
 
@@ -48,8 +54,28 @@ def tune(
         int, typer.Option(help="Leave out examples whose inputs take more MiB than this.")
     ] = 512,
     repeats: Annotated[int, typer.Option(help="Times that each candidate is timed.")] = 7,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="Take the shapes of this model: a name that transom bench knows, or the folder of "
+            "a checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(metavar="N,...", help="With --model: tokens of a call.")
+    ] = "1,8,64,512",
+    context: Annotated[
+        str, typer.Option(metavar="N,...", help="With --model: lengths for attention.")
+    ] = "1k,16k,64k",
+    format: Annotated[
+        str,
+        typer.Option(help="With --model: of weights, plain, int8, int4, fp8 or mxfp4."),
+    ] = "plain",
 ) -> int:
-    """Times every implementation that can run each operator's examples, and stores the fastest."""
+    """Times every implementation that can run each operator's examples, or a model's calls, and
+    stores the fastest."""
     try:
         chosen = [lookup(n) for n in names] if names else list(ops().values())
         primary = dtypes.parse(dtype)
@@ -59,6 +85,11 @@ def tune(
         raise Refusal(f"device is {device!r}; available here: {', '.join(_device.available())}")
     if repeats < 1:
         raise Refusal(f"repeats is {repeats}; expected 1 or more")
+    if model is not None:
+        if device != "cpu":
+            raise Refusal(f"--model measures on the CPU; device is {device!r}")
+        names_ = [op.name for op in chosen] if names else []
+        return _model(model, names_, dtype, tokens, context, format, memory, repeats)
     console = out()
     single, jobs, left = _plan(chosen, primary, device, memory * 2**20)
     rows = table("operator", "call", "fastest", "medians, fastest first")
@@ -83,6 +114,53 @@ def tune(
         )
     if left:
         console.print(Text(f"left out: {'; '.join(left)}", style="dim"))
+    return 1 if failed else 0
+
+
+def _model(
+    text: str, names: list[str], dtype: str, tokens: str, context: str, format: str, memory: int,
+    repeats: int,
+) -> int:  # fmt: skip
+    """The same for the calls of a model."""
+    from ..bench.cases import Wanted
+    from ..bench.measure import Settings
+    from ..bench.selection import choose
+    from .bench import FORMATS, each, length, model_name, one_of
+
+    name = model_name("--model", text)
+    short = one_of(("f32", "bf16", "f16"))("--dtype", dtype)
+    wanted = Wanted(
+        each("--tokens", tokens, length), each("--context", context, length), (short,),
+        each("--format", format, one_of(FORMATS)), memory * 2**20,
+    )  # fmt: skip
+    rows = table("operator", "call", "fastest", "medians, fastest first")
+    failed = made = 0
+    with steps() as progress:
+        for found in choose(names, name, wanted, Settings(repeats, 0.5), progress):
+            made += 1
+            failed += found.chosen is None or any("differs" in r.left_out for r in found.rows)
+            best = found.rows[0].median if found.chosen else 1.0
+            medians = ", ".join(
+                f"{r.candidate} {units.seconds(r.median)} ({units.digits(r.median / best)} x)"
+                if r.seconds
+                else f"{r.candidate} left out: {r.left_out}"
+                for r in found.rows
+            )
+            rows.add_row(
+                found.case.op, Text(found.case.title + (f" ({found.case.scaled})"
+                                                        if found.case.scaled else "")),
+                Text(found.chosen or "none", style="green" if found.chosen else "red"),
+                Text(medians),
+            )  # fmt: skip
+    console = out()
+    if made:
+        console.print(rows)
+        console.print()
+        console.print(
+            Text(f"stored in {config.cache_folder()} for {_device.describe('cpu')}", style="dim")
+        )
+    else:
+        console.print(Text(f"nothing to choose for {name}: only the composite can run its calls"))
     return 1 if failed else 0
 
 

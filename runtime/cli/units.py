@@ -58,6 +58,11 @@ def percent(value: float | None) -> str:
     return NONE if value is None else f"{100 * value:.1f} %"
 
 
+def share(value: float | None) -> str:
+    """'41.2 %', '< 0.1 %': where a small share is not none."""
+    return "< 0.1 %" if value is not None and 0 < value < 0.0005 else percent(value)
+
+
 def small(value: float | None) -> str:
     """'6.9e-07': for differences."""
     return NONE if value is None else f"{value:.1e}" if value else "0"
