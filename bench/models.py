@@ -8,6 +8,7 @@ have no case for that model.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,8 @@ def from_config(name: str, config: dict[str, Any]) -> Model:
     Understood are the fields of DeepSeek-V3 to V4, Qwen3-MoE, gpt-oss and Mixtral. What a
     configuration leaves out is what its class has by default.
     """
-    get, kind = config.get, config.get("model_type", "")
+    get: Callable[[str], Any] = config.get
+    kind = get("model_type") or ""
     experts = attention = None
     count = get("n_routed_experts") or get("num_experts") or get("num_local_experts")
     if count and get("num_experts_per_tok"):

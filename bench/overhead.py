@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def measure() -> dict[str, Any]:
             flat = op._flatten(*values)
             candidates: dict[str, Callable[[], Any]] = {
                 "add": lambda: torch.add(a, b),
-                "implementation": lambda op=op, f=function, v=values: op._invoke(f, *v),
-                "direct": lambda op=op, args=args, kwargs=kwargs: op(*args, **kwargs),
-                "torch operator": lambda op=op, flat=flat: op.torch_op(*flat),
+                "implementation": partial(op._invoke, function, *values),
+                "direct": partial(op, *args, **kwargs),
+                "torch operator": partial(op.torch_op, *flat),
             }
             rows[name] = {c: [] for c in candidates}
             for work in candidates.values():

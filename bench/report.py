@@ -11,7 +11,7 @@ from transom.cli import units
 from transom.cli.report import template
 
 from . import charts
-from .measure import Row
+from .measure import Row, series
 from .models import MODELS
 from .records import Comparison
 from .run import Found
@@ -29,9 +29,8 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each case together."""
     out: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
-        # of a whole model all dtypes are compared with one another
-        kind = () if r.op == "whole model" else (r.dtype, r.format)
-        out.setdefault((r.op, r.model, r.label, *kind, r.threads, r.level), []).append(r)
+        key = (r.op, r.model, r.label, r.dtype, r.format, r.threads, r.level)
+        out.setdefault(key, []).append(r)
     return list(out.values())
 
 
@@ -106,7 +105,7 @@ def _bars(group: Sequence[Row], ratio: dict[int, float]) -> dict[str, Any]:
         for r in sorted(timed, key=lambda r: r.median)
     ]
     return {
-        "title": first.title if first.op != "whole model" else first.title.partition(", ")[2],
+        "title": first.title,
         "threads": first.threads, "scaled": first.scaled, "cold": first.cold, "bars": bars,
         "left_out": [r for r in group if r.left_out],
     }  # fmt: skip
@@ -117,24 +116,22 @@ def _sweeps(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     found: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
         if r.seconds and r.sweep is not None:
-            # 'decode at 4k, 1 x 1,024' and 'decode at 64k, 1 x 16,384' are one sweep
-            rest = r.label.partition(", ")[2] if r.sweep[0] != "experts" else r.label.split(",")[0]
-            rest = "" if "x" in rest.split() else rest
+            rest = r.label.partition(", ")[0] if r.sweep[0] == "experts" else series(r.label)
             key = (r.op, r.model, r.dtype, r.format, r.threads, r.sweep[0], rest)
             found.setdefault(key, []).append(r)
     for (op, model, dtype, format, threads, axis, rest), some in found.items():
         if len({r.sweep for r in some}) < 3:
             continue
-        series: dict[str, list[Row]] = {}
+        lines: dict[str, list[Row]] = {}
         for r in some:
-            series.setdefault(r.candidate, []).append(r)
+            lines.setdefault(r.candidate, []).append(r)
         kind = dtype if format == "plain" else f"{dtype}, {format} weights"
         title = ", ".join(filter(None, (MODELS[model].title, rest, kind)))
         yield {
             "op": op, "title": f"{title}, {threads} thread{'' if threads == 1 else 's'}",
-            "axis": AXES[axis], "chart": charts.along(AXES[axis], series, title),
+            "axis": AXES[axis], "chart": charts.along(AXES[axis], lines, title),
             "names": [(n, charts.LINES.get(charts.peer_of(s[0]), charts.LINES["composite"]))
-                      for n, s in series.items()],
+                      for n, s in lines.items()],
         }  # fmt: skip
 
 

@@ -107,7 +107,11 @@ def run(plan: Plan, commit: str | None, progress: Progress) -> Found:
                     progress.advance()
                 if plan.whole:
                     forget()
-                    rows = whole.measure(plan.wanted, ceilings, plan.settings, progress)
+                    try:
+                        rows = whole.measure(plan.wanted, ceilings, plan.settings, progress)
+                    except ImportError as error:
+                        found.absent[whole.NAME] = f"{error}; install transom[transformers]"
+                        continue
                     found.problems += _problems(rows)
                     found.lines += [records.line(about, row) for row in rows]
     finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,30 +31,27 @@ transformers' in float32. A rounding that tips a choice of experts moves single 
 def measure(
     wanted: Wanted, ceilings: Ceilings, settings: Settings, progress: Progress
 ) -> list[Row]:
-    """Rows of prefill and decode: transom in each dtype, transformers' eager in bf16 and f32.
+    """Rows of prefill and decode: transom in each dtype, transformers' eager in it and in f32.
 
-    Empty where transformers has no DeepSeek-V4.
+    Raises ImportError where transformers has no DeepSeek-V4.
     """
-    try:
-        from transom.models import patch, unpatch
-        from transom.models.tiny import builtin_model
-    except ImportError:
-        return []
+    from transom.models import patch, unpatch
+    from transom.models.tiny import builtin_model
+
     progress.start(f"{NAME}: making the models")
     ways: list[tuple[str, str, str, Any]] = []
     patched: list[Any] = []
-    for dtype in dict.fromkeys((*wanted.dtypes, "bf16", "f32")):
+    for dtype in dict.fromkeys((*wanted.dtypes, "f32")):
         if dtype in wanted.dtypes:
             model, _ = builtin_model(dtype=dtypes.parse(dtype))
             patch(model)
             patched.append(model)
             ways.append((f"transom, {dtype}", "transom", dtype, model))
-        if dtype in ("bf16", "f32"):
-            model, _ = builtin_model(dtype=dtypes.parse(dtype))
-            ways.append((f"transformers eager, {dtype}", "transformers", dtype, model))
+        model, _ = builtin_model(dtype=dtypes.parse(dtype))
+        ways.append((f"transformers eager, {dtype}", "transformers", dtype, model))
     prompt = torch.randint(256, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     try:
-        return _measured(ways, prompt, ceilings, settings, progress)
+        return _measured(ways, wanted.dtypes, prompt, ceilings, settings, progress)
     finally:
         for model in patched:
             unpatch(model)
@@ -61,50 +59,46 @@ def measure(
 
 def _measured(
     ways: list[tuple[str, str, str, Any]],
+    wanted: Sequence[str],
     prompt: Tensor,
     ceilings: Ceilings,
     settings: Settings,
     progress: Progress,
 ) -> list[Row]:
-    titles = {"prefill": f"prefill of {PROMPT:,} tokens", "decode": f"decode at {PROMPT:,} tokens"}
-    rows = {
-        (name, phase): Row(
-            NAME, "builtin-v4", title, f"built-in DeepSeek-V4, 47 million parameters, {title}",
-            {"prompt": PROMPT}, dtype, "plain", name, peer,
-            "patched" if peer == "transom" else "as transformers runs it", ceilings.threads,
-            ceilings.level, "", "random weights and tokens", None, 0.0, 0.0,
-            chosen=peer == "transom",
-        )
-        for name, peer, dtype, _ in ways
-        for phase, title in titles.items()
-    }  # fmt: skip
+    passes: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in ways}
+    errors: dict[str, float] = {}
     truth = None
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in rows}
     # the truth comes first
-    order = sorted(ways, key=lambda w: (w[1] != "transformers", w[2] != "f32"))
-    for name, _, dtype, model in order:
+    for name, _, _, model in sorted(ways, key=lambda w: (w[1] != "transformers", w[2] != "f32")):
         progress.start(f"{NAME}: checking {name}")
         logits, _, _ = _pass(model, prompt, settings.clock)
         truth = logits if truth is None else truth
-        scale = float(truth.max() - truth.min())
-        error = float((logits - truth).abs().median()) / scale
-        for phase in titles:
-            rows[name, phase].error = error
-            if not error <= LIMIT[dtype]:
-                rows[name, phase].left_out = f"differs from transformers in float32: {error:.1e}"
+        errors[name] = float((logits - truth).abs().median()) / float(truth.max() - truth.min())
     for round_ in range(ROUNDS):
         for i in range(len(ways)):
             name, _, _, model = ways[(i + round_) % len(ways)]
-            if rows[name, "prefill"].left_out:
-                continue
             progress.start(f"{NAME}: {name}, pass {round_ + 1} of {ROUNDS}")
-            _, first, step = _pass(model, prompt, settings.clock)
-            taken[name, "prefill"].append(first)
-            taken[name, "decode"].append(step)
-    for key, row in rows.items():
-        if taken[key]:
-            row.seconds, row.calls = spread(taken[key]), ROUNDS
-    return list(rows.values())
+            passes[name].append(_pass(model, prompt, settings.clock)[1:])
+    rows = []
+    phases = (f"prefill of {PROMPT:,} tokens", f"decode at {PROMPT:,} tokens")
+    for (at, phase), dtype in itertools.product(enumerate(phases), wanted):
+        for name, peer, kind, _ in ways:
+            # transformers in this dtype, and in float32 in any case
+            if kind != dtype and (peer == "transom" or kind != "f32"):
+                continue
+            row = Row(
+                NAME, "builtin-v4", phase, f"47M DeepSeek-V4, {phase}, {dtype}",
+                {"prompt": PROMPT}, dtype, "plain", name, peer,
+                "patched" if peer == "transom" else "as transformers runs it", ceilings.threads,
+                ceilings.level, "", "random weights and tokens", None, 0.0, 0.0,
+                chosen=peer == "transom", error=errors[name],
+            )  # fmt: skip
+            if errors[name] <= LIMIT[kind]:
+                row.seconds, row.calls = spread([p[at] for p in passes[name]]), ROUNDS
+            else:
+                row.left_out = f"differs from transformers in float32: {errors[name]:.1e}"
+            rows.append(row)
+    return rows
 
 
 def _pass(model: Any, prompt: Tensor, clock: Callable[[], float]) -> tuple[Tensor, float, float]:

@@ -143,9 +143,9 @@ class Draw:
 
         q = transom.quantize(one, format, group=32 if format == "int4" else None)
         high = q.group[0] or rows
-        parts = [_turned(q.values, turns, 1), _turned(q.scales, turns, high)]
+        values, scales = _turned(q.values, turns, 1), _turned(q.scales, turns, high)
         zeros = None if q.zeros is None else _turned(q.zeros, turns, high)
-        return QuantizedWeight(format, *parts, zeros, group=q.group)
+        return QuantizedWeight(format, values, scales, zeros, group=q.group)
 
 
 def _turned(one: Tensor, turns: Sequence[int], rows: int) -> Tensor:

@@ -125,9 +125,9 @@ def _table(draw: Draw, count: int, width: int, format: str) -> Tensor | Quantize
     if format == "int4":
         group = dict(group=min(128, width))
     q = transom.quantize(piece, format, **group)
-    parts = [_filled(t, count) for t in (q.values, q.scales)]
+    values, scales = _filled(q.values, count), _filled(q.scales, count)
     zeros = None if q.zeros is None else _filled(q.zeros, count)
-    return QuantizedWeight(format, *parts, zeros, group=q.group)
+    return QuantizedWeight(format, values, scales, zeros, group=q.group)
 
 
 def _filled(piece: Tensor, count: int) -> Tensor:

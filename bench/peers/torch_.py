@@ -24,8 +24,8 @@ def candidates(case: Case, values: Values) -> list[Candidate]:
     """What torch has for this operator."""
     made: list[Candidate] = []
 
-    def add(name: str, call: Function, note: str, prepare: Any = None, size: float = 0.0) -> None:
-        made.append(Candidate(name, "torch", prepare or (lambda _: call), note, size))
+    def add(name: str, call: Function, note: str, size: float = 0.0) -> None:
+        made.append(Candidate(name, "torch", lambda _: call, note, size))
 
     if case.format != PLAIN:
         return made
@@ -43,24 +43,25 @@ def candidates(case: Case, values: Values) -> list[Candidate]:
         add("torch blocked mm", indexer, "blocks of 64 queries: mm, relu_, bmm; topk")
         if case.dims["S"] > 1:
             scores = 4.0 * case.dims["S"] * case.dims["N"] * case.dims["H"]
-            add("torch mm, scores only", scores_only, "one bare matmul of all scores", None, scores)
+            add("torch mm, scores only", scores_only, "one bare matmul of all scores", scores)
     elif op == "sparse_attention":
         add("torch gather + bmm", gather_bmm, "keys gathered for 32 queries at a time, two bmm")
         d = case.dims
         dense = 4.0 * d["S"] * (d["N"] + d["S"]) * 1.5
-        add("torch SDPA", dense_attention, "scaled_dot_product_attention, dense mask", None, dense)
+        add("torch SDPA", dense_attention, "scaled_dot_product_attention, dense mask", dense)
     elif op == "block_sparse_attention":
-        add("torch SDPA", dense_blocks, "scaled_dot_product_attention, dense mask", None,
+        add("torch SDPA", dense_blocks, "scaled_dot_product_attention, dense mask",
             8.0 * case.dims["S"] * case.dims["N"] * case.dims["Hkv"])  # fmt: skip
     elif op in ("hashed_embedding", "hashed_embedding_out"):
-        add("torch index_select", "", "transom's hash; index_select(out=) of the rows", _select)
+        note = "transom's hash; index_select(out=) of the rows"
+        made.append(Candidate("torch index_select", "torch", _select, note))
         if op == "hashed_embedding":
-            add("torch embedding", "", "transom's hash; F.embedding of the rows", _embedding)
+            add("torch embedding", embedding, "transom's hash; F.embedding of the rows")
     elif op == "ngram_hash":
         add("torch int64", ngram, "int64 products, xor and remainder of whole tensors")
     elif op == "short_conv":
-        add("torch conv1d", conv, "F.conv1d by channels, silu", None)
-    return [c for c in made if c.name]
+        add("torch conv1d", conv, "F.conv1d by channels, silu")
+    return made
 
 
 def activation(both: Tensor, v: Values) -> Tensor:
@@ -284,8 +285,9 @@ def _select(v: Values) -> Callable[[Values], Tensor]:
     return call
 
 
-def _embedding(_: Values) -> Callable[[Values], Tensor]:
-    return lambda v: F.embedding(_rows(v), v["table"]).view(*v["tokens"].shape, -1)
+def embedding(v: Values) -> Tensor:
+    """The rows in new memory."""
+    return F.embedding(_rows(v), v["table"]).view(*v["tokens"].shape, -1)
 
 
 def ngram(v: Values) -> Tensor:

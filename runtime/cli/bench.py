@@ -39,6 +39,10 @@ Every candidate's result is checked before it is timed; candidates and probes
 of the machine take turns; medians are shown. "attained" is the least time
 that the machine's own rates allow, over the time taken.
 
+To measure as on a machine without AVX-512, set TRANSOM_NATIVE_LEVEL=avx2 and,
+for torch, ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and
+MKL_ENABLE_INSTRUCTIONS=AVX2.
+
 Status 0: done. 1: an implementation of transom gave a wrong result, or with
 --compare something got slower. 2: bad input.
 """
@@ -319,7 +323,7 @@ def _print(console: Console, found: Found, compared: Comparison | None, load: fl
             "case", "computed by", ">time", ">spread", ">GFLOP/s", ">GB/s", ">attained", "bound by",
             ">transom is", title=op,
         )  # fmt: skip
-        before = None
+        before = ""
         for row in group:
             title = row.title + (f" ({row.scaled})" if row.scaled else "")
             title += f", {row.threads} threads" if len({r.threads for r in rows}) > 1 else ""
@@ -340,8 +344,8 @@ def _print(console: Console, found: Found, compared: Comparison | None, load: fl
             )  # fmt: skip
         console.print(shown)
         console.print()
-    for name, reason in found.absent.items():
-        console.print(Text(f"not compared with {name}: {reason}", style="dim"))
+    for peer, reason in found.absent.items():
+        console.print(Text(f"not compared with {peer}: {reason}", style="dim"))
     for problem in found.problems:
         console.print(Text(f"WRONG RESULT: {problem}", style="bold red"))
     if compared is not None:

@@ -30,8 +30,10 @@ class PeakMemory:
     system first, so that a second run doesn't profit from pages that the first one left behind.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, collect: bool = True) -> None:
+        """collect    False: Python's garbage stays; for calls that leave none, many times over."""
         self.device = device
+        self._collect = collect
         self.bytes: int | None = None
         self.method = "none"
         self._base = 0
@@ -40,7 +42,8 @@ class PeakMemory:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()
+        if self._collect:
+            gc.collect()
         if self.device.type != "cpu":
             if hasattr(torch.accelerator, "max_memory_allocated"):
                 torch.accelerator.synchronize()
