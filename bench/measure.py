@@ -358,8 +358,9 @@ def _time(
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
             slow = first[name] > 3 * settings.seconds
-            if slow and taken[name] and (round_ >= LEAST_ROUNDS or first[name] > LONG / 4):
-                continue  # one figure of many seconds says enough
+            enough = 1 if first[name] > LONG / 4 else 2
+            if slow and len(taken[name]) >= enough:
+                continue  # a few figures of seconds say enough
             calls = int(min(MOST_CALLS, max(1.0, SAMPLE / max(first[name], 1e-7))))
             chosen = [next(draws) for _ in range(calls)]
             spent = _sample(ready[name], chosen, clock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -80,9 +80,25 @@ class Found:
         return [records.row_of(line) for line in self.lines]
 
 
-def run(plan: Plan, commit: str | None, progress: Progress) -> Found:
-    """Measure everything that is planned."""
+def run(
+    plan: Plan,
+    commit: str | None,
+    progress: Progress,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> Found:
+    """Measure everything that is planned.
+
+    keep    is given the lines of each case as soon as they are there: a run may take an hour.
+    """
     found = Found()
+
+    def add(rows: Sequence[Row]) -> None:
+        lines = [records.line(about, row) for row in rows]
+        found.problems.extend(_problems(rows))
+        found.lines.extend(lines)
+        if keep is not None:
+            keep(lines)
+
     composite = "composite" in plan.against
     loaded, found.absent = peers.load([name for name in plan.against if name != "composite"])
     versions = peers.versions(loaded)
@@ -102,8 +118,7 @@ def run(plan: Plan, commit: str | None, progress: Progress) -> Found:
                 for case in listed:
                     progress.start(f"{case.op}: {case.title}")
                     rows = measure(case, others, ceilings, plan.settings, rates, composite)
-                    found.problems += _problems(rows)
-                    found.lines += [records.line(about, row) for row in rows]
+                    add(rows)
                     progress.advance()
                 if plan.whole:
                     forget()
@@ -112,8 +127,7 @@ def run(plan: Plan, commit: str | None, progress: Progress) -> Found:
                     except ImportError as error:
                         found.absent[whole.NAME] = f"{error}; install transom[transformers]"
                         continue
-                    found.problems += _problems(rows)
-                    found.lines += [records.line(about, row) for row in rows]
+                    add(rows)
     finally:
         torch.set_num_threads(before)
         forget()

@@ -35,6 +35,8 @@ Examples:
 
     transom bench --compare results.jsonl
 
+    transom bench --show results.jsonl --html report.html
+
 Every candidate's result is checked before it is timed; candidates and probes
 of the machine take turns; medians are shown. "attained" is the least time
 that the machine's own rates allow, over the time taken.
@@ -147,6 +149,14 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Measure nothing: show what this file of --save holds.",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[
         Path | None,
         typer.Option(
@@ -176,13 +186,13 @@ def bench(
     from ..bench import peers, records
     from ..bench.cases import Wanted
     from ..bench.measure import Settings
-    from ..bench.run import Plan, run
+    from ..bench.run import Found, Plan, run
 
     operators = operators_of(names or [])
     for path in (json_, html, save):
         if path is not None and str(path) != "-":
             check_writable(path)
-    baseline = None if compare is None else _baseline(compare)
+    baseline = None if compare is None else _saved(compare)
     if rounds < 1:
         raise Refusal(f"--rounds is {rounds}; expected 1 or more")
     if seconds <= 0:
@@ -209,15 +219,20 @@ def bench(
         backward,
         whole,
     )
-    count = len(plan.cases())
-    if not count and not whole:
-        raise Refusal("no case is left: no model that was asked for has these operators")
     load = machine.load()
-    with steps() as progress:
-        found = run(plan, machine.commit(), progress)
+    if show is not None:
+        found, load = Found(_saved(show)), None
+    else:
+        if not plan.cases() and not whole:
+            raise Refusal("no case is left: no model that was asked for has these operators")
+
+        def keep(lines: list[dict[str, Any]]) -> None:
+            if save is not None:
+                records.save(save, lines)
+
+        with steps() as progress:
+            found = run(plan, machine.commit(), progress, keep)
     compared = records.compare(baseline, found.lines) if baseline is not None else None
-    if save is not None:
-        records.save(save, found.lines)
     if json_ is not None:
         write_json(None if str(json_) == "-" else json_, found.lines)
     if html is not None:
@@ -276,7 +291,7 @@ def length(option: str, text: str) -> int:
     return int(digits) * scale
 
 
-def _baseline(path: Path) -> list[dict[str, Any]]:
+def _saved(path: Path) -> list[dict[str, Any]]:
     from ..bench import records
 
     try:

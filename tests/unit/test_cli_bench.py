@@ -194,6 +194,15 @@ def test_a_run_writes_everything(capsys, tmp_path):
     assert status in (0, 1) and "measurements are as fast as in the baseline" in out
 
 
+def test_saved_figures_are_shown_without_measuring(capsys, tmp_path, monkeypatch):
+    path, page = tmp_path / "a.jsonl", tmp_path / "a.html"
+    records.save(path, lines(a_row(), a_row("torch mm loop", median=2.0)))
+    monkeypatch.setattr("transom.bench.run.run", None)
+    status, out, _ = call(capsys, "--show", str(path), "--html", str(page))
+    assert status == 0 and "torch mm loop" in out and "2.00 x as fast" in out
+    assert "transom 2.00 x as fast" in page.read_text()
+
+
 def test_json_goes_to_standard_output_alone(capsys):
     status, out, _ = call(capsys, "sinkhorn", *TINY, "--against", "none", "--json", "-")
     assert status == 0 and {line["op"] for line in json.loads(out)} == {"sinkhorn"}
