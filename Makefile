@@ -2,6 +2,7 @@
 #
 #   make run     the main job on this repository's README: a table here, a report in build/
 #   make test    the tests, the linter and the type checker
+#   make bench   measure this machine into bench/results/ (an hour and more), with a page in build/
 #   make clean   remove what make made
 #
 # Settings: PYTHON=python3.12 (which Python the environment is made with), JOBS=4 (test processes),
@@ -21,7 +22,7 @@ CPU_TORCH := torch==$(TORCH_VERSION)+cpu
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint types clean
+.PHONY: run test lint types bench clean
 
 run: $(VENV)/installed
 	@mkdir -p build
@@ -38,6 +39,23 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	@test -d build/ide || $(PIP) install -q --no-deps --no-build-isolation -e .
 	$(BIN)/mypy
+
+# The figures that are committed. What is interrupted goes on with what is saved: lines of the same
+# measurement are replaced. Peers are what is installed in the environment.
+RESULTS ?= bench/results/bench.jsonl
+BENCH := $(BIN)/transom bench --save $(RESULTS)
+
+bench: $(VENV)/installed
+	@mkdir -p build
+	$(BENCH) --tokens 1,8,64,512,2048 --context 1k,4k,16k,64k,256k,1M --whole
+	$(BENCH) moe_experts --model v4-flash,qwen3-30b,gpt-oss-20b --tokens 1,8,64,512,2048 \
+	    --format int8,int4,fp8,mxfp4
+	$(BENCH) hashed_embedding hashed_embedding_out --model v4.1-flash --tokens 1,64,4096 \
+	    --format plain,fp8,int8
+	$(BENCH) moe_experts --model qwen3-30b --tokens 64 --experts 8,16,32,64
+	$(BENCH) --tokens 1,512 --context 1k,64k --threads 1 --against composite
+	$(BENCH) --tokens 512 --context 1k --dtype f32 --backward --against composite
+	$(BIN)/transom bench --show $(RESULTS) --html build/bench.html
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -120,10 +120,11 @@ def along(axis: str, series: Mapping[str, Sequence[Row]], title: str) -> Markup:
     frame = Frame(
         170, decades([r.median * 1e3 for r in rows]),
         (math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs) * 1.0001))),
-        left=58, top=10, width=346,
+        left=66, top=10, width=338,
     )  # fmt: skip
     parts = frame.grid()
     order = sorted(series, key=lambda name: series[name][0].chosen)
+    seen: dict[str, int] = {}
     for name in order:
         points = sorted(series[name], key=lambda r: r.sweep or ("", 0.0))
         colour = LINES.get(peer_of(points[0]), LINES["composite"])
@@ -131,9 +132,11 @@ def along(axis: str, series: Mapping[str, Sequence[Row]], title: str) -> Markup:
         spots = [(frame.x(r.sweep[1]), frame.y(r.median * 1e3)) for r in points if r.sweep]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         width = 2.6 if strong else 1.4
-        parts.append(
-            f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" points="{path}"/>'
-        )
+        # of one library the first way is drawn through, the others are dashed
+        ways = seen[peer_of(points[0])] = seen.get(peer_of(points[0]), -1) + 1
+        dash = f' stroke-dasharray="{(6, 2, 9)[(ways - 1) % 3]} 3"' if ways else ""
+        look = f'fill="none" stroke="{colour}" stroke-width="{width}"{dash}'
+        parts.append(f'<polyline {look} points="{path}"/>')
         for (x, y), row in zip(spots, points, strict=True):
             tip = f"{name}: {units.seconds(row.median)} at {row.sweep[1]:,.0f}" if row.sweep else ""
             parts.append(

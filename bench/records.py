@@ -74,9 +74,9 @@ def row_of(found: dict[str, Any]) -> Row:
 
 
 def save(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write the lines; those of the same measurement that the file holds are replaced."""
-    kept = {row_of(x).key: x for x in _read(path)} if path.exists() else {}
-    kept.update({row_of(x).key: x for x in lines})
+    """Write the lines; those of the same measurement on the same machine are replaced."""
+    held = _read(path) if path.exists() else []
+    kept = {(x["machine"], row_of(x).key): x for x in (*held, *lines)}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept.values())
     path.write_text(text, encoding="utf-8")
@@ -135,7 +135,10 @@ def compare(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
     today, or another one, does not look like a slower kernel. Noise is the range of each run's
     middle half: only when the two ranges are apart, and the medians by LEAST, is it a change.
     """
-    old = {row.key: row for row in map(row_of, before) if row.seconds}
+    machines = [{x.get("machine") for x in lines} for lines in (before, now)]
+    # a file may hold several machines: this one's figures, if it has any
+    mine = [x for x in before if x.get("machine") in machines[1]]
+    old = {row.key: row for row in map(row_of, mine or before) if row.seconds}
     new = {row.key: row for row in map(row_of, now) if row.seconds}
     changes = []
     for key, row in new.items():
@@ -147,8 +150,7 @@ def compare(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> 
             told = apart and abs(factor - 1) > LEAST
             verdict = ("faster" if factor > 1 else "slower") if told else "same"
             changes.append(Change(was, row, factor, verdict))
-    machines = [{x.get("machine") for x in lines} for lines in (before, now)]
-    other = ", ".join(sorted(map(str, machines[0]))) if machines[0] != machines[1] else None
+    other = None if mine else ", ".join(sorted(map(str, machines[0])))
     return Comparison(
         tuple(changes),
         tuple(row for key, row in old.items() if key not in new),

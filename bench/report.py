@@ -106,7 +106,8 @@ def _bars(group: Sequence[Row], ratio: dict[int, float]) -> dict[str, Any]:
     ]
     return {
         "title": first.title,
-        "threads": first.threads, "scaled": first.scaled, "cold": first.cold, "bars": bars,
+        "threads": first.threads, "level": first.level, "scaled": first.scaled,
+        "cold": first.cold, "bars": bars,
         "left_out": [r for r in group if r.left_out],
     }  # fmt: skip
 
@@ -117,9 +118,9 @@ def _sweeps(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     for r in rows:
         if r.seconds and r.sweep is not None:
             rest = r.label.partition(", ")[0] if r.sweep[0] == "experts" else series(r.label)
-            key = (r.op, r.model, r.dtype, r.format, r.threads, r.sweep[0], rest)
+            key = (r.op, r.model, r.dtype, r.format, r.threads, r.level, r.sweep[0], rest)
             found.setdefault(key, []).append(r)
-    for (op, model, dtype, format, threads, axis, rest), some in found.items():
+    for (op, model, dtype, format, threads, level, axis, rest), some in found.items():
         if len({r.sweep for r in some}) < 3:
             continue
         lines: dict[str, list[Row]] = {}
@@ -128,7 +129,7 @@ def _sweeps(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         kind = dtype if format == "plain" else f"{dtype}, {format} weights"
         title = ", ".join(filter(None, (MODELS[model].title, rest, kind)))
         yield {
-            "op": op, "title": f"{title}, {threads} thread{'' if threads == 1 else 's'}",
+            "op": op, "title": f"{title}, {threads} thread{'' if threads == 1 else 's'}, {level}",
             "axis": AXES[axis], "chart": charts.along(AXES[axis], lines, title),
             "names": [(n, charts.LINES.get(charts.peer_of(s[0]), charts.LINES["composite"]))
                       for n, s in lines.items()],
@@ -143,7 +144,7 @@ def _threads(rows: Sequence[Row]) -> list[dict[str, Any]]:
     by_case: dict[tuple[Any, ...], dict[int, float]] = {}
     for r in rows:
         if r.chosen and r.seconds:
-            key = (r.op, r.model, r.label, r.dtype, r.format, r.candidate)
+            key = (r.op, r.model, r.label, r.dtype, r.format, r.candidate, r.level)
             by_case.setdefault(key, {})[r.threads] = r.median
     out = []
     for op in dict.fromkeys(key[0] for key in by_case):
@@ -155,16 +156,21 @@ def _threads(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{"counts": counts, "rows": out}] if out else []
 
 
+def ceilings_of(found: Found) -> dict[tuple[int, str], dict[str, Any]]:
+    """The machine's ceilings by threads and instruction set: the last that were measured."""
+    return {(line["threads"], line["level"]): line["ceilings"] for line in found.lines}
+
+
 def render(found: Found, compared: Comparison | None = None, busy: str | None = None) -> str:
     """The page."""
     rows = found.rows
     ratio = ratios(rows)
     colour = charts.colours(rows)
-    ceilings = {line["threads"]: line["ceilings"] for line in found.lines}
+    ceilings = ceilings_of(found)
     first = found.lines[0] if found.lines else {}
     rooflines = [
-        (c, charts.roofline([r for r in rows if r.threads == n], c, colour))
-        for n, c in ceilings.items()
+        (c, charts.roofline([r for r in rows if (r.threads, r.level) == at], c, colour))
+        for at, c in ceilings.items()
     ]
     operators = [
         {
@@ -182,5 +188,5 @@ def render(found: Found, compared: Comparison | None = None, busy: str | None = 
         models=[MODELS[m] for m in dict.fromkeys(r.model for r in rows) if m in MODELS],
         checked=sum(r.error is not None for r in rows),
         scaled=list(dict.fromkeys((r.title, r.scaled) for r in rows if r.scaled)),
-        titles=len(groups(rows)),
+        counts=[len(groups([r for r in rows if (r.threads, r.level) == at])) for at in ceilings],
     )  # fmt: skip

@@ -317,15 +317,13 @@ def free_bytes() -> float:
 
 
 def _print(console: Console, found: Found, compared: Comparison | None, load: float | None) -> None:
-    from ..bench.report import ratio_text, ratios
+    from ..bench.report import ceilings_of, ratio_text, ratios
 
     rows = found.rows
     head = found.lines[0] if found.lines else {}
     console.print()
     console.print(Text(f"{head.get('machine')}, {head.get('versions', {}).get('torch')} torch"))
-    for ceiling in {
-        row.threads: line["ceilings"] for row, line in zip(rows, found.lines, strict=True)
-    }.values():
+    for ceiling in ceilings_of(found).values():
         console.print(Text(_ceilings(ceiling)))
     if (busy := machine.busy(load)) is not None:
         console.print(Text(busy, style="yellow"))
