@@ -51,28 +51,58 @@ inline void narrow_rows(int64_t rows, int64_t K, const float *a, int64_t a_strid
   }
 }
 
-/* kDepth of k at a time for each group of columns; the columns that are left are returned. */
-template <class Number>
+/* Rows of a weight lie at least so many bytes apart where they are read side by side. Only then has
+ * each a page of its own, and the processor's prefetchers follow them all: 14.3 instead of 9 GB/s
+ * for rows of 1.5 KB, of 15 that one core can read. */
+constexpr int64_t kApart = 4096, kMostGap = 8;
+
+/* G vectors of columns `gap` apart, and the gap - 1 columns that follow each, kDepth of k at a time,
+ * while whole blocks of them are left. Returns the columns done. */
+template <int G, class Number>
 inline int64_t multiply_narrow(int64_t rows, int64_t K, const float *x, int64_t x_stride,
-                               const Number *w, int64_t row, int64_t columns, float *c,
-                               int64_t c_stride) {
-  /* Numbers of 16 bits come too fast for one sum in each element of a vector of 8. */
-  constexpr int kGroups = sizeof(Number) == 2 && kWidth == 8 ? 2 : 1;
+                               const Number *w, int64_t row, int64_t gap, int64_t columns,
+                               float *c, int64_t c_stride) {
+  constexpr int64_t kLanes = G * kWidth, kStride = kLanes * kMostGap;
+  alignas(64) float sums[kNarrow * kStride];
   int64_t n = 0;
-  const auto group = [&]<int G>(int64_t R) __attribute__((always_inline)) {
-    for (; n + G * kWidth <= columns; n += G * kWidth) {
-      const Number *here = w + n * row;
+  for (; n + kLanes * gap <= columns; n += kLanes * gap) {
+    for (int64_t i = 0; i < gap; i++) {
+      const Number *here = w + (n + i) * row;
+      const Number *following = i + 1 < gap ? here + row : w + (n + kLanes * gap) * row;
+      float *to = gap == 1 ? c + n : sums + i * kLanes;
+      const int64_t to_stride = gap == 1 ? c_stride : kStride;
       int64_t k = 0;
       do {
-        const int64_t piece = min_of(kDepth, K - k);
-        const Number *next = k + kDepth < K ? here + k + kDepth : here + G * kWidth * row;
-        narrow_rows<G>(R, piece, x + k, x_stride, here + k, row, c + n, c_stride, k > 0, next);
+        narrow_rows<G>(rows, min_of(kDepth, K - k), x + k, x_stride, here + k, row * gap, to,
+                       to_stride, k > 0, k + kDepth < K ? here + k + kDepth : following);
         k += kDepth;
       } while (k < K);
     }
-  };
-  if (rows == 1 && kGroups > 1) group.template operator()<kGroups>(1);
-  group.template operator()<1>(rows);
+    for (int64_t r = 0; r < rows && gap > 1; r++)
+      for (int64_t i = 0; i < gap; i++)
+        for (int64_t l = 0; l < kLanes; l++)
+          c[r * c_stride + n + l * gap + i] = sums[r * kStride + i * kLanes + l];
+  }
+  return n;
+}
+
+/* Every column that fills a vector; returns how many. */
+template <class Number>
+inline int64_t multiply_turned(int64_t rows, int64_t K, const float *x, int64_t x_stride,
+                               const Number *w, int64_t row, int64_t columns, float *c,
+                               int64_t c_stride) {
+  int64_t n = 0, gap = 1;
+  while (gap < kMostGap && gap * row * static_cast<int64_t>(sizeof(Number)) < kApart) gap *= 2;
+  for (; gap > 0; gap /= 2) {
+    const auto columns_by = [&]<int G>() __attribute__((always_inline)) {
+      n += multiply_narrow<G>(rows, K, x, x_stride, w + n * row, row, gap, columns - n, c + n,
+                              c_stride);
+    };
+    /* Numbers of 16 bits come too fast for one sum in each element of a vector of 8. */
+    if constexpr (sizeof(Number) == 2 && kWidth == 8)
+      if (rows == 1) columns_by.template operator()<2>();
+    columns_by.template operator()<1>();
+  }
   return n;
 }
 
@@ -142,7 +172,7 @@ inline void multiply_numbers(int64_t rows, int64_t K, const float *x, int64_t x_
   const Number *w = reinterpret_cast<const Number *>(weight.data) + first * weight.row;
   int64_t done = 0;
   if (rows <= kNarrow && weight.along == 1)
-    done = multiply_narrow(rows, K, x, x_stride, w, weight.row, columns, c, c_stride);
+    done = multiply_turned(rows, K, x, x_stride, w, weight.row, columns, c, c_stride);
   else if (rows <= kNarrow && weight.row == 1)
     done = multiply_sweep(rows, K, x, x_stride, w, weight.along, columns, c, c_stride);
   if (done < columns)
