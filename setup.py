@@ -56,7 +56,8 @@ FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion"]
 
 
 # With TRANSOM_SANITIZE: compiled soon, and a fault ends the program. Python's own flags may say
-# -fwrapv, which would define what is to be found; NULL for memset of 0 bytes is defined (C2y, N3322).
+# -fwrapv, which would define what is to be found; NULL for memset of 0 bytes is defined (C2y,
+# N3322).
 CHECKED = ["-O1", "-g", "-fno-wrapv", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 CHECKED += ["-fno-sanitize=nonnull-attribute"]
 

@@ -182,7 +182,7 @@ inline void turn(const Number *w, int64_t stride, vf turned[kTurned<Number>]) {
 
 /* Neighbours along k of one line of the cache. */
 template <class Number>
-constexpr int kLine = 64 / static_cast<int>(sizeof(Number));
+constexpr int kLineOf = static_cast<int>(kLine / sizeof(Number));
 
 /* panel[k][i] = w[i * row + k * along] for `columns` rows of a weight, zeros up to kPanel. */
 template <class Number>
@@ -225,10 +225,10 @@ template <int R, int G, class Number>
 inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w, int64_t row,
                    float *c, int64_t c_stride, bool add, const Number *next) {
   vf sums[G][R] = {};
-  const int64_t whole = K - K % kLine<Number>;
-  for (int64_t line = 0; line < whole; line += kLine<Number>) {
+  const int64_t whole = K - K % kLineOf<Number>;
+  for (int64_t line = 0; line < whole; line += kLineOf<Number>) {
     for (int i = 0; i < G * kWidth; i++) __builtin_prefetch(next + i * row + line, 0, 3);
-    for (int64_t k = line; k < line + kLine<Number>; k += kTurned<Number>)
+    for (int64_t k = line; k < line + kLineOf<Number>; k += kTurned<Number>)
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) {
         vf turned[kTurned<Number>];

@@ -156,11 +156,11 @@ inline void multiply_panels(int64_t rows, int64_t K, const float *x, int64_t x_s
     const Number *next = start(min_of(i + 1, panels * pieces - 1), &next_n, &next_k);
     const int64_t piece = min_of(kDepth, K - k);
     pack(from, row, along, min_of(kPanel, columns - n), piece, panel);
-    Ahead ahead = {reinterpret_cast<const char *>(next), 0, 0, 0, kLine<Number>};
+    Ahead ahead = {reinterpret_cast<const char *>(next), 0, 0, 0, kLineOf<Number>};
     if (along == 1)
       ahead.count = kPanel, ahead.across = row * size, ahead.along = 64;
-    else if (row == 1) /* a line or two of each step along k: kLine of them at a time */
-      ahead.count = kLine<Number>, ahead.across = along * size, ahead.along = along * 64;
+    else if (row == 1) /* a line or two of each step along k: kLineOf of them at a time */
+      ahead.count = kLineOf<Number>, ahead.across = along * size, ahead.along = along * 64;
     multiply_panel(rows, piece, x + k, x_stride, panel, kPanel, c + n, c_stride, k > 0, ahead);
   }
 }

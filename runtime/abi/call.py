@@ -286,7 +286,7 @@ class CFunction:
 
     def maker(self, shape: tuple[int, ...], dtype: torch.dtype, on: torch.device) -> Maker:
         """What makes an output: the same empty tensor each time. On the host from a prototype
-        without memory: empty_like() has no arguments to parse and takes half the time of empty()."""
+        without memory: empty_like() parses no arguments and takes half the time of empty()."""
         if on.type != "cpu":
             return torch.empty, (shape,), {"dtype": dtype, "device": on}
         prototype = torch.empty(shape, dtype=dtype)

@@ -89,7 +89,7 @@ inline int64_t group_of(const Table *table, int64_t row) {
 }
 
 /* Lines of a row that are asked for: what follows them the processor's own prefetchers fetch. */
-constexpr int64_t kLine = 64, kMostLines = 32;
+constexpr int64_t kMostLines = 32;
 
 /* gcc 12 takes a function that does nothing but prefetch for one without effects, and drops its
  * calls, unless it is put in their place before anything else. */
