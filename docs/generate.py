@@ -117,6 +117,8 @@ def edge_cases() -> str:
     return f"{NOTE}\n# Edge cases\n\n{EDGES}\n" + "\n".join(rows) + "\n"
 
 
+BACKENDS = {"native": "tuned", "numba": "portable"}
+"""Those of this tree, and the tier of their implementations."""
 _FLOATS = ("f32", "bf16", "f16", "f64")
 
 
@@ -134,11 +136,14 @@ def support_matrix() -> str:
             continue
         load(op, "cpu")
         # Whether a backend can be used depends on the machine: its files say what it has.
-        for twin in sorted((HERE.parent / "backends").glob(f"*/{op.path}.py")):
-            backend = twin.parts[-3]
+        for backend, tier in BACKENDS.items():
+            if not _written(backend, op):
+                continue
+            gradients = [o for n, o in everything.items() if _backward_of(o) == name]
+            have = sum(_written(backend, o) for o in gradients)
             rows.append(
-                f"| `{name}` | {backend} (tuned) | {backend} | by call: `transom explain {name}` | "
-                "yes | by the composite |"
+                f"| `{name}` | {backend} ({tier}) | {backend} | by call: `transom explain {name}` | "
+                f"yes | {_some(have, len(gradients)) if op._gradient else 'none'} |"
             )
         for impl in sorted(op.impls.values(), key=lambda i: (-TIERS.index(i.tier), i.name)):
             if impl.tier not in ("composite", "reference"):
@@ -151,6 +156,20 @@ def support_matrix() -> str:
     return "\n".join(rows) + "\n"
 
 
+def _written(backend: str, op: Op) -> bool:
+    """True if the backend's files compute the operator."""
+    if backend == "native":
+        return (HERE.parent / f"csrc/cpu/{op.family}/{op.name}.cpp").exists()
+    twin = HERE.parent / f"backends/{backend}/{op.path}.py"
+    return twin.exists() and re.search(rf"\b{op.name}\.impl\(", twin.read_text("utf-8")) is not None
+
+
+def _some(have: int, wanted: int) -> str:
+    if not have:
+        return "by the composite"
+    return "yes" if have == wanted else f"{have} of {wanted}; the rest by the composite"
+
+
 def _backward_of(op: Op) -> str | None:
     """The forward operator that `op` is a gradient of: one of the same file whose name it
     extends."""
@@ -160,6 +179,8 @@ def _backward_of(op: Op) -> str | None:
             and op.name != name
             and op.name.startswith(name)
             and other._gradient
+            and not op.mutates
+            and op._gradient is None
         ):
             return name
     return None
@@ -174,11 +195,7 @@ def _backward_text(op: Op, impl: Impl, everything: dict[str, Op]) -> str:
     ]
     if impl.tier == "reference":
         return "forward only"
-    return (
-        "yes"
-        if len(have) == len(names)
-        else f"{len(have)} of {len(names)}; the rest by the composite"
-    )
+    return _some(len(have), len(names))
 
 
 def _dtypes(op: Op, impl: Impl) -> list[str]:
@@ -238,8 +255,9 @@ SUPPORT = """\
 Every operator and every implementation of it in this tree. *composite* is the operator's meaning
 in torch: any device, bounded memory. *reference* is NumPy in float64, on request. What a plugin
 adds on your machine: `transom doctor`, `transom explain`. *native* is C++ for CPUs, in
-`csrc/cpu`. What was run where: everything on x86-64 CPUs, the native kernels at their baseline,
-AVX2 and AVX-512 levels (NEON was never compiled); no accelerator was at hand for this version.
+`csrc/cpu`; *numba* serves machines without a compiler. What was run where: everything on an x86-64
+CPU, the native kernels at their baseline, AVX2 and AVX-512 levels; NEON cross-compiled and run
+under qemu, never on an ARM processor. No accelerator was at hand for this version.
 """
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ VOCABULARY = 99_092
 
 
 def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
-    """ngram_hash, hashed_embedding (new memory, and into the caller's), engram_gate, short_conv."""
+    """ngram_hash, hashed_embedding (new memory, the caller's, pooled), engram_gate, short_conv."""
     engram = model.engram
     if engram is None:
         return
@@ -39,7 +39,7 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
             rows = min(engram.rows, fit)
             table = {**here, "rows": rows}
             scaled = of_the_model(rows, engram.rows, "rows of each column")
-            for op in ("hashed_embedding", "hashed_embedding_out"):
+            for op in ("hashed_embedding", "hashed_embedding_out", "hashed_embedding_pooled"):
                 yield Case(
                     op, model.name, f"{tokens:,} tokens", table, dtype, format,
                     _gather(op, table, format), scaled, {"V": columns * engram.rows}, sweep,
@@ -91,7 +91,8 @@ def _gather(op: str, d: Mapping[str, Any], format: str) -> Callable[[Draw], Inpu
         table = _table(draw, count, d["d"], format)
         plain = table if isinstance(table, Tensor) else table.values
         wide = draw.dtype if isinstance(table, Tensor) else torch.float32
-        out = torch.empty(1, d["S"], columns * d["d"], dtype=wide)
+        width = d["d"] if op == "hashed_embedding_pooled" else columns * d["d"]
+        out = torch.empty(1, d["S"], width, dtype=wide)
         into = {"out": out} if op == "hashed_embedding_out" else {}
 
         def same(g: Draw) -> dict[str, Any]:

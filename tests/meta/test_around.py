@@ -69,13 +69,14 @@ def test_an_output_with_a_hole_is_caught():
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_outputs_and_workspace_of_c_implementations_are_guarded():
+def test_outputs_of_c_implementations_are_guarded():
     op = transom.grouped_gemm
     (impl,) = checks.implementations(op, "cpu", "native")
     case = build(op, op.examples[0])
+    op._invoke(impl.function, *case.values)
     with around.Guarded(0) as guarded:
         op._invoke(impl.function, *case.values)
-    assert {dtype for _, dtype in guarded.buffers} == {torch.float32, torch.uint8}
+    assert [dtype for _, dtype in guarded.buffers] == [torch.float32]
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))

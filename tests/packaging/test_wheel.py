@@ -178,4 +178,4 @@ def test_what_the_makefile_installs_is_pinned(source: Path, wheel: Path) -> None
     lines = Parser().parsestr(metadata(wheel, "METADATA")).get_all("Requires-Dist", [])
     wanted = {line.split(">")[0] for line in lines if 'extra == "all"' not in line}
     pins = {line.split("==")[0] for line in (source / "constraints.txt").read_text().splitlines()}
-    assert {name for name in wanted if "[" not in name} - pins == {"triton", "numba"}
+    assert {name for name in wanted if "[" not in name} <= pins

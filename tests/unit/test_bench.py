@@ -20,7 +20,9 @@ from transom.op import OPS
 
 _ENDS = ("_backward", "_dx", "_dw", "_gradient", "_kl")
 _NAMES = sorted(n for n, op in OPS.items() if op.family in ("moe", "attention", "engram", "mhc"))
-FORWARD = [n for n in _NAMES if not n.endswith(_ENDS)]
+# Cache rows: packing them is storage, and attention over them has no case of its own yet.
+_ROWS = {"pack_cache_rows", "unpack_cache_rows", "sparse_attention_rows"}
+FORWARD = [n for n in _NAMES if not n.endswith(_ENDS) and n not in _ROWS]
 GRADIENTS = [n for n in _NAMES if n.endswith(_ENDS)]
 
 

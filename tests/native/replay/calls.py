@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import transom
-from transom.abi import call as abi
+from transom.abi import frame as abi
 from transom.conformance import checks
 from transom.conformance.cases import Case, build, cases, edges
 from transom.op import Op, kind_of
@@ -217,7 +217,7 @@ def _write(file: BinaryIO, call: Call) -> None:
     outputs = _outputs(case)
     _numbers(file, len(outputs))
     for shape, dtype in outputs:
-        _tensor(file, shape, abi._contiguous(shape, dtype)[2], dtype, True, b"")
+        _tensor(file, shape, abi.contiguous(shape, dtype)[2], dtype, True, b"")
 
 
 def _number(file: BinaryIO, op: Op[..., Any], places: list[Any], at: int, value: float) -> None:
