@@ -17,7 +17,7 @@
 
 #include "../parallel.h"
 #include "../product.h"
-#include "_keys.h"
+#include "_places.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -33,13 +33,12 @@ constexpr int64_t kQueries = 16;
 /* Pieces of one query that wait for their merge, for each thread. */
 constexpr int64_t kWaiting = 4;
 
-struct Work {
+struct Work : Places {
   const transom_call *call;
-  const transom_tensor *q, *kv, *indices, *visible, *local, *valid, *sink;
-  int64_t B, S, H, D, N, M, v_dim, window;
+  const transom_tensor *q, *sink;
+  int64_t H, D, v_dim;
   float scale;
   int64_t padded, key_stride, sum_stride; /* heads in panels; floats of a row of a tile, of a sum */
-  int64_t entry_pieces, pieces;           /* of one query: of entries, with those of the window */
   bool split;                             /* a query's pieces are shared by threads */
   int64_t block, at_once, local_rows;     /* queries of a task, in hand at a time; rows of a tile */
   int64_t thread_floats;
@@ -55,7 +54,7 @@ struct Work {
 /* A piece of some source as it lies in a tile. */
 struct Tile {
   float *rows;
-  int64_t b, piece, base, count;
+  int64_t b, piece, count;
 };
 
 /* One thread's part of the workspace. */
@@ -66,21 +65,6 @@ struct Desk {
   Tile entries, local;
 };
 
-/* Cuts memory into parts, or counts it where there is none. */
-struct Cutter {
-  float *base;
-  int64_t floats = 0;
-  float *part(int64_t n) {
-    float *start = base == nullptr ? nullptr : base + floats;
-    floats += up_to(n, 16);
-    return start;
-  }
-  Collected collected(int64_t lanes, int64_t sums) {
-    float *largest = part(lanes), *mass = part(lanes);
-    return {largest, mass, part(sums)};
-  }
-};
-
 Desk lay_out(const Work *work, Cutter *cutter) {
   const int64_t queries = work->at_once, sums = work->H * work->sum_stride;
   Desk desk = {};
@@ -89,8 +73,8 @@ Desk lay_out(const Work *work, Cutter *cutter) {
   desk.piece = cutter->collected(work->padded, sums);
   float *scratch = cutter->part(scratch_floats(work->H));
   desk.scratch = {scratch, scratch + kKeys * kPanel};
-  desk.entries = {cutter->part(work->N > 0 ? kKeys * work->key_stride : 0), -1, -1, 0, 0};
-  desk.local = {cutter->part(work->local_rows * work->key_stride), -1, -1, 0, 0};
+  desk.entries = {cutter->part(work->N > 0 ? kKeys * work->key_stride : 0), -1, -1, 0};
+  desk.local = {cutter->part(work->local_rows * work->key_stride), -1, -1, 0};
   return desk;
 }
 
@@ -108,30 +92,19 @@ Work describe(const transom_call *call) {
   Work work = {};
   work.call = call;
   work.q = tensor(call, ARGUMENT(Q));
-  work.kv = tensor(call, ARGUMENT(KV));
-  work.indices = tensor(call, ARGUMENT(INDICES));
-  work.visible = tensor(call, ARGUMENT(VISIBLE));
-  work.local = tensor(call, ARGUMENT(LOCAL_KV));
-  work.valid = tensor(call, ARGUMENT(LOCAL_VALID));
   work.sink = tensor(call, ARGUMENT(SINK));
+  static_cast<Places &>(work) = places_of(
+      work.q, tensor(call, ARGUMENT(KV)), tensor(call, ARGUMENT(INDICES)),
+      tensor(call, ARGUMENT(VISIBLE)), tensor(call, ARGUMENT(LOCAL_KV)),
+      tensor(call, ARGUMENT(LOCAL_VALID)), call->args[ARGUMENT(WINDOW)].i);
   work.scale = static_cast<float>(call->args[ARGUMENT(SCALE)].f);
   work.v_dim = call->args[ARGUMENT(V_DIM)].i;
-  work.B = work.q->shape[0], work.S = work.q->shape[1];
   work.H = work.q->shape[2], work.D = work.q->shape[3];
-  work.N = work.kv->shape[1];
-  work.M = work.local == nullptr ? 0 : work.local->shape[1];
-  /* Pieces before the first token are left out, so that those that stay are cut where they were. */
-  const int64_t window = call->args[ARGUMENT(WINDOW)].i;
-  work.window = window - max_of(window - work.M, 0) / kKeys * kKeys;
   work.padded = up_to(work.H, kPanel);
   work.key_stride = tile_stride(work.D), work.sum_stride = up_to(work.v_dim, kPanel);
-  const int64_t named = work.indices == nullptr ? work.N : work.indices->shape[2];
-  work.entry_pieces = work.N == 0 ? 0 : (named + kKeys - 1) / kKeys;
-  work.pieces = work.entry_pieces + (work.window + kKeys - 1) / kKeys;
-
   const int64_t units = work.B * work.S;
   const double products = static_cast<double>(units * work.H * (work.D + work.v_dim)) *
-                          static_cast<double>(named + work.window);
+                          static_cast<double>(kKeys * work.pieces);
   work.threads = threads_for(products, call->threads);
   /* One query each leaves threads idle where the last round of queries is far from full. */
   const int64_t rounds = (units + work.threads - 1) / work.threads;
@@ -150,27 +123,6 @@ Work describe(const transom_call *call) {
   lay_out(&work, &cutter);
   work.thread_floats = cutter.floats;
   return work;
-}
-
-/* Query s of batch b sees entries below this. */
-int64_t bound_of(const Work *work, int64_t b, int64_t s) {
-  const transom_tensor *v = work->visible;
-  if (v == nullptr) return work->N;
-  return min_of(work->N, integer(v, b * v->strides[0] + s * v->strides[1]));
-}
-
-/* The entries of a piece of a query's list that it sees. */
-int64_t listed(const Work *work, int64_t b, int64_t s, int64_t piece, int64_t *list) {
-  const transom_tensor *named = work->indices;
-  const int64_t start = piece * kKeys, stop = min_of(start + kKeys, named->shape[2]);
-  const int64_t row = b * named->strides[0] + s * named->strides[1];
-  const int64_t bound = bound_of(work, b, s);
-  int64_t count = 0;
-  for (int64_t i = start; i < stop; i++) {
-    const int64_t j = integer(named, row + i * named->strides[2]);
-    if (j >= 0 && j < bound) list[count++] = j;
-  }
-  return count;
 }
 
 /* A piece of a query's list will be needed. Without lists neighbouring rows are, which the
@@ -208,25 +160,11 @@ struct Range {
   int64_t count;
 };
 
-/* Piece `piece` of the windows of queries s .. s + queries. tile->base: position of its first
- * place; before[i]: rows of it before place i. */
+/* Piece `piece` of the windows of queries s .. s + queries, see near(). */
 void gather_local(const Work *work, Tile *tile, int64_t b, int64_t s, int64_t queries,
                   int64_t piece, int16_t *before) {
-  const transom_tensor *valid = work->valid;
-  const int64_t length = min_of(kKeys, work->window - piece * kKeys);
-  tile->base = work->M - work->S + s - work->window + 1 + piece * kKeys;
-  int64_t list[kKeys + kQueries], count = 0;
-  for (int64_t i = 0; i < queries - 1 + length; i++) {
-    before[i] = static_cast<int16_t>(count);
-    const int64_t j = tile->base + i;
-    if (j < 0) continue;
-    if (valid != nullptr &&
-        static_cast<const uint8_t *>(
-            valid->data)[b * valid->strides[0] + j * valid->strides[1]] == 0)
-      continue;
-    list[count++] = j;
-  }
-  before[queries - 1 + length] = static_cast<int16_t>(count);
+  int64_t list[kKeys + kQueries];
+  const int64_t count = near(work, b, s, queries, piece, list, before);
   gather(work->local, b, list, count, tile->rows, work->key_stride);
 }
 
@@ -262,7 +200,7 @@ void attend_queries(const Work *work, Desk *desk, int64_t b, int64_t s, int64_t 
       gather_local(work, &desk->local, b, s, count, local_piece, own);
       before = own, local_s = s;
     }
-    const int64_t length = min_of(kKeys, work->window - local_piece * kKeys);
+    const int64_t length = local_piece < 0 ? 0 : window_length(work, local_piece);
     for (int64_t i = 0; i < count; i++) {
       Range range = {desk->entries.rows, 0};
       if (local_piece < 0) {
@@ -339,7 +277,7 @@ void attend_pieces(Work *work, Desk *desk) {
       expect(work, work->b, work->s, p + work->threads, &soon);
     } else {
       gather_local(work, &desk->local, work->b, work->s, 1, local, before);
-      range = {desk->local.rows, before[min_of(kKeys, work->window - local * kKeys)]};
+      range = {desk->local.rows, before[window_length(work, local)]};
     }
     await(&work->done[0], panels);
     const Collected here = {work->waiting.largest + slot * work->padded + from,
