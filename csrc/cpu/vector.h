@@ -123,6 +123,22 @@ inline void separate(vf *even, vf *odd) {
 #endif
 }
 
+/* Whether a comparison holds for any element. */
+inline bool any(vi holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bits_as<__m512i>(holds), bits_as<__m512i>(holds)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(bits_as<__m256>(holds)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(bits_as<__m128>(holds)) != 0;
+#else
+  uint64_t parts[kWidth / 2], found = 0;
+  memcpy(parts, &holds, sizeof parts);
+  for (uint64_t part : parts) found |= part;
+  return found != 0;
+#endif
+}
+
 inline v4 folded(vf v) {
   v4 part[kWidth / 4];
   memcpy(part, &v, sizeof v);
@@ -294,6 +310,29 @@ inline vf exp(vf x) {
   const vi power = __builtin_convertvector(whole, vi), half = power >> 1;
   return y * bits_as<vf>((half + 127) << 23) * bits_as<vf>((power - half + 127) << 23);
 }
+
+/* exp() of x <= 0, with the subnormal results too. */
+inline vf exp_below(vf x) {
+  const vf root = exp(x * 0.5f);
+  return x < -87.0f ? root * root : exp(x);
+}
+
+inline vf square_root(vf x) {
+#if defined(__AVX512F__)
+  return bits_as<vf>(_mm512_maskz_sqrt_ps(0xffff, bits_as<__m512>(x)));
+#elif defined(__AVX2__)
+  return bits_as<vf>(_mm256_sqrt_ps(bits_as<__m256>(x)));
+#elif defined(__SSE2__)
+  return bits_as<vf>(_mm_sqrt_ps(bits_as<__m128>(x)));
+#elif defined(__aarch64__)
+  return bits_as<vf>(vsqrtq_f32(bits_as<float32x4_t>(x)));
+#else
+  for (int i = 0; i < kWidth; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
 }  // namespace
 }  // namespace transom::TRANSOM_LEVEL

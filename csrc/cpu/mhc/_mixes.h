@@ -18,14 +18,15 @@ namespace {
 
 constexpr int64_t kOfK = 256;                /* elements of K in a piece */
 constexpr int64_t kPanel = kOfK + kPad;      /* floats between rows of a panel */
-constexpr int64_t kBlock = 32;               /* tokens that a piece of fn serves */
+constexpr int64_t kBlock = 64;             /* tokens that a piece of fn serves */
 constexpr int64_t kTogether = kRows;         /* tokens of a group */
 /* Bytes between what is read and what is fetched: rows end where the prefetchers start anew. */
 constexpr int64_t kAhead = 1024;
 
 struct Mixes {
   const transom_tensor *x, *fn;
-  int64_t T, R, D, K, N, pieces;
+  int64_t first, T; /* tokens first .. first + T of x, numbered from 0 here */
+  int64_t R, D, K, N, pieces;
   int64_t sums; /* vectors of a token: N products, then the squares */
 };
 
@@ -125,7 +126,7 @@ inline void widen_any(const Mixes &work, int64_t first, int64_t rows, int64_t pi
                       vf *squares, int64_t stride, bool more) {
   const int64_t k = piece * kOfK, n = min_of(kOfK, work.K - k);
   for (int64_t r = 0; r < rows; r++) {
-    widen(work.x, first + r, k, n, to + r * kPanel);
+    widen(work.x, work.first + first + r, k, n, to + r * kPanel);
     vf sum = {};
     for (int64_t i = 0; i < n; i += kWidth)
       sum += load(to + r * kPanel + i) * load(to + r * kPanel + i);
@@ -137,8 +138,8 @@ inline void widen_any(const Mixes &work, int64_t first, int64_t rows, int64_t pi
 /* The products of a piece of C rows of fn with R tokens, added to their sums or set; x, and fn where
  * it is a panel, have zeros after n. Not inlined: gcc then runs out of registers in the loop. */
 template <int R, int C, class Weight>
-__attribute__((noinline)) void products(const float *x, const Weight *fn, int64_t fn_stride, int64_t n, vf *sums,
-                     int64_t stride, bool more) {
+__attribute__((noinline)) void products(const float *x, const Weight *fn, int64_t fn_stride,
+                                        int64_t n, vf *sums, int64_t stride, bool more) {
   vf here[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -239,7 +240,7 @@ inline void add_piece_of_one(const Mixes &work, const Weight *fn, int64_t token,
   const int64_t k = piece * kOfK, n = min_of(kOfK, work.K - k), N = work.N;
   const int64_t between = work.fn->strides[0];
   if (n % kWidth > 0) {
-    const int64_t start = start_of(work.x, 2, token);
+    const int64_t start = start_of(work.x, 2, work.first + token);
     add_piece(work, token, 1, &start, piece, false, room, sums);
     return;
   }
@@ -263,8 +264,8 @@ inline void totals(const Mixes &work, const vf *sums, float rms_eps, float *u) {
   u[work.N] = 1.0f / __builtin_sqrtf(mean + rms_eps);
 }
 
-/* Work on tokens by blocks, or, with few of them, by pieces of K: finish(first, tokens, sums) has
- * the sums of `tokens` tokens, at most kBlock. */
+/* Work on tokens by blocks, or, with few of them, by pieces of K: finish(thread, first, tokens,
+ * sums) has the sums of `tokens` tokens, at most kBlock. */
 struct Schedule {
   int32_t threads;
   bool by_piece;
@@ -309,10 +310,10 @@ inline void mix_blocks(void *context, int32_t thread) {
     if (first >= work.T) break;
     const int64_t tokens = min_of(block, work.T - first);
     int64_t starts[kBlock];
-    for (int64_t t = 0; t < tokens; t++) starts[t] = start_of(work.x, 2, first + t);
+    for (int64_t t = 0; t < tokens; t++) starts[t] = start_of(work.x, 2, work.first + first + t);
     for (int64_t piece = 0; piece < work.pieces; piece++)
       add_piece(work, first, tokens, starts, piece, piece > 0, room, room.sums);
-    (*all->finish)(first, tokens, room.sums);
+    (*all->finish)(thread, first, tokens, room.sums);
   }
   fence();
 }
@@ -323,7 +324,7 @@ inline void mix_pieces(void *context, int32_t thread) {
   const Mixes &work = *all->work;
   const Room room = room_at(work, all->memory, thread);
   int64_t starts[kBlock];
-  for (int64_t t = 0; t < work.T; t++) starts[t] = start_of(work.x, 2, t);
+  for (int64_t t = 0; t < work.T; t++) starts[t] = start_of(work.x, 2, work.first + t);
   for (;;) {
     const int64_t once = all->how->at_once;
     const int64_t first = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED) * once;
@@ -342,7 +343,7 @@ inline void mix_pieces(void *context, int32_t thread) {
 
 /* After mix_pieces: the pieces of one token a task. */
 template <class Finish>
-inline void mix_tokens(void *context, int32_t) {
+inline void mix_tokens(void *context, int32_t thread) {
   Mixing<Finish> *all = static_cast<Mixing<Finish> *>(context);
   const Mixes &work = *all->work;
   for (;;) {
@@ -351,7 +352,7 @@ inline void mix_tokens(void *context, int32_t) {
     vf *sums = all->parts + t * work.sums;
     for (int64_t piece = 1; piece < work.pieces; piece++)
       for (int64_t c = 0; c < work.sums; c++) sums[c] += sums[piece * work.T * work.sums + c];
-    (*all->finish)(t, 1, sums);
+    (*all->finish)(thread, t, 1, sums);
   }
   fence();
 }
@@ -437,8 +438,6 @@ inline bool goes_past_caches(const transom_tensor *out, int64_t rows, int64_t le
   return about_to_write(out->data, bytes) && bytes > 8 * l2_bytes() && row % kLine == 0 &&
          reinterpret_cast<uintptr_t>(out->data) % kLine == 0;
 }
-
-inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
 /* False, and the reason, for a weight whose rows are not in one piece. */
 inline bool rows_fit(const transom_tensor *fn, transom_status *status) {

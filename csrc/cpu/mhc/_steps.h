@@ -10,12 +10,6 @@ namespace {
 
 constexpr int64_t kMostStreams = 16;
 
-/* exp() of x <= 0, with the subnormal results too: without eps a column may hold nothing else. */
-inline vf exp_below(vf x) {
-  const vf root = exp(x * 0.5f);
-  return x < -87.0f ? root * root : exp(x);
-}
-
 /* One step: each row (or column) of m [R,R] divided by its sum + eps. */
 template <int kR>
 inline void divide(vf *m, int64_t given, int64_t next_line, int64_t next, vf eps) {
@@ -64,6 +58,68 @@ inline void steps(vf *m, int64_t R, int64_t iterations, float eps) {
     steps_of<4>(m, R, iterations, all(eps));
   else
     steps_of<0>(m, R, iterations, all(eps));
+}
+
+/* Vectors that steps_backward() keeps: the softmax, and each step's result and sums. */
+inline int64_t kept_vectors(int64_t R, int64_t iterations) {
+  return R * R + (2 * iterations - 1) * (R * R + R);
+}
+
+template <int kR>
+inline void steps_backward_of(vf *m, vf *grad, int64_t given, int64_t iterations, vf eps,
+                              vf *kept) {
+  const int64_t R = kR > 0 ? kR : given, steps = 2 * iterations - 1;
+  vf *soft = kept, *at = kept + R * R;
+  for (int64_t i = 0; i < R; i++) {
+    vf *row = m + i * R, most = row[0], total = {};
+    for (int64_t j = 1; j < R; j++) most = row[j] > most ? row[j] : most;
+    for (int64_t j = 0; j < R; j++) {
+      row[j] = exp_below(row[j] - most);
+      total += row[j];
+    }
+    for (int64_t j = 0; j < R; j++) {
+      soft[i * R + j] = row[j] / total;
+      row[j] = soft[i * R + j] + eps;
+    }
+  }
+  for (int64_t step = 0; step < steps; step++, at += R * R + R) {
+    const int64_t line = step % 2 == 0 ? 1 : R, next = step % 2 == 0 ? R : 1;
+    for (int64_t i = 0; i < R; i++) {
+      vf total = m[i * line];
+      for (int64_t j = 1; j < R; j++) total += m[i * line + j * next];
+      total += eps;
+      at[R * R + i] = total;
+      for (int64_t j = 0; j < R; j++) {
+        const int64_t here = i * line + j * next;
+        at[here] = m[here] /= total;
+      }
+    }
+  }
+  for (int64_t step = steps - 1; step >= 0; step--) {
+    at -= R * R + R;
+    const int64_t line = step % 2 == 0 ? 1 : R, next = step % 2 == 0 ? R : 1;
+    for (int64_t i = 0; i < R; i++) {
+      vf along = grad[i * line] * at[i * line];
+      for (int64_t j = 1; j < R; j++) along += grad[i * line + j * next] * at[i * line + j * next];
+      for (int64_t j = 0; j < R; j++) {
+        const int64_t here = i * line + j * next;
+        grad[here] = (grad[here] - along) / at[R * R + i];
+      }
+    }
+  }
+  for (int64_t i = 0; i < R; i++) {
+    vf along = grad[i * R] * soft[i * R];
+    for (int64_t j = 1; j < R; j++) along += grad[i * R + j] * soft[i * R + j];
+    for (int64_t j = 0; j < R; j++) grad[i * R + j] = soft[i * R + j] * (grad[i * R + j] - along);
+  }
+}
+
+/* grad [R,R] of the result of steps() becomes that of the logits m, which are overwritten. */
+inline void steps_backward(vf *m, vf *grad, int64_t R, int64_t iterations, float eps, vf *kept) {
+  if (R == 4)
+    steps_backward_of<4>(m, grad, R, iterations, all(eps), kept);
+  else
+    steps_backward_of<0>(m, grad, R, iterations, all(eps), kept);
 }
 
 /* False, and the reason, for a matrix that does not fit or a float64 tensor. */

@@ -84,7 +84,7 @@ int32_t run(const transom_call *call, transom_status *) {
   if (work.mixes.T == 0) return 0;
   work.past_caches = goes_past_caches(call->outs[0], work.mixes.T, work.mixes.D);
   mix_all(work.mixes, work.how, call->workspace,
-          [&](int64_t first, int64_t tokens, const vf *sums) {
+          [&](int32_t, int64_t first, int64_t tokens, const vf *sums) {
             for (int64_t t = 0; t < tokens; t += kWidth)
               finish(work, first + t, min_of(kWidth, tokens - t), sums + t * work.mixes.sums);
           });

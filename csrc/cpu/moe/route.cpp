@@ -1,0 +1,221 @@
+/* route: scores of a token's logits, the k largest of them + bias, and their weights.
+ *
+ * A task is some tokens, a token at a time in L1: the scores in vectors, then k times the largest
+ * key that is left and its first place. Bound by arithmetic, an exponential or two a logit. Keys are
+ * float32 and comparisons exact, so ties are ties: a chosen key becomes NaN, which no comparison
+ * finds again, and a NaN key was -inf before. */
+#include "../parallel.h"
+#include "../product.h"
+#include "_scores.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+#define ARGUMENT(name) TRANSOM_ROUTE_##name
+
+constexpr int64_t kTokens = 16; /* of a task */
+
+struct Work {
+  const transom_call *call;
+  const transom_tensor *logits, *bias, *preset, *mask;
+  Score score;
+  bool renormalize;
+  float scale;
+  int64_t T, E, k, groups, top_groups;
+  int64_t row; /* floats of a row of the workspace */
+  int32_t threads;
+  int64_t next; /* task, by fetch-and-add */
+};
+
+/* Rows of a thread: scores, keys, bias, groups' keys, chosen scores, validity, segments. */
+constexpr int64_t kOfThread = 7;
+
+Work describe(const transom_call *call) {
+  Work work = {};
+  work.call = call;
+  work.logits = tensor(call, ARGUMENT(LOGITS));
+  work.bias = tensor(call, ARGUMENT(BIAS));
+  work.preset = tensor(call, ARGUMENT(PRESET));
+  work.mask = tensor(call, ARGUMENT(MASK));
+  work.score = score_from(call->args[ARGUMENT(SCORE)].string);
+  work.renormalize = call->args[ARGUMENT(RENORMALIZE)].i != 0;
+  work.scale = static_cast<float>(call->args[ARGUMENT(SCALE)].f);
+  work.T = work.logits->shape[0], work.E = work.logits->shape[1];
+  work.k = call->args[ARGUMENT(K)].i;
+  work.groups = call->args[ARGUMENT(GROUPS)].i;
+  work.top_groups = call->args[ARGUMENT(TOP_GROUPS)].i;
+  work.row = up_to(max_of(work.E, work.k), 16) + 16;
+  const double each = static_cast<double>(work.E) * (24.0 + static_cast<double>(work.k));
+  work.threads = threads_for(static_cast<double>(work.T) * each, call->threads);
+  return work;
+}
+
+/* Keys in segments, and the largest key of each: to take one is to search two segments. */
+constexpr int64_t kSegment = 64;
+
+void fill_tops(const float *key, int64_t n, float *tops) {
+  for (int64_t i = 0; i < n; i += kSegment)
+    tops[i / kSegment] = largest(key + i, min_of(kSegment, n - i));
+}
+
+/* The first place of the largest of n keys, which becomes NaN. */
+int64_t take_largest(float *key, int64_t n, float *tops) {
+  const int64_t segments = (n + kSegment - 1) / kSegment;
+  float most = tops[0];
+  for (int64_t s = 1; s < segments; s++) most = tops[s] > most ? tops[s] : most;
+  for (int64_t s = 0;; s++) {
+    if (tops[s] != most) continue;
+    const int64_t end = min_of((s + 1) * kSegment, n);
+    int64_t i = s * kSegment;
+    while (i < end && !any(load(key + i) == most)) i += kWidth;
+    if (i >= end) continue; /* the segment is used up, and -inf is the largest key elsewhere */
+    while (key[i] != most) i++;
+    key[i] = __builtin_nanf("");
+    tops[s] = largest(key + s * kSegment, end - s * kSegment);
+    return i;
+  }
+}
+
+/* A group's key: the sum of its two largest with a bias, the largest without. */
+float of_group(const float *key, int64_t n, bool two) {
+  const vf low = all(-__builtin_inff());
+  vf firsts = low, seconds = low;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const vf here = load(key + i), lesser = here > firsts ? firsts : here;
+    firsts = here > firsts ? here : firsts;
+    seconds = lesser > seconds ? lesser : seconds;
+  }
+  float first = low[0], second = first;
+  const auto add = [&](float x) {
+    const float lesser = x > first ? first : x;
+    first = x > first ? x : first;
+    second = lesser > second ? lesser : second;
+  };
+  if (i > 0)
+    for (int j = 0; j < kWidth; j++) add(firsts[j]), add(seconds[j]);
+  for (; i < n; i++) add(key[i]);
+  const float out = two && n > 1 ? first + second : first;
+  return out == out ? out : -__builtin_inff();
+}
+
+/* The ids of the k largest of the scores s + bias. */
+void select(const Work *work, const float *s, const float *bias, float *key, float *best,
+            float *tops, int32_t *ids) {
+  const int64_t E = work->E, members = E / work->groups;
+  const vf low = all(-__builtin_inff());
+  for (int64_t i = 0; i < E; i += kWidth) {
+    const vf sum = bias != nullptr ? load(s + i) + load(bias + i) : load(s + i);
+    store(key + i, sum == sum ? sum : low);
+  }
+  for (int64_t i = E; i < up_to(E, kWidth); i++) key[i] = __builtin_nanf("");
+  if (work->top_groups < work->groups) {
+    for (int64_t g = 0; g < work->groups; g++)
+      best[g] = of_group(key + g * members, members, bias != nullptr);
+    for (int64_t g = work->groups; g < up_to(work->groups, kWidth); g++)
+      best[g] = __builtin_nanf("");
+    fill_tops(best, work->groups, tops);
+    for (int64_t i = 0; i < work->top_groups; i++) take_largest(best, work->groups, tops);
+    for (int64_t g = 0; g < work->groups; g++)
+      if (best[g] == best[g]) /* not taken */
+        for (int64_t i = 0; i < members; i++) key[g * members + i] = -__builtin_inff();
+  }
+  fill_tops(key, E, tops);
+  for (int64_t i = 0; i < work->k; i++) ids[i] = static_cast<int32_t>(take_largest(key, E, tops));
+}
+
+void route_token(const Work *work, int64_t t, float *rows, const float *bias) {
+  const int64_t E = work->E, k = work->k;
+  const transom_tensor *logits = work->logits, *preset = work->preset;
+  int32_t *ids = static_cast<int32_t *>(work->call->outs[0]->data) + t * k;
+  float *weights = static_cast<float *>(work->call->outs[1]->data) + t * k;
+  if (work->mask != nullptr &&
+      static_cast<const uint8_t *>(work->mask->data)[t * work->mask->strides[0]] == 0) {
+    for (int64_t i = 0; i < k; i++) ids[i] = -1, weights[i] = 0.0f;
+    return;
+  }
+  float *s = rows, *key = rows + work->row, *best = rows + 3 * work->row;
+  float *chosen = rows + 4 * work->row;
+  bool *valid = reinterpret_cast<bool *>(rows + 5 * work->row);
+  const int64_t start = t * logits->strides[0], stride = logits->strides[1];
+  /* A preset needs the logits of its experts only, but for the softmax over all. */
+  const bool everything = preset == nullptr || work->score == kSoftmax;
+  if (everything) {
+    read_row(logits, start, stride, E, s);
+    for (int64_t i = E; i < up_to(E, kWidth); i++) s[i] = -__builtin_inff();
+    if (work->score == kSoftmax)
+      softmax(s, E);
+    else if (work->score != kTopkSoftmax)
+      for (int64_t i = 0; i < E; i += kWidth) store(s + i, score_of(work->score, load(s + i)));
+  }
+  if (preset == nullptr) {
+    select(work, s, bias, key, best, rows + 6 * work->row, ids);
+  } else {
+    for (int64_t i = 0; i < k; i++) {
+      const int64_t id = integer(preset, t * preset->strides[0] + i * preset->strides[1]);
+      ids[i] = id >= 0 && id < E ? static_cast<int32_t>(id) : -1;
+    }
+  }
+  for (int64_t i = 0; i < k; i++) {
+    valid[i] = ids[i] >= 0;
+    chosen[i] = !valid[i]  ? 0.0f
+                : everything ? s[ids[i]]
+                             : number(logits, start + ids[i] * stride);
+  }
+  for (int64_t i = k; i < up_to(k, kWidth); i++) chosen[i] = 0.0f;
+  if (!everything && work->score != kTopkSoftmax)
+    for (int64_t i = 0; i < k; i += kWidth)
+      store(chosen + i, score_of(work->score, load(chosen + i)));
+  float total = 1.0f;
+  if (work->score == kTopkSoftmax) {
+    softmax_of_chosen(chosen, valid, k);
+  } else if (work->renormalize) {
+    total = kTiny;
+    for (int64_t i = 0; i < k; i++) total += valid[i] ? chosen[i] : 0.0f;
+  }
+  for (int64_t i = 0; i < k; i++) weights[i] = valid[i] ? chosen[i] / total * work->scale : 0.0f;
+}
+
+void route_tasks(void *context, int32_t thread) {
+  Work *work = static_cast<Work *>(context);
+  float *rows = static_cast<float *>(work->call->workspace) + thread * kOfThread * work->row;
+  const transom_tensor *given = work->bias;
+  float *bias = nullptr;
+  if (given != nullptr) {
+    bias = rows + 2 * work->row;
+    for (int64_t i = 0; i < up_to(work->E, kWidth); i++)
+      bias[i] = i < work->E ? number(given, i * given->strides[0]) : 0.0f;
+  }
+  for (;;) {
+    const int64_t first = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * kTokens;
+    if (first >= work->T) return;
+    for (int64_t t = first; t < min_of(first + kTokens, work->T); t++)
+      route_token(work, t, rows, bias);
+  }
+}
+
+int32_t supports(const transom_call *call, transom_status *status) {
+  if (kind(tensor(call, ARGUMENT(LOGITS))) >= 0) return 1;
+  snprintf(status->message, sizeof status->message,
+           "logits is float64; supported: float32, bfloat16, float16");
+  return 0;
+}
+
+uint64_t workspace(const transom_call *call) {
+  const Work work = describe(call);
+  return static_cast<uint64_t>(work.threads * kOfThread * work.row) * sizeof(float);
+}
+
+int32_t run(const transom_call *call, transom_status *) {
+  Work work = describe(call);
+  parallel(work.threads, route_tasks, &work);
+  return 0;
+}
+
+}  // namespace
+
+extern const transom_impl route = {
+    sizeof(transom_impl), TRANSOM_TUNED, "route", "native", TRANSOM_ROUTE_HASH,
+    TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
+
+}  // namespace transom::TRANSOM_LEVEL

@@ -1,0 +1,151 @@
+/* route_backward: the gradient of the weights, through the scores of the chosen experts.
+ *
+ * A task is some tokens. Only the chosen logits have a gradient, but for the softmax over all: a row
+ * of zeros is written, and k numbers into it. Bound by the memory of dlogits. */
+#include "../parallel.h"
+#include "../product.h"
+#include "_scores.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+#define ARGUMENT(name) TRANSOM_ROUTE_BACKWARD_##name
+
+constexpr int64_t kTokens = 16; /* of a task */
+
+struct Work {
+  const transom_call *call;
+  const transom_tensor *dweights, *logits, *ids;
+  Score score;
+  bool renormalize;
+  float scale;
+  int64_t T, E, k;
+  int64_t row; /* floats of a row of the workspace */
+  int32_t threads;
+  int64_t next; /* task, by fetch-and-add */
+};
+
+/* Rows of a thread: logits or scores, gradients by expert; chosen logits, scores, gradients,
+ * ids, validity. */
+constexpr int64_t kOfThread = 7;
+
+Work describe(const transom_call *call) {
+  Work work = {};
+  work.call = call;
+  work.dweights = tensor(call, ARGUMENT(DWEIGHTS));
+  work.logits = tensor(call, ARGUMENT(LOGITS));
+  work.ids = tensor(call, ARGUMENT(IDS));
+  work.score = score_from(call->args[ARGUMENT(SCORE)].string);
+  work.renormalize = call->args[ARGUMENT(RENORMALIZE)].i != 0;
+  work.scale = static_cast<float>(call->args[ARGUMENT(SCALE)].f);
+  work.T = work.logits->shape[0], work.E = work.logits->shape[1], work.k = work.ids->shape[1];
+  work.row = up_to(max_of(work.E, work.k), 16) + 16;
+  const double each = static_cast<double>(work.E) * (work.score == kSoftmax ? 24.0 : 4.0);
+  work.threads = threads_for(static_cast<double>(work.T) * each, call->threads);
+  return work;
+}
+
+void token(const Work *work, int64_t t, float *rows) {
+  const int64_t E = work->E, k = work->k;
+  const transom_tensor *logits = work->logits, *ids = work->ids, *dw = work->dweights;
+  const transom_tensor *out = work->call->outs[0];
+  float *s = rows, *full = rows + work->row, *z = rows + 2 * work->row;
+  float *chosen = rows + 3 * work->row, *grad = rows + 4 * work->row;
+  int32_t *id = reinterpret_cast<int32_t *>(rows + 5 * work->row);
+  bool *valid = reinterpret_cast<bool *>(rows + 6 * work->row);
+  bool some = false;
+  for (int64_t i = 0; i < k; i++) {
+    const int64_t given = integer(ids, t * ids->strides[0] + i * ids->strides[1]);
+    valid[i] = given >= 0 && given < E;
+    some |= valid[i];
+    id[i] = valid[i] ? static_cast<int32_t>(given) : 0;
+    grad[i] = !valid[i] ? 0.0f
+                        : number(dw, t * dw->strides[0] + i * dw->strides[1]) * work->scale;
+  }
+  void *to = at(out, t * E);
+  if (!some || work->score != kSoftmax) memset(to, 0, static_cast<size_t>(E * size_of(out)));
+  if (!some) return;
+  const int64_t start = t * logits->strides[0], stride = logits->strides[1];
+  if (work->score == kSoftmax) {
+    read_row(logits, start, stride, E, s);
+    for (int64_t i = E; i < up_to(E, kWidth); i++) s[i] = -__builtin_inff();
+    softmax(s, E);
+  }
+  for (int64_t i = 0; i < up_to(k, kWidth); i++)
+    z[i] = i >= k || !valid[i] ? 0.0f
+           : work->score == kSoftmax ? s[id[i]] : number(logits, start + id[i] * stride);
+  for (int64_t i = 0; i < k; i += kWidth)
+    store(chosen + i, score_of(work->score, load(z + i)));
+  float along = 0.0f;
+  if (work->score == kTopkSoftmax) {
+    softmax_of_chosen(chosen, valid, k);
+    for (int64_t i = 0; i < k; i++) along += grad[i] * chosen[i];
+    for (int64_t i = 0; i < k; i++) grad[i] = chosen[i] * (grad[i] - along);
+  } else if (work->renormalize) {
+    float total = kTiny;
+    for (int64_t i = 0; i < k; i++) total += valid[i] ? chosen[i] : 0.0f;
+    for (int64_t i = 0; i < k; i++) along += valid[i] ? grad[i] * (chosen[i] / total) : 0.0f;
+    for (int64_t i = 0; i < k; i++) grad[i] = (grad[i] - along) / total;
+  }
+  /* An id may repeat: its gradients are added in the order of the slots. */
+  if (work->score == kSoftmax)
+    memset(full, 0, static_cast<size_t>(up_to(E, kWidth)) * sizeof(float));
+  else
+    for (int64_t i = 0; i < k; i++) full[id[i]] = 0.0f;
+  for (int64_t i = 0; i < k; i++)
+    if (valid[i]) full[id[i]] += grad[i];
+  if (work->score == kSoftmax) {
+    vf sums = {};
+    for (int64_t i = 0; i < E; i += kWidth) sums += load(full + i) * load(s + i);
+    const vf dot = all(sum(sums));
+    for (int64_t i = 0; i < E; i += kWidth)
+      store(full + i, load(s + i) * (load(full + i) - dot));
+    write_row(to, kind(out), full, E);
+    return;
+  }
+  for (int64_t i = 0; i < k; i += kWidth) {
+    const vf here = load(z + i);
+    store(chosen + i, work->score == kTopkSoftmax ? all(1.0f)
+                                                  : slope_of(work->score, here, load(chosen + i)));
+  }
+  as_held(out, [&]<class Number>(const Number *) {
+    for (int64_t i = 0; i < k; i++)
+      if (valid[i]) store_one(static_cast<Number *>(to) + id[i], full[id[i]] * chosen[i]);
+  });
+}
+
+void tasks(void *context, int32_t thread) {
+  Work *work = static_cast<Work *>(context);
+  float *rows = static_cast<float *>(work->call->workspace) + thread * kOfThread * work->row;
+  for (;;) {
+    const int64_t first = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * kTokens;
+    if (first >= work->T) return;
+    for (int64_t t = first; t < min_of(first + kTokens, work->T); t++) token(work, t, rows);
+  }
+}
+
+int32_t supports(const transom_call *call, transom_status *status) {
+  if (kind(tensor(call, ARGUMENT(LOGITS))) >= 0) return 1;
+  snprintf(status->message, sizeof status->message,
+           "logits is float64; supported: float32, bfloat16, float16");
+  return 0;
+}
+
+uint64_t workspace(const transom_call *call) {
+  const Work work = describe(call);
+  return static_cast<uint64_t>(work.threads * kOfThread * work.row) * sizeof(float);
+}
+
+int32_t run(const transom_call *call, transom_status *) {
+  Work work = describe(call);
+  parallel(work.threads, tasks, &work);
+  return 0;
+}
+
+}  // namespace
+
+extern const transom_impl route_backward = {
+    sizeof(transom_impl), TRANSOM_TUNED, "route_backward", "native",
+    TRANSOM_ROUTE_BACKWARD_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
+
+}  // namespace transom::TRANSOM_LEVEL
