@@ -212,7 +212,7 @@ def measure(
                 start = settings.clock()
                 out = call(inputs.draws[0])
                 first[c.name] = settings.clock() - start
-                if first[c.name] < LONG / 4:  # the first call of many warms something up
+                if first[c.name] < LONG:  # the first call may compile, or warm something up
                     with PeakMemory(torch.device("cpu"), collect=False) as memory:
                         start = settings.clock()
                         out = call(inputs.draws[0])

@@ -266,15 +266,24 @@ def test_the_probes_are_where_the_command_line_help_says(capsys):
 # tune --model -----------------------------------------------------------------------------------
 
 
-def test_tune_stores_the_choice_for_the_whole_model(capsys):
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    """Measured choices count, and are kept in a folder of the test's own."""
+    monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRANSOM_TUNE", "on")
+    transom.tune.__globals__["_table"].cache_clear()
+    yield
+    transom.tune.__globals__["_table"].cache_clear()
+    transom.dispatch.forget_plans()
+
+
+def test_tune_stores_the_choice_for_the_whole_model(capsys, own_table):
     if transom.backends()["native"] is not None:
         pytest.skip("only the composite can run: nothing to choose")
-    threads = torch.get_num_threads()
-    status = main(["tune", "moe_experts", "--model", "toy", "--tokens", "5", "--context", "16",
-                   "--repeats", "1", "--memory", "1"])  # fmt: skip
+    arguments = "--model toy --tokens 5 --context 16 --repeats 1 --memory 1".split()
+    status = main(["tune", "sinkhorn", "moe_experts", *arguments])
     out = capsys.readouterr().out
     assert status == 0 and "moe_experts" in out and "Toy, T = 5, f32" in out
-    assert torch.get_num_threads() == threads
     values = next(cases(["moe_experts"], ["toy"], wanted())).make(Draw("f32")).draws[0]
     for ids in (torch.int32, torch.int64):
         found = OPS["moe_experts"].explain(**{**values, "ids": values["ids"].to(ids)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-import transom
 from transom.bench import models
 from transom.bench.cases import PLAIN, Wanted, forget
 
@@ -17,16 +16,13 @@ TOY = models.Model(
 
 
 @pytest.fixture(autouse=True)
-def toy(tmp_path, monkeypatch):
-    """A model of which every case is small, and no measured choice of the machine."""
+def toy(monkeypatch):
+    """The model is known, and no measured choice of this machine decides a test."""
     monkeypatch.setitem(models.MODELS, "toy", TOY)
-    monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRANSOM_TUNE", "off")
     monkeypatch.delenv("TRANSOM_USE", raising=False)
-    transom.tune.__globals__["_table"].cache_clear()
     yield
     forget()
-    transom.tune.__globals__["_table"].cache_clear()
-    transom.dispatch.forget_plans()
 
 
 def wanted(tokens=(5,), contexts=(16,), dtypes=("f32",), formats=(PLAIN,), memory=1 << 30, **more):
