@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tempfile
 import threading
@@ -52,6 +53,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     return compiled
 
 
+@functools.cache
 def _folder() -> Path | None:
     """Where this version's machine code is kept; None, with a warning, if nothing can be written.
 

@@ -1,0 +1,525 @@
+"""The numba backend: what the kit cannot know of threads, processes, the cache and its numbers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import transom
+
+REASON = transom.backends()["numba"]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def module(name):
+    return importlib.import_module(f"transom.backends.numba.{name}")
+
+
+def drawn(seed):
+    g = torch.Generator().manual_seed(seed)
+    return functools.partial(torch.randn, generator=g), functools.partial(
+        torch.randint, generator=g
+    )
+
+
+def streams(dtype, T=70):
+    randn, _ = drawn(1)
+    x, fn = randn(T, 4, 300).to(dtype), randn(24, 1200) / 35
+    return x, fn, randn(3), randn(24)
+
+
+def post(dtype, T=70):
+    randn, _ = drawn(2)
+    return randn(T, 1100).to(dtype), randn(T, 4, 1100).to(dtype), randn(T, 4), randn(T, 4, 4)
+
+
+def experts(dtype, T=70):
+    randn, randint = drawn(3)
+    ids = randint(-1, 6, (T, 3))
+    gate_up, down = randn(6, 100, 70).to(dtype) / 8, randn(6, 70, 50).to(dtype) / 7
+    return randn(T, 70).to(dtype), ids, randn(T, 3), gate_up, down
+
+
+def gemm(dtype, M=70):
+    randn, _ = drawn(4)
+    return randn(M, 300).to(dtype), randn(4, 61, 300).to(dtype), torch.tensor([3, 3, 60, M])
+
+
+def hashed(n=3, h=2):
+    randn, randint = drawn(5)
+    rows = 11 + 2 * torch.arange((n - 1) * h)
+    multipliers = 2 * randint(0, 2**40, (n,)) + 1
+    return randint(0, 999, (2, 40)), multipliers, rows.view(n - 1, h), torch.cumsum(rows, 0) - rows
+
+
+def lookup(dtype):
+    tokens, multipliers, moduli, offsets = hashed()
+    table = drawn(6)[0](int(moduli.sum()), 40).to(dtype)
+    return (tokens, table), dict(multipliers=multipliers, moduli=moduli, offsets=offsets, pad=2)
+
+
+def attention(dtype, S=40):
+    randn, randint = drawn(7)
+    q, kv, local = randn(1, S, 5, 48).to(dtype), randn(1, 90, 48).to(dtype), randn(1, S, 48)
+    some = dict(visible=torch.arange(S)[None] * 2, local_kv=local.to(dtype), window=9)
+    return (q, kv, randint(-1, 90, (1, S, 30))), some
+
+
+def blocks(dtype, S=40):
+    randn, randint = drawn(8)
+    q, k, v = randn(1, S, 6, 32).to(dtype), randn(1, 90, 2, 32), randn(1, 90, 2, 24)
+    return q, k.to(dtype), v.to(dtype), randint(-1, 12, (1, S, 2, 4))
+
+
+def indexer(dtype, S=20):
+    randn, randint = drawn(9)
+    q, k = (randint(-2, 3, (1, n, *d)).to(dtype) for n, d in ((S, (5, 16)), (700, (16,))))
+    return (q, k, randn(1, S, 5), 50), dict(visible=torch.full((1, S), 700))
+
+
+def gate(dtype, T=30):
+    randn, _ = drawn(10)
+    return *(randn(T, 4, 300).to(dtype) for _ in range(2)), randn(T, 300).to(dtype), randn(4, 300)
+
+
+def pooled(dtype):
+    randn, _ = drawn(11)
+    return randn(1, 50, 600).to(dtype), randn(1, 50, 600).to(dtype), randn(4, 600)
+
+
+MHC = dict(iterations=5, eps=1e-6, rms_eps=1e-6)
+CALLS = {
+    "ngram_hash": lambda d: ((*hashed()[:3],), dict(pad=2)),
+    "hashed_embedding": lookup,
+    "route": lambda d: ((drawn(12)[0](70, 90).to(d), 6), dict(score="sqrtsoftplus")),
+    "sinkhorn": lambda d: ((drawn(13)[0](70, 4, 4).to(d),), dict(iterations=5, eps=1e-6)),
+    "mhc_pre": lambda d: (streams(d), MHC | dict(post_scale=2.0)),
+    "mhc_post": lambda d: (post(d), {}),
+    "mhc_head": lambda d: (
+        (streams(d)[0], streams(d)[1][:4], torch.ones(1), torch.zeros(4)),
+        dict(eps=1e-6, rms_eps=1e-6),
+    ),
+    "engram_gate": lambda d: (gate(d), dict(eps=1e-6)),
+    "short_conv": lambda d: ((drawn(14)[0](2, 40, 70).to(d), torch.ones(70, 4)), dict(dilation=3)),
+    "compress_kv": lambda d: (pooled(d), dict(overlap=True)),
+    "grouped_gemm": lambda d: (gemm(d), {}),
+    "moe_experts": lambda d: (experts(d), {}),
+    "lightning_indexer": indexer,
+    "sparse_attention": attention,
+    "block_sparse_attention": lambda d: (blocks(d), dict(block_size=8, causal=True)),
+}  # fmt: skip
+EVERY = pytest.mark.parametrize("op", CALLS)
+
+
+def tensors(value):
+    """The tensors of a result, those of a state included."""
+    if isinstance(value, tuple):
+        return [t for part in value for t in tensors(part)]
+    return [value.kv, value.gate] if hasattr(value, "nbytes") and hasattr(value, "kv") else [value]
+
+
+def run(op, dtype=torch.float32, impl="numba", call=None):
+    args, kwargs = call or CALLS[op](dtype)
+    with transom.use(**{op: impl}), transom.record() as calls:
+        out = getattr(transom, op)(*args, **kwargs)
+    assert [c.impl for c in calls if c.op == op] == [impl]
+    return tensors(out)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def fresh(code, **environment):
+    """What a fresh process prints; it is given this file's calls."""
+    head = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+    head += "import os, torch, transom, test_numba as t\n"
+    done = subprocess.run(
+        [sys.executable, "-c", head + textwrap.dedent(code)], capture_output=True, text=True,
+        timeout=120, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Sets torch's number of threads for the test, and lets the smallest calls use them."""
+    monkeypatch.setattr(module("_pool"), "GRAIN", 1)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Selection --------------------------------------------------------------------------------------
+
+
+def test_it_is_chosen_where_there_is_no_native_library():
+    out = fresh(
+        """
+        for op in t.CALLS:
+            args, kwargs = t.CALLS[op](torch.float32)
+            print(transom.explain(op, *args, **kwargs).chosen)
+        """,
+        TRANSOM_NATIVE_LEVEL="none",
+    )
+    assert out.split() == ["numba"] * len(CALLS)
+
+
+def test_it_is_found_without_importing_numba():
+    out = fresh("print(transom.backends()['numba'], 'numba' in sys.modules)")
+    assert out.split() == ["None", "False"]
+
+
+def test_without_numba_the_reason_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert importlib.import_module("transom.backends.numba").probe() == (
+        "numba is not installed; expected numba >= 0.60; pip install transom[numba]"
+    )
+
+
+# Threads and processes --------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_at_any_number_of_threads(threads, op, dtype):
+    threads(1)
+    one = run(op, dtype)
+    for n in (2, 5):
+        threads(n)
+        assert same(run(op, dtype), one)
+
+
+@EVERY
+def test_several_threads_may_call_at_once(threads, op):
+    threads(2)
+    want = run(op)
+    args, kwargs = CALLS[op](torch.float32)
+
+    def call(_):
+        return tensors(getattr(transom, op)(*args, **kwargs))
+
+    with transom.use(**{op: "numba"}), ThreadPoolExecutor(4) as pool:
+        assert all(same(found, want) for found in pool.map(call, range(16)))
+
+
+def test_threads_may_compile_at_once(tmp_path):
+    out = fresh(
+        """
+        (x,), numbers = t.CALLS["sinkhorn"](torch.float32)
+        with transom.use("numba"), t.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: transom.sinkhorn(x, **numbers), range(4)))
+        print(all(torch.equal(f, found[0]) for f in found))
+        """,
+        TRANSOM_CACHE=str(tmp_path),
+    )
+    assert out.split() == ["True"]
+
+
+def test_a_forked_child_computes_the_same():
+    out = fresh(
+        """
+        t.module("_pool").GRAIN = 1
+        torch.set_num_threads(2)
+        call = t.CALLS["moe_experts"](torch.float32)  # torch's own large operations hang in a child
+        want = t.run("moe_experts", call=call)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if t.same(t.run("moe_experts", call=call), want) else 1)
+        print(os.waitpid(child, 0)[1])
+        """
+    )
+    assert out.split() == ["0"]
+
+
+def test_the_threads_are_those_of_torch():
+    out = fresh(
+        """
+        t.module("_pool").GRAIN = 1
+        torch.set_num_threads(3)
+        before = len(os.listdir("/proc/self/task"))
+        t.run("sinkhorn")
+        print(len(os.listdir("/proc/self/task")) - before)
+        big = torch.randn(400, 400); big @ big; torch.randn(1 << 20).sin()
+        print(len(os.listdir("/proc/self/task")) - before)
+        """
+    )
+    assert out.split() == ["2", "2"]
+
+
+# The cache --------------------------------------------------------------------------------------
+
+COUNTS = """
+t.run("sinkhorn")
+stats = t.module("mhc.sinkhorn")._run.stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+def test_machine_code_is_kept_for_later_processes(tmp_path):
+    assert fresh(COUNTS, TRANSOM_CACHE=str(tmp_path), NUMBA_CACHE_DIR="").split() == ["0", "1"]
+    assert fresh(COUNTS, TRANSOM_CACHE=str(tmp_path), NUMBA_CACHE_DIR="").split() == ["1", "0"]
+
+
+def test_without_a_folder_to_write_each_process_compiles(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    shown = fresh(
+        """
+        import warnings
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            t.run("sinkhorn")
+        print(*[w.message for w in seen])
+        """,
+        TRANSOM_CACHE=str(file),
+        NUMBA_CACHE_DIR="",
+    )
+    assert shown.count("are compiled anew in each process") == 1
+    assert "cannot be written" in shown and "set TRANSOM_CACHE to a folder of yours" in shown
+
+
+# What a result may not depend on ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["mhc_pre", "mhc_post", "mhc_head", "sinkhorn", "route",
+                                "engram_gate"])  # fmt: skip
+def test_a_token_has_the_same_bits_alone_and_among_others(op):
+    args, kwargs = CALLS[op](torch.bfloat16)
+    count = args[0].shape[0]
+    together = run(op, torch.bfloat16)
+    for t in (0, 17, count - 1):
+        alone = [a[t : t + 1] if isinstance(a, torch.Tensor) and a.shape[:1] == (count,) else a
+                 for a in args]  # fmt: skip
+        with transom.use(**{op: "numba"}):
+            found = tensors(getattr(transom, op)(*alone, **kwargs))
+        assert same(found, [y[t : t + 1] for y in together])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_deterministic_algorithms_a_token_of_experts_too(dtype):
+    x, ids, weights, *stacks = experts(dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with transom.use("numba"):
+            together = transom.moe_experts(x, ids, weights, *stacks)
+            for t in (0, 17, 69):
+                one = slice(t, t + 1)
+                alone = transom.moe_experts(x[one], ids[one], weights[one], *stacks)
+                assert torch.equal(alone[0], together[t])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_pieces_of_the_tokens_give_the_same_bits(monkeypatch):
+    torch.use_deterministic_algorithms(True)
+    try:
+        want = run("moe_experts")
+        monkeypatch.setenv("TRANSOM_WORKSPACE_MB", "0.05")
+        assert same(run("moe_experts"), want)
+        monkeypatch.delenv("TRANSOM_WORKSPACE_MB")
+        want = run("grouped_gemm", torch.bfloat16)
+        monkeypatch.setenv("TRANSOM_WORKSPACE_MB", "0.05")
+        assert same(run("grouped_gemm", torch.bfloat16), want)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def close(op, got, args, kwargs, limit):
+    with transom.use(**{op: "reference"}):
+        want = tensors(getattr(transom, op)(*args, **kwargs))
+    for a, b in zip(got, want, strict=True):
+        top = max(1.0, float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()))
+        torch.testing.assert_close(a, b, rtol=0, atol=limit * top, equal_nan=True)
+
+
+def checked(op, *args, limit=2e-5, **kwargs):
+    with transom.use(**{op: "numba"}):
+        got = tensors(getattr(transom, op)(*args, **kwargs))
+    close(op, got, args, kwargs, limit)
+    return got
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("rows", [1, 5, 40, 300])
+def test_quantised_weights_in_both_ways_of_multiplying(format, rows):
+    randn, _ = drawn(15)
+    weight = transom.quantize(randn(2, 50, 96), format)
+    x, offsets = randn(rows + 1, 96), torch.tensor([1, rows + 1])
+    checked("grouped_gemm", x, weight, offsets)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 31, 32, 33, 64, 257])
+def test_every_number_of_rows_and_columns_near_a_tile(count):
+    randn, _ = drawn(16)
+    x, weight = randn(count, 40), randn(1, count, 40)
+    checked("grouped_gemm", x, weight, torch.tensor([count]))
+    checked("grouped_gemm", x[:, :1], weight[:, :, :1], torch.tensor([count]))
+
+
+def test_a_transposed_weight_is_read_where_it_stands():
+    x, weight, offsets = gemm(torch.bfloat16)
+    stored = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    with transom.use("numba"):
+        assert torch.equal(
+            transom.grouped_gemm(x, stored, offsets), transom.grouped_gemm(x, weight, offsets)
+        )
+
+
+@pytest.mark.parametrize("length", [1023, 1024, 1025, 2500])
+def test_lists_that_are_cut_into_parts(length):
+    randn, randint = drawn(17)
+    q, kv = randn(1, 2, 3, 40), randn(1, 3000, 40)
+    indices = randint(-1, 3000, (1, 2, length))
+    near = randn(1, 300, 40)
+    checked("sparse_attention", q, kv, indices, local_kv=near, window=200, return_lse=True)
+    checked("sparse_attention", q, kv, None, return_lse=True,
+            visible=torch.tensor([[0, length]]))  # fmt: skip
+
+
+def test_rows_behind_no_index_are_never_read():
+    (q, kv, indices), some = attention(torch.float32)
+    kept = torch.zeros(90, dtype=torch.bool)
+    kept[indices[(indices >= 0) & (indices < some["visible"][..., None])]] = True
+    clean, dirty = kv.clone(), kv.clone()
+    clean[:, ~kept], dirty[:, ~kept] = 0, float("nan")
+    with transom.use("numba"):
+        a = transom.sparse_attention(q, clean, indices, **some)
+        assert torch.equal(transom.sparse_attention(q, dirty, indices, **some), a)
+
+
+def test_a_token_that_some_queries_of_a_block_do_not_see_is_theirs_alone():
+    q, k, v, _ = blocks(torch.float32, 16)
+    k, v = k[:, :16].clone(), v[:, :16].clone()
+    v[:, 11], k[:, 13] = float("nan"), float("inf")
+    lists = torch.tensor([[[[0, 1]] * 2] * 2])
+    with transom.use("numba"):
+        o = transom.block_sparse_attention(q, k, v, lists, block_size=8, causal=True)
+    assert o[:, :11].isfinite().all() and o[:, 11:].isnan().all()
+
+
+def test_equal_keys_are_selected_by_the_lowest_index():
+    q, k = torch.ones(1, 1, 1, 8), torch.ones(1, 5000, 8)
+    k[0, 4000:] = 2
+    weights, visible = torch.ones(1, 1, 1), torch.tensor([[4500]])
+    with transom.use("numba"):
+        (found,) = transom.lightning_indexer(q, k, weights, 600, visible=visible)[0]
+    assert found.tolist() == [*range(100), *range(4000, 4500)]
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus", "topk_softmax"])
+@pytest.mark.parametrize("E", [5, 64, 97])
+def test_equal_logits_are_chosen_in_order(score, E):
+    logits = torch.full((3, E), 0.37)
+    with transom.use("numba"):
+        ids, weights = transom.route(logits, 5, score=score)
+    assert ids.tolist() == [[0, 1, 2, 3, 4]] * 3 and (weights == weights[0, 0]).all()
+
+
+# Numbers ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def codecs():
+    import numba
+
+    numbers = module("_numbers")
+    wide, narrow, exp = numbers.wide, numbers.narrow, numbers.exp
+
+    @numba.njit
+    def widen(codes, out):
+        for i in range(codes.size):
+            out[i] = wide(codes[i])
+
+    @numba.njit
+    def round_to(x, out):
+        for i in range(x.size):
+            out[i] = narrow(x[i], out)
+
+    @numba.njit
+    def exponentials(x, out):
+        for i in range(x.size):
+            out[i] = exp(x[i])
+
+    return widen, round_to, exponentials
+
+
+def same_numbers(a, b):
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype, code", [(torch.bfloat16, np.uint16), (torch.float16, np.int16)])
+def test_all_numbers_of_16_bits_are_read_exactly(dtype, code):
+    codes = np.arange(2**16, dtype=np.uint16).view(code)
+    out = np.empty(codes.size, np.float32)
+    codecs()[0](codes, out)
+    want = torch.from_numpy(codes.view(np.int16)).view(dtype).float()
+    assert same_numbers(torch.from_numpy(out), want)
+    assert np.array_equal(np.signbit(out), codes.view(np.int16) < 0)
+
+
+@pytest.mark.parametrize("dtype, code", [(torch.bfloat16, np.uint16), (torch.float16, np.int16)])
+def test_rounding_is_that_of_torch(dtype, code):
+    bits = np.random.default_rng(1).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    exact = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float().numpy()
+    with np.errstate(all="ignore"):
+        halves = ((exact[:-1].astype(np.float64) + exact[1:]) / 2).astype(np.float32)  # ties
+    small = np.ldexp(np.random.default_rng(2).standard_normal(50_000), -15).astype(np.float32)
+    x = np.concatenate([bits.view(np.float32), exact, halves, small])
+    out = np.empty(x.size, code)
+    codecs()[1](x, out)
+    got = torch.from_numpy(out.view(np.int16)).view(dtype)
+    assert same_numbers(got.float(), torch.from_numpy(x).to(dtype).float())
+
+
+def test_exp_is_within_two_units_in_the_last_place():
+    x = np.linspace(-103.9, 88.7, 400_001, dtype=np.float32)
+    edge = np.array([-np.inf, -200, 0.0, -0.0, 89.5, np.inf, np.nan], np.float32)
+    out, at_edge = np.empty_like(x), np.empty_like(edge)
+    codecs()[2](x, out)
+    codecs()[2](edge, at_edge)
+    want = np.exp(x.astype(np.float64))
+    unit = np.spacing(want.astype(np.float32)).astype(np.float64)
+    assert (np.abs(out - want) / unit).max() <= 2
+    assert np.array_equal(at_edge, [0, 0, 1, 1, np.inf, np.inf, np.nan], equal_nan=True)
+
+
+# What it declines -------------------------------------------------------------------------------
+
+
+@EVERY
+def test_float64_is_declined_with_a_sentence(op):
+    args, kwargs = CALLS[op](torch.float64)
+    if op == "ngram_hash":
+        pytest.skip("has no float input")
+    if op == "hashed_embedding":  # copies rows of any dtype
+        assert run(op, torch.float64)[0].dtype == torch.float64
+        return
+    args = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+            for a in args]  # fmt: skip
+    reasons = transom.explain(op, *args, **kwargs).rejected["numba"]
+    assert reasons[0].endswith("is float64; supported: float32, bfloat16, float16")
+
+
+def test_what_it_cannot_read_in_place_is_declined_with_a_sentence():
+    (q, kv, indices), some = attention(torch.float32)
+    apart = torch.empty(*kv.shape[:2], 2 * kv.shape[2])[..., ::2].copy_(kv)
+    (shown,) = transom.explain("sparse_attention", q, apart, indices, **some).rejected["numba"]
+    assert shown.startswith("kv is not last dim of stride 1; supported: a last dim of stride 1")
+    weight = transom.quantize(drawn(18)[0](2, 50, 64), "int8")
+    parts = weight.values.transpose(0, 1).contiguous().transpose(0, 1)
+    strided = transom.QuantizedWeight("int8", parts, weight.scales)
+    (shown,) = transom.explain("grouped_gemm", torch.ones(3, 64), strided,
+                               torch.tensor([1, 3])).rejected["numba"]  # fmt: skip
+    assert shown.startswith("weight holds parts that are not contiguous; supported: contiguous")
