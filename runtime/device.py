@@ -45,7 +45,7 @@ def describe(device_type: str) -> str:
     module = getattr(torch, device_type, None)
     try:
         return str(module.get_device_name(0)) if module else device_type
-    except (AttributeError, RuntimeError, AssertionError):  # a device that this torch cannot use
+    except (AttributeError, AssertionError, RuntimeError):  # torch.cuda of a build for CPUs asserts
         return device_type
 
 

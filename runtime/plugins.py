@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+import threading
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,9 @@ class Plugin:
 
 
 _loading: str | None = None
+_lock = threading.RLock()
+_under_way: set[tuple[str, str]] = set()
+"""What load() has begun: a plugin that calls an operator as it registers does not begin again."""
 
 
 @functools.cache
@@ -120,14 +124,21 @@ def load(op: Op[..., Any], device: str) -> None:
     once."""
     if device in op._loaded:
         return
-    op._loaded.add(device)
-    for plugin in plugins().values():
-        if not plugin.devices or device in plugin.devices:
-            load_plugin(plugin)
-    if op.path and "" not in op._loaded:
-        op._loaded.add("")
-        for backend in backends().values():
-            _load_backend(op, backend)
+    with _lock:  # another thread may be loading: what it has not yet added would be missed
+        if device in op._loaded or (op.name, device) in _under_way:
+            return
+        _under_way.add((op.name, device))
+        try:
+            for plugin in plugins().values():
+                if not plugin.devices or device in plugin.devices:
+                    load_plugin(plugin)
+            if op.path and "" not in op._loaded:
+                op._loaded.add("")
+                for backend in backends().values():
+                    _load_backend(op, backend)
+        finally:
+            op._loaded.add(device)
+            _under_way.discard((op.name, device))
 
 
 def _load_backend(op: Op[..., Any], backend: Backend) -> None:
