@@ -81,9 +81,8 @@ class Explanation:
 
     def __str__(self) -> str:
         head = f"{self.op}: {self.chosen or 'nothing can run'} ({self.why})"
-        return "\n".join(
-            [head, *(f"  {name}: {'; '.join(why)}" for name, why in self.rejected.items())]
-        )
+        others = (f"  {name}: {'; '.join(why)}" for name, why in self.rejected.items())
+        return "\n".join([head, *others])
 
 
 @dataclass
