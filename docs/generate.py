@@ -142,8 +142,8 @@ def support_matrix() -> str:
             gradients = [o for n, o in everything.items() if _backward_of(o) == name]
             have = sum(_written(backend, o) for o in gradients)
             rows.append(
-                f"| `{name}` | {backend} ({tier}) | {backend} | by call: `transom explain {name}` | "
-                f"yes | {_some(have, len(gradients)) if op._gradient else 'none'} |"
+                f"| `{name}` | {backend} ({tier}) | {backend} "
+                f"| by call: `transom explain {name}` | yes | {_some(have, len(gradients)) if op._gradient else 'none'} |"
             )
         for impl in sorted(op.impls.values(), key=lambda i: (-TIERS.index(i.tier), i.name)):
             if impl.tier not in ("composite", "reference"):

@@ -50,8 +50,7 @@ def workspace_bytes() -> int:
 
 
 def debug() -> bool:
-    """True: check tensor values on every device, at the price of a device synchronisation a
-    call."""
+    """True: check tensor values on every device, which synchronises with it at each call."""
     return DEBUG.get() not in ("", "0")
 
 

@@ -99,8 +99,7 @@ class Peaks:
 
 
 def peaks(device_type: str = "cpu", *, fresh: bool = False) -> Peaks:
-    """The ceilings of this machine, measured once and kept under the cache folder; `fresh` measures
-    again (about 2 s)."""
+    """This machine's ceilings, measured once and cached; `fresh`: measured again (about 2 s)."""
     known = None if fresh else known_peaks(device_type)
     if known is not None:
         return known
