@@ -57,8 +57,6 @@ class Plugin:
 
 _loading: str | None = None
 _lock = threading.RLock()
-_under_way: set[tuple[str, str]] = set()
-"""What load() has begun: a plugin that calls an operator as it registers does not begin again."""
 
 
 @functools.cache
@@ -122,23 +120,17 @@ def load_plugin(plugin: Plugin) -> None:
 def load(op: Op[..., Any], device: str) -> None:
     """Make every implementation of `op` that could serve `device` known; each source is tried
     once."""
-    if device in op._loaded:
-        return
-    with _lock:  # another thread may be loading: what it has not yet added would be missed
-        if device in op._loaded or (op.name, device) in _under_way:
+    with _lock:  # a thread that comes meanwhile waits: it would miss what is not yet added
+        if device in op._loaded:
             return
-        _under_way.add((op.name, device))
-        try:
-            for plugin in plugins().values():
-                if not plugin.devices or device in plugin.devices:
-                    load_plugin(plugin)
-            if op.path and "" not in op._loaded:
-                op._loaded.add("")
-                for backend in backends().values():
-                    _load_backend(op, backend)
-        finally:
-            op._loaded.add(device)
-            _under_way.discard((op.name, device))
+        op._loaded.add(device)
+        for plugin in plugins().values():
+            if not plugin.devices or device in plugin.devices:
+                load_plugin(plugin)
+        if op.path and "" not in op._loaded:
+            op._loaded.add("")
+            for backend in backends().values():
+                _load_backend(op, backend)
 
 
 def _load_backend(op: Op[..., Any], backend: Backend) -> None:
