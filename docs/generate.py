@@ -141,9 +141,10 @@ def support_matrix() -> str:
                 continue
             gradients = [o for n, o in everything.items() if _backward_of(o) == name]
             have = sum(_written(backend, o) for o in gradients)
+            back = _some(have, len(gradients)) if op._gradient else "none"
             rows.append(
                 f"| `{name}` | {backend} ({tier}) | {backend} "
-                f"| by call: `transom explain {name}` | yes | {_some(have, len(gradients)) if op._gradient else 'none'} |"
+                f"| by call: `transom explain {name}` | yes | {back} |"
             )
         for impl in sorted(op.impls.values(), key=lambda i: (-TIERS.index(i.tier), i.name)):
             if impl.tier not in ("composite", "reference"):
