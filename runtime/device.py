@@ -26,14 +26,14 @@ def arch(device_type: str, index: int = 0) -> str:
         capability = torch.backends.cpu.get_cpu_capability().lower()
         return f"{platform.machine()}+{capability}"
     module = getattr(torch, device_type, None)
-    if device_type == "cuda":
+    if device_type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(index)
         if torch.version.hip:
             return str(properties.gcnArchName).split(":")[0]
         return f"sm_{properties.major}{properties.minor}"
     try:
         return str(module.get_device_name(index)).lower() if module else device_type
-    except (AttributeError, RuntimeError):  # a device without a name is known by its type
+    except (AttributeError, AssertionError, RuntimeError):  # no name: known by its type
         return device_type
 
 

@@ -91,7 +91,7 @@ def test_instructions_of_a_level_stay_in_its_functions():
     seen = {"avx2": False, "avx512": False}
     leaked = []
     for function, instruction in disassembled(library().path):
-        level = next((n for n in seen if f"::{n}::" in function), None)
+        level = next((n for n in seen if re.search(rf"(::|_){n}\b", function)), None)
         wide = avx512.search(instruction) is not None
         if wide and level != "avx512" or level is None and avx.match(instruction):
             leaked.append(f"{function}: {instruction}")

@@ -74,11 +74,5 @@ inline int64_t columns_at_once(int64_t N, int64_t blocks, int64_t threads, int64
   return clamp(up_to(N * blocks / (8 * threads), kPanel), up_to(48, kPanel), most);
 }
 
-/* Threads for this many multiplications: below some 10 us of work each, waking one costs more. */
-inline int32_t threads_for(double products, int32_t threads) {
-  const double wanted = products / (1 << 19);
-  return wanted >= threads ? threads : wanted < 1 ? 1 : static_cast<int32_t>(wanted);
-}
-
 }  // namespace
 }  // namespace transom::TRANSOM_LEVEL
