@@ -93,8 +93,11 @@ def _gather(op: str, d: Mapping[str, Any], format: str) -> Callable[[Draw], Inpu
         wide = draw.dtype if isinstance(table, Tensor) else torch.float32
         width = d["d"] if op == "hashed_embedding_pooled" else columns * d["d"]
         out = torch.empty(1, d["S"], width, dtype=wide)
-        own = {"hashed_embedding_out": {"out": out}, "hashed_embedding_pooled": {"mean": False}}
-        into: dict[str, Any] = own.get(op, {})
+        into: dict[str, Any] = {}
+        if op == "hashed_embedding_out":
+            into = {"out": out}
+        elif op == "hashed_embedding_pooled":
+            into = {"mean": False}
 
         def same(g: Draw) -> dict[str, Any]:
             return dict(table=table, shard=(), **_numbers(g, d), **into)
