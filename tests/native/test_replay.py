@@ -102,16 +102,23 @@ FAULTS = {
     "ASKS_FOR_MORE": "1 threads, guard page behind: asked the pool for 2",
     "KEEPS_STATE": "has other bits than in the first run",
     "WRAPS_ADDRESSES": "touched a guard page",
+    "OVERRUNS_ITS_PACK": "packed: wrote beside its pack",
+    "DIFFERS_WHEN_PACKED": "packed: result 0 has other bits than in the first run",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_driver_sees_a_kernel_that(driver, wrong, tmp_path, fault):
-    given = calls.far(sinkhorn())[:1] if fault == "WRAPS_ADDRESSES" else [sinkhorn()]
+    given = [sinkhorn()]
+    if fault == "WRAPS_ADDRESSES":
+        given = calls.far(sinkhorn())[:1]
+    elif "PACK" in fault:
+        given = [calls.example(transom.ops()["grouped_gemm"])]
     with pytest.raises(AssertionError, match=FAULTS[fault]):
         calls.run([driver], wrong(fault), given, tmp_path)
 
 
 def test_the_driver_sees_nothing_in_a_kernel_without_fault(driver, wrong, tmp_path):
-    (answer,) = calls.run([driver], wrong("NONE"), [sinkhorn()], tmp_path)
-    assert len(answer.tensors) == 1
+    given = [sinkhorn(), calls.example(transom.ops()["grouped_gemm"])]
+    answers = calls.run([driver], wrong("NONE"), given, tmp_path)
+    assert [len(answer.tensors) for answer in answers] == [1, 1]

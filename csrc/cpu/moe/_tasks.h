@@ -2,6 +2,7 @@
  * vector.h. */
 #pragma once
 
+#include "../parallel.h"
 #include "../weight.h"
 
 namespace transom::TRANSOM_LEVEL {

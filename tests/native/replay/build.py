@@ -31,7 +31,7 @@ def library(folder: Path, compiler: str, flags: str = "", **environment: str) ->
     places = ("--build-lib", folder / "lib", "--build-temp", folder / "objects")
     printed = run(
         *command, *places, CC=compiler, CXX=compiler, LDSHARED=link, LDCXXSHARED=link,
-        CFLAGS=flags, CXXFLAGS=flags, **environment,
+        CFLAGS=flags, CXXFLAGS=flags, TRANSOM_NO_EXT="_C", **environment,
     )  # fmt: skip
     built = folder / "lib/transom/_native.so"
     assert built.exists(), printed

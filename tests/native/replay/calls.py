@@ -214,6 +214,9 @@ def _write(file: BinaryIO, call: Call) -> None:
             _text(file, value.encode())
         else:
             _numbers(file, abi._INTS, len(value), *value)
+    kinds = [p.role for p in case.op.parameters for _ in range(4 if p.role == "weight" else 1)]
+    weights = [i for i, kind in enumerate(kinds) if kind == "weight"][::4]
+    _numbers(file, len(weights), *weights)
     outputs = _outputs(case)
     _numbers(file, len(outputs))
     for shape, dtype in outputs:

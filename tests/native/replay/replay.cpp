@@ -6,7 +6,8 @@
  * nobody may touch, flush with the one behind and in another run with the one before; inputs may
  * not be written, outputs and workspace begin as poison. Each call runs so for each number of
  * threads (default 1 2 3 7), and once with a pool that gives one thread whatever was asked for;
- * then all calls run again on several threads at once. Every run must give the bits of the first.
+ * with packed weights, if the plugin packs; then all calls run again on several threads at once.
+ * Every run must give the bits of the first.
  *
  * The OpenMP entries that kernels look for are here, made of plain threads: the driver needs no
  * OpenMP library, and ThreadSanitizer sees all of it. */
@@ -133,6 +134,7 @@ struct Argument {
 struct Call {
   std::string op;
   std::vector<Argument> args;
+  std::vector<int64_t> weights; /* first places */
   std::vector<Tensor> outs;
 };
 
@@ -171,7 +173,7 @@ struct Reader {
     return t;
   }
   Call call() {
-    Call c{text(), std::vector<Argument>(static_cast<size_t>(number())), {}};
+    Call c{text(), std::vector<Argument>(static_cast<size_t>(number())), {}, {}};
     for (Argument &a : c.args) {
       a.tag = number();
       if (a.tag == TRANSOM_VALUE_TENSOR) a.tensor = tensor();
@@ -180,6 +182,7 @@ struct Reader {
       if (a.tag == TRANSOM_VALUE_STRING) a.string = text();
       if (a.tag == TRANSOM_VALUE_INTS) a.ints = numbers();
     }
+    c.weights = numbers();
     c.outs.resize(static_cast<size_t>(number()));
     for (Tensor &t : c.outs) t = tensor();
     return c;
@@ -279,12 +282,52 @@ thread_local int64_t most_threads = 1;
 thread_local int32_t may_ask_for = 1;
 thread_local bool stingy = false; /* the pool gives one thread */
 
-/* The outputs of one run; or, in result->code and text, why there are none. */
-void one(const transom_impl *impl, const Call &from, int32_t threads, bool behind, int poison,
-         Result *result) {
+const transom_plugin *plugin;
+
+/* The plugin's own form of a call's weights, between pages without access as well. */
+struct Packed {
+  std::vector<Memory *> memory;
+  std::vector<void *> at;
+  bool any = false;
+
+  Packed(const transom_impl *impl, const Call &from, const Run &bare, const Run &run, bool behind,
+         int poison) {
+    at.resize(from.args.size());
+    const transom_services *services = plugin->services;
+    if (services == nullptr || services->pack == nullptr) return;
+    for (const int64_t place : from.weights) {
+      const size_t i = static_cast<size_t>(place);
+      const uint32_t which = static_cast<uint32_t>(place);
+      if (from.args[i].tag != TRANSOM_VALUE_TENSOR) continue;
+      const uint64_t bytes = services->packed_bytes(impl, which, &bare.args[i]);
+      if (bytes == 0) continue;
+      memory.push_back(new Memory(bytes, behind, 64, poison));
+      at[i] = memory.back()->data;
+      transom_status status = {};
+      if (services->pack(impl, which, &run.args[i], at[i], nullptr, &status) != 0)
+        fail(std::string(running) + ": pack failed, " + status.message);
+      if (!memory.back()->slack_is(poison)) fail(std::string(running) + ": wrote beside its pack");
+      memory.back()->freeze();
+      any = true;
+    }
+  }
+  Packed(const Packed &) = delete;
+  ~Packed() {
+    for (Memory *each : memory) delete each;
+  }
+};
+
+/* The outputs of one run; or, in result->code and text, why there are none. False if weights should
+ * have been packed and it has no such form. */
+bool one(const transom_impl *impl, const Call &from, int32_t threads, bool behind, int poison,
+         Result *result, bool pack = false) {
   snprintf(running, sizeof running, "%s, %d threads%s, guard page %s", from.op.c_str(), threads,
            stingy ? " asked for and one given" : "", behind ? "behind" : "before");
+  if (pack) snprintf(running + strlen(running), sizeof running - strlen(running), ", packed");
   Run bare(from, threads, false, behind, poison), run(from, threads, true, behind, poison);
+  const Packed packed(impl, pack ? from : Call(), bare, run, behind, poison);
+  if (pack && !packed.any) return false;
+  if (packed.any) run.call.packed = packed.at.data();
   const uint64_t wanted = impl->workspace == nullptr ? 0 : impl->workspace(&bare.call);
   Memory workspace(wanted, behind, 64, poison);
   if (workspace.sparse()) fail(from.op + " asks for " + std::to_string(wanted) + " bytes");
@@ -302,6 +345,7 @@ void one(const transom_impl *impl, const Call &from, int32_t threads, bool behin
     if (run.tensors[i].memory != nullptr && !run.tensors[i].memory->slack_is(poison))
       fail(std::string(running) + ": wrote beside an output");
   result->tensors = run.results();
+  return true;
 }
 
 std::vector<Call> calls;
@@ -340,6 +384,10 @@ void replay(size_t i, const std::vector<int32_t> &threads) {
   stingy = true;
   again(threads.back(), true);
   stingy = false;
+  for (const bool behind : {true, false}) {
+    Result next;
+    if (one(impls[i], call, threads.back(), behind, 0x33, &next, true)) must_equal(i, next);
+  }
 }
 
 void *all_calls(void *) {
@@ -445,7 +493,7 @@ int main(int n, char **given) {
   if (table == nullptr) fail("the library has no transom_plugin_v1");
   const transom_host host = {sizeof host, TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR, "replay"};
   transom_status status = {};
-  const transom_plugin *plugin = table(&host, &status);
+  plugin = table(&host, &status);
   if (plugin == nullptr) fail(status.message);
   printf("%s %s\n", plugin->vendor, plugin->version);
 

@@ -1,4 +1,5 @@
-/* sinkhorn that copies its input, with the fault that -DFAULT=... names: for tests of replay.cpp. */
+/* sinkhorn that copies its input, and grouped_gemm that writes zeros, with the fault that
+ * -DFAULT=... names: for tests of replay.cpp. */
 #include <string.h>
 
 #include "transom_ops.h"
@@ -19,7 +20,9 @@ enum {
   WRAPS_ADDRESSES,
   RACES,
   OVERFLOWS,
-  NEEDS_AVX
+  NEEDS_AVX,
+  OVERRUNS_ITS_PACK,
+  DIFFERS_WHEN_PACKED
 };
 
 void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
@@ -78,9 +81,35 @@ static int32_t run(const transom_call *call, transom_status *status) {
 static const transom_impl impl = {
     sizeof impl, TRANSOM_TUNED, "sinkhorn", "wrong", TRANSOM_SINKHORN_HASH, 0, 0, NULL, workspace,
     run};
-static const transom_impl *const impls[] = {&impl};
+
+static int32_t zeros(const transom_call *call, transom_status *status) {
+  const transom_tensor *out = call->outs[0];
+  const int64_t bytes = out->shape[0] * out->shape[1] * (out->dtype_bits / 8);
+  const int packed = call->packed != NULL && call->packed[TRANSOM_GROUPED_GEMM_WEIGHT] != NULL;
+  (void)status;
+  memset(out->data, packed && FAULT == DIFFERS_WHEN_PACKED, (uint64_t)bytes);
+  return 0;
+}
+static uint64_t packed_bytes(const transom_impl *of, uint32_t at, const transom_value *weight) {
+  (void)of, (void)weight;
+  return at == TRANSOM_GROUPED_GEMM_WEIGHT ? 100 : 0;
+}
+static int32_t pack(const transom_impl *of, uint32_t at, const transom_value *weight, void *packed,
+                    void *stream, transom_status *status) {
+  (void)of, (void)at, (void)weight, (void)stream, (void)status;
+  memset(packed, 1, 100 + (FAULT == OVERRUNS_ITS_PACK));
+  return 0;
+}
+
+static const transom_impl gemm = {
+    sizeof gemm, TRANSOM_TUNED, "grouped_gemm", "wrong", TRANSOM_GROUPED_GEMM_HASH, 0, 0, NULL,
+    NULL, zeros};
+static const transom_services services = {
+    .struct_size = sizeof services, .packed_bytes = packed_bytes, .pack = pack};
+static const transom_impl *const impls[] = {&impl, &gemm};
 static const transom_plugin plugin = {
-    sizeof plugin, TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR, "wrong", "1", "cpu", 1, 0, impls};
+    sizeof plugin, TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR, "wrong", "1", "cpu", 2, 0, impls,
+    &services};
 
 const transom_plugin *transom_plugin_v1(const transom_host *host, transom_status *status) {
   (void)host, (void)status;
