@@ -1,5 +1,6 @@
-"""csrc/cpu/mhc/sinkhorn.cpp: a token in each place of a vector, through all steps."""
+"""csrc/cpu/mhc/sinkhorn.cpp, a token in each place of a vector, and sinkhorn_backward.cpp."""
 
 from transom.backends.native import register
 
 register("sinkhorn")
+register("sinkhorn_backward")

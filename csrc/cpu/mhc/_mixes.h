@@ -370,7 +370,8 @@ inline void mix_all(const Mixes &work, const Schedule &how, void *memory, Finish
   parallel(static_cast<int32_t>(min_of(work.T, how.threads)), mix_tokens<Finish>, &all);
 }
 
-/* h = sum over j of pre[j] * x[j], from memory to memory. */
+/* h = sum over j of pre[j] * x[j], from memory to memory. Sums begin with zero: of two products the
+ * compiler may fuse either with the addition, and not the same one everywhere. */
 template <class Number, bool past_caches>
 inline void collapse_four(const Mixes &work, int64_t token, const float *pre, Number *h) {
   constexpr int kMany = kLine / sizeof(Number), kVectors = kMany / kWidth;
@@ -386,7 +387,8 @@ inline void collapse_four(const Mixes &work, int64_t token, const float *pre, Nu
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; v++) {
       const Number *p = x + i + v * kWidth;
-      vf sum = a * load(p);
+      vf sum = {};
+      sum += a * load(p);
       sum += b * load(p + between);
       sum += c * load(p + 2 * between);
       sum += e * load(p + 3 * between);
@@ -397,7 +399,8 @@ inline void collapse_four(const Mixes &work, int64_t token, const float *pre, Nu
   for (; i < D; i += kWidth) {
     const int64_t here = min_of(kWidth, D - i);
     const Number *p = x + i;
-    vf sum = a * load_some(p, here);
+    vf sum = {};
+    sum += a * load_some(p, here);
     sum += b * load_some(p + between, here);
     sum += c * load_some(p + 2 * between, here);
     sum += e * load_some(p + 3 * between, here);
@@ -425,7 +428,7 @@ inline void collapse(const Mixes &work, int64_t token, const float *pre, const t
       read_row(work.x, place.start + j * place.between + d * place.last, place.last, n, x);
       const vf by = all(pre[j]);
       for (int64_t i = 0; i < n; i += kWidth)
-        store(out + i, j == 0 ? by * load(x + i) : load(out + i) + by * load(x + i));
+        store(out + i, (j == 0 ? vf{} : load(out + i)) + by * load(x + i));
     }
     write_row(at(h, token * work.D + d), kind(h), out, n);
   }

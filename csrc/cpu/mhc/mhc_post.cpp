@@ -50,7 +50,8 @@ Work describe(const transom_call *call) {
   return work;
 }
 
-/* Elements d .. d + n of one token's streams. */
+/* Elements d .. d + n of one token's streams. Sums begin with zero: of two products the compiler
+ * may fuse either with the addition, and not the same one everywhere. */
 template <class Number, bool past_caches>
 void mix_four(const Work *work, int64_t token, int64_t d, int64_t n, const Factors &by) {
   constexpr int R = 4, kMany = kLine / sizeof(Number), kVectors = kMany / kWidth;
@@ -73,7 +74,8 @@ void mix_four(const Work *work, int64_t token, int64_t d, int64_t n, const Facto
                c = load(x + 2 * between + at), e = load(x + 3 * between + at);
 #pragma GCC unroll 4
       for (int k = 0; k < R; k++) {
-        vf sum = by.post[k] * out;
+        vf sum = {};
+        sum += by.post[k] * out;
         sum += by.comb[k] * a;
         sum += by.comb[R + k] * b;
         sum += by.comb[2 * R + k] * c;
@@ -88,7 +90,8 @@ void mix_four(const Work *work, int64_t token, int64_t d, int64_t n, const Facto
   for (; i < n; i += kWidth) {
     const int64_t here = min_of(kWidth, n - i);
     for (int k = 0; k < R; k++) {
-      vf sum = by.post[k] * load_some(f + i, here);
+      vf sum = {};
+      sum += by.post[k] * load_some(f + i, here);
       for (int j = 0; j < R; j++)
         sum += by.comb[j * R + k] * load_some(x + j * between + i, here);
       store_some(y + k * D + i, sum, here);
@@ -107,7 +110,8 @@ void mix_any(const Work *work, int64_t token, int64_t d, int64_t n, const Factor
   for (int64_t j = 0; j < work->R; j++) read_row(in, first + j * between, last, n, x[j]);
   for (int64_t k = 0; k < work->R; k++) {
     for (int64_t i = 0; i < n; i += kWidth) {
-      vf sum = by.post[k] * load(f + i);
+      vf sum = {};
+      sum += by.post[k] * load(f + i);
       for (int64_t j = 0; j < work->R; j++) sum += by.comb[j * work->R + k] * load(x[j] + i);
       store(out + i, sum);
     }

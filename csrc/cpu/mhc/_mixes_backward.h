@@ -1,0 +1,270 @@
+/* The gradient of _mixes.h's mixing: of h = sum of pre[j] * x[j] and of a = mix * scale + base.
+ *
+ * Some hundred tokens at a time, in two passes over their streams. The first has u, r and the
+ * gradient of a for each token (what the caller makes of the sums) and leaves a record of it: g =
+ * r * scale * da, along = r**3 / K * sum of scale * da * u, pre. The second takes a piece of K at a
+ * time, through all of these tokens: dx = g @ fn - along * x + pre[j] * dh and dfn += g.T @ x. A
+ * task of it is a piece, so dfn, like dscale and dbase, is a sum over tokens in their order at any
+ * number of threads. Bound by FMA: three times those of the mixing. Internal linkage, as in
+ * vector.h. */
+#pragma once
+
+#include "_mixes.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+constexpr int64_t kSpan = 256;   /* tokens between the two passes */
+constexpr int64_t kInTurn = 16;  /* tokens whose x stays in L1 for dfn */
+/* Vectors of a tile's row: with four rows its sums fill half of the registers, the operands fit. */
+constexpr int kVectors = kColumns > 3 ? 4 : 2;
+constexpr int64_t kTile = kVectors * kWidth;
+
+/* Gradients that mixing has besides dx. Parameter gradients are float32, contiguous. */
+struct Gradients {
+  const transom_tensor *dh, *dx;
+  float *dfn, *dscale, *dbase;
+};
+
+struct Backward {
+  Mixes mixes; /* of the span */
+  Schedule how;
+  Gradients out;
+  int64_t T, record;      /* all tokens; floats of a token's record: g[N], da[N], da*mix[N], along,
+                             pre[R] */
+  int64_t room, per_head; /* bytes of a thread in the second pass; pieces of a stream */
+  float *records;         /* [kSpan] */
+  char *rooms, *memory, *own;
+  int64_t own_bytes;      /* of a thread, for the caller */
+  int64_t span, next;
+};
+
+/* Where the parts of a record stand. */
+inline int64_t at_da(int64_t N) { return N; }
+inline int64_t at_da_mix(int64_t N) { return 2 * N; }
+inline int64_t at_along(int64_t N) { return 3 * N; }
+inline int64_t at_pre(int64_t N) { return 3 * N + 1; }
+
+inline Backward backward_of(const Mixes &mixes, int32_t threads, int64_t own_bytes) {
+  Backward work = {};
+  work.mixes = mixes;
+  work.T = mixes.T;
+  work.mixes.T = min_of(mixes.T, kSpan);
+  work.how = schedule(work.mixes, threads);
+  work.record = up_to(at_pre(mixes.N) + mixes.R, 16);
+  work.per_head = (mixes.D + kOfK - 1) / kOfK;
+  work.own_bytes = up_to(own_bytes, 64);
+  const int64_t panels = 2 * up_to(mixes.N, 4) + 2 * kInTurn + 1;
+  work.room = panels * kPanel * static_cast<int64_t>(sizeof(float));
+  return work;
+}
+
+inline int64_t workspace_of(const Backward &work) {
+  const int64_t records = kSpan * work.record * static_cast<int64_t>(sizeof(float));
+  return up_to(workspace_of(work.mixes, work.how), 64) + up_to(records, 64) +
+         work.how.threads * (work.room + work.own_bytes);
+}
+
+inline void lay_out(Backward *work, void *memory) {
+  const int64_t records = kSpan * work->record * static_cast<int64_t>(sizeof(float));
+  work->memory = static_cast<char *>(memory);
+  char *at = work->memory + up_to(workspace_of(work->mixes, work->how), 64);
+  work->records = reinterpret_cast<float *>(at);
+  work->rooms = at + up_to(records, 64);
+  work->own = work->rooms + work->how.threads * work->room;
+}
+
+/* sums[j] = x[j] . dh of one token. */
+inline void against_streams(const Mixes &mixes, const transom_tensor *dh, int64_t token,
+                            float *sums) {
+  alignas(64) float x[kOfK], g[kOfK];
+  const Place place = place_of(mixes.x, token);
+  const int64_t last = dh->strides[dh->ndim - 1], start = start_of(dh, 1, token);
+  vf totals[kMostStreams];
+  for (int64_t j = 0; j < mixes.R; j++) totals[j] = vf{};
+  for (int64_t d = 0; d < mixes.D; d += kOfK) {
+    const int64_t n = min_of(kOfK, mixes.D - d);
+    read_row(dh, start + d * last, last, n, g);
+    for (int64_t j = 0; j < mixes.R; j++) {
+      read_row(mixes.x, place.start + j * place.between + d * place.last, place.last, n, x);
+      vf even = {}, odd = {};
+      int64_t i = 0;
+      for (; i + kWidth < n; i += 2 * kWidth) {
+        even += load(x + i) * load(g + i);
+        odd += load(x + i + kWidth) * load(g + i + kWidth);
+      }
+      if (i < n) even += load(x + i) * load(g + i);
+      totals[j] += even + odd;
+    }
+  }
+  for (int64_t j = 0; j < mixes.R; j++) sums[j] = sum(totals[j]);
+}
+
+/* The record of a token of the span from da[N], u[N] and r after it, scale of each row, and pre. */
+inline void set_record(const Backward &work, int64_t token, const float *da, const float *u,
+                       const float *scale, const float *pre) {
+  const int64_t N = work.mixes.N;
+  const float r = u[N];
+  float *to = work.records + token * work.record, along = 0.0f;
+  for (int64_t c = 0; c < N; c++) {
+    const float dmix = da[c] * scale[c];
+    to[c] = dmix * r;
+    to[at_da(N) + c] = da[c];
+    to[at_da_mix(N) + c] = da[c] * u[c] * r;
+    along += dmix * u[c];
+  }
+  to[at_along(N)] = along * (r * r * r) / static_cast<float>(max_of(1, work.mixes.K));
+  for (int64_t j = 0; j < work.mixes.R; j++) to[at_pre(N) + j] = pre[j];
+}
+
+/* out [4] rows of kTile = what they hold + sum over c of by[row][c] * w[c]. */
+inline void add_rows(const float *by, int64_t by_stride, int64_t count, const float *w,
+                     float *out) {
+  vf sums[4][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) sums[r][v] = load(out + r * kPanel + v * kWidth);
+  for (int64_t c = 0; c < count; c++) {
+    vf right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) right[v] = load(w + c * kPanel + v * kWidth);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+      const vf left = all(by[r * by_stride + c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) sums[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) store(out + r * kPanel + v * kWidth, sums[r][v]);
+}
+
+/* out [4] rows of kTile += sum over t of by[t][row] * x[t]. */
+inline void add_columns(const float *by, int64_t by_stride, int64_t count, const float *x,
+                        float *out) {
+  vf sums[4][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) sums[r][v] = load(out + r * kPanel + v * kWidth);
+  for (int64_t t = 0; t < count; t++) {
+    vf right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) right[v] = load(x + t * kPanel + v * kWidth);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+      const vf left = all(by[t * by_stride + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) sums[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) store(out + r * kPanel + v * kWidth, sums[r][v]);
+}
+
+/* n elements and zeros up to the tile's end. */
+inline void read_panel(const transom_tensor *t, int64_t start, int64_t stride, int64_t n,
+                       float *to) {
+  read_row(t, start, stride, n, to);
+  for (int64_t i = n; i < up_to(n, kTile); i++) to[i] = 0.0f;
+}
+
+/* The second pass: pieces of a stream, each through all tokens of the span. */
+inline void backward_pieces(void *context, int32_t thread) {
+  Backward *all_of = static_cast<Backward *>(context);
+  const Backward &work = *all_of;
+  const Mixes &mixes = work.mixes;
+  const transom_tensor *x = mixes.x, *fn = mixes.fn, *dh = work.out.dh, *dx = work.out.dx;
+  const int64_t N = mixes.N, R = mixes.R, D = mixes.D, up = up_to(N, 4);
+  const int64_t dh_last = dh->strides[dh->ndim - 1];
+  float *w = reinterpret_cast<float *>(work.rooms + thread * work.room), *dw = w + up * kPanel;
+  float *xs = dw + up * kPanel, *out = xs + kInTurn * kPanel, *g = out + kInTurn * kPanel;
+  alignas(64) float by[kInTurn * ((2 + kMostStreams) * kMostStreams + 4)];
+  for (;;) {
+    const int64_t task = __atomic_fetch_add(&all_of->next, 1, __ATOMIC_RELAXED);
+    if (task >= R * work.per_head) return;
+    const int64_t j = task / work.per_head, d = task % work.per_head * kOfK;
+    const int64_t n = min_of(kOfK, D - d), k = j * D + d;
+    for (int64_t c = 0; c < up; c++) {
+      float *row = dw + c * kPanel;
+      memset(row, 0, static_cast<size_t>(kOfK) * sizeof(float));
+      if (c >= N) continue;
+      read_panel(fn, c * fn->strides[0] + k, 1, n, w + c * kPanel);
+      if (work.span > 0)
+        memcpy(row, work.out.dfn + c * mixes.K + k, static_cast<size_t>(n) * sizeof(float));
+    }
+    for (int64_t first = 0; first < mixes.T; first += kInTurn) {
+      const int64_t tokens = min_of(kInTurn, mixes.T - first), rows = up_to(tokens, 4);
+      for (int64_t t = 0; t < rows; t++) {
+        float *to = xs + t * kPanel, *start = out + t * kPanel, *here = by + t * up;
+        if (t >= tokens) {
+          memset(to, 0, kOfK * sizeof(float));
+          memset(start, 0, kOfK * sizeof(float));
+          memset(here, 0, static_cast<size_t>(up) * sizeof(float));
+          continue;
+        }
+        const int64_t token = mixes.first + first + t;
+        const float *record = work.records + (first + t) * work.record;
+        const Place place = place_of(x, token);
+        read_panel(x, place.start + j * place.between + d * place.last, place.last, n, to);
+        read_panel(dh, start_of(dh, 1, token) + d * dh_last, dh_last, n, g);
+        const vf along = all(record[at_along(N)]), pre = all(record[at_pre(N) + j]);
+        for (int64_t i = 0; i < n; i += kWidth)
+          store(start + i, pre * load(g + i) - along * load(to + i));
+        for (int64_t i = up_to(n, kWidth); i < up_to(n, kTile); i++) start[i] = 0.0f;
+        for (int64_t c = 0; c < up; c++) here[c] = c < N ? record[c] : 0.0f;
+      }
+      for (int64_t i = 0; i < n; i += kTile) {
+        for (int64_t t = 0; t < rows; t += 4)
+          add_rows(by + t * up, up, N, w + i, out + t * kPanel + i);
+        for (int64_t c = 0; c < up; c += 4)
+          add_columns(by + c, up, tokens, xs + i, dw + c * kPanel + i);
+      }
+      for (int64_t t = 0; t < tokens; t++)
+        write_row(at(dx, (mixes.first + first + t) * mixes.K + k), kind(dx), out + t * kPanel, n);
+    }
+    for (int64_t c = 0; c < N; c++)
+      memcpy(work.out.dfn + c * mixes.K + k, dw + c * kPanel,
+             static_cast<size_t>(n) * sizeof(float));
+  }
+}
+
+/* Both passes over all spans. coefficients(work, thread, first, tokens, sums) sets the records of
+ * `tokens` tokens of the span; scale_of(c): which of `scales` numbers of dscale row c of fn has. */
+template <class Coefficients, class ScaleOf>
+inline void run_backward(Backward *work, int64_t scales, Coefficients coefficients,
+                         ScaleOf scale_of) {
+  const Mixes whole = work->mixes;
+  const int64_t N = whole.N;
+  double dscale[3] = {}, dbase[(2 + kMostStreams) * kMostStreams] = {};
+  about_to_write(work->out.dx->data, work->T * whole.K * size_of(work->out.dx));
+  for (int64_t first = 0; first < work->T; first += kSpan, work->span++) {
+    Mixes &mixes = work->mixes;
+    mixes.first = first, mixes.T = min_of(kSpan, work->T - first);
+    mix_all(mixes, work->how, work->memory,
+            [&](int32_t thread, int64_t from, int64_t tokens, const vf *sums) {
+              coefficients(*work, thread, from, tokens, sums);
+            });
+    for (int64_t t = 0; t < mixes.T; t++) {
+      const float *record = work->records + t * work->record;
+      for (int64_t c = 0; c < N; c++) {
+        dbase[c] += static_cast<double>(record[at_da(N) + c]);
+        dscale[scale_of(c)] += static_cast<double>(record[at_da_mix(N) + c]);
+      }
+    }
+    work->next = 0;
+    parallel(work->how.threads, backward_pieces, work);
+  }
+  if (work->T == 0)
+    memset(work->out.dfn, 0, static_cast<size_t>(N * whole.K) * sizeof(float));
+  for (int64_t c = 0; c < N; c++) work->out.dbase[c] = static_cast<float>(dbase[c]);
+  for (int64_t i = 0; i < scales; i++) work->out.dscale[i] = static_cast<float>(dscale[i]);
+}
+
+}  // namespace
+}  // namespace transom::TRANSOM_LEVEL
