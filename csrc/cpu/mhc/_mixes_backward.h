@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kSpan = 256;   /* tokens between the two passes */
 constexpr int64_t kInTurn = 16;  /* tokens whose x stays in L1 for dfn */
+constexpr int64_t kSoon = 6;     /* tokens between what is read and what is fetched */
 /* Vectors of a tile's row: with four rows its sums fill half of the registers, the operands fit. */
 constexpr int kVectors = kColumns > 3 ? 4 : 2;
 constexpr int64_t kTile = kVectors * kWidth;
@@ -174,6 +175,14 @@ inline void read_panel(const transom_tensor *t, int64_t start, int64_t stride, i
   for (int64_t i = n; i < up_to(n, kTile); i++) to[i] = 0.0f;
 }
 
+/* Fetches n elements of a row, where they stand in one run; to be written: 1. */
+template <int written>
+inline void fetch_run(const transom_tensor *t, int64_t start, int64_t stride, int64_t n) {
+  if (stride != 1) return;
+  const char *from = static_cast<const char *>(t->data) + start * size_of(t);
+  for (int64_t i = 0; i < n * size_of(t); i += kLine) __builtin_prefetch(from + i, written);
+}
+
 /* The second pass: pieces of a stream, each through all tokens of the span. */
 inline void backward_pieces(void *context, int32_t thread) {
   Backward *all_of = static_cast<Backward *>(context);
@@ -211,6 +220,13 @@ inline void backward_pieces(void *context, int32_t thread) {
         const int64_t token = mixes.first + first + t;
         const float *record = work.records + (first + t) * work.record;
         const Place place = place_of(x, token);
+        if (first + t + kSoon < mixes.T) {
+          /* A piece of each token is far from the last one's: the prefetchers see no stream. */
+          const int64_t soon = token + kSoon;
+          fetch_run<0>(x, start_of(x, 2, soon) + j * place.between + d, place.last, n);
+          fetch_run<0>(dh, start_of(dh, 1, soon) + d, dh_last, n);
+          fetch_run<1>(dx, soon * mixes.K + k, 1, n);
+        }
         read_panel(x, place.start + j * place.between + d * place.last, place.last, n, to);
         read_panel(dh, start_of(dh, 1, token) + d * dh_last, dh_last, n, g);
         const vf along = all(record[at_along(N)]), pre = all(record[at_pre(N) + j]);
