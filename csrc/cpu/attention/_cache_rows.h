@@ -9,7 +9,7 @@ namespace {
 
 /* DeepSeek-V4: 448 E4M3, 64 bfloat16, a scale (E8M0) for each 64 of the former, a byte of padding.
  * DeepSeek-V4.1: 512 E2M1, a scale (E4M3) for each 16. */
-constexpr int64_t kV4 = 584, kPlain = 448, kBlock = 64, kV41 = 288, kHalf = 256, kGroup = 16;
+constexpr int64_t kV4 = 584, kPlain = 448, kScaled = 64, kV41 = 288, kHalf = 256, kGroup = 16;
 
 typedef uint8_t vb __attribute__((vector_size(kWidth)));
 
@@ -48,9 +48,9 @@ inline float from_e8m0(uint8_t byte) {
 }
 
 inline void decode_v4(const uint8_t *row, float *to) {
-  for (int64_t i = 0; i < kPlain; i += kBlock) {
-    const vf scale = all(from_e8m0(row[kV4 - 8 + i / kBlock]));
-    for (int64_t j = i; j < i + kBlock; j += kWidth) store(to + j, from_e4m3(codes(row + j)) * scale);
+  for (int64_t i = 0; i < kPlain; i += kScaled) {
+    const vf scale = all(from_e8m0(row[kV4 - 8 + i / kScaled]));
+    for (int64_t j = i; j < i + kScaled; j += kWidth) store(to + j, from_e4m3(codes(row + j)) * scale);
   }
   bf16 rotated[512 - kPlain];
   memcpy(rotated, row + kPlain, sizeof rotated);

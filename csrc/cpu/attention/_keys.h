@@ -37,22 +37,29 @@ struct Soon {
     bytes[count++] = static_cast<int32_t>(min_of(t->shape[last] * size_of(t), 1 << 16));
   }
   void fetch(int64_t most) {
-    for (; most > 0 && done < count; most--, done++)
+    for (const int64_t stop = min_of(done + most, count); done < stop; done++)
       for (int32_t i = 0; i < bytes[done]; i += 64) __builtin_prefetch(rows[done] + i, 0, 2);
   }
 };
 
-/* tile[i] = row list[i] of batch b of t[B,N,D], as float32; packed rows are decoded. */
-inline void gather(const transom_tensor *t, int64_t b, const int64_t *list, int64_t count,
-                   float *tile, int64_t stride) {
-  const int64_t origin = b * t->strides[0];
+/* tile[i] = row list[i] of t, rows of its last dim that are `step` elements apart and begin with
+ * element `origin`, as float32; packed rows are decoded. */
+inline void gather(const transom_tensor *t, int64_t origin, int64_t step, const int64_t *list,
+                   int64_t count, float *tile, int64_t stride) {
+  const int last = t->ndim - 1;
   for (int64_t i = 0; i < count; i++) {
-    const int64_t first = origin + list[i] * t->strides[1];
+    const int64_t first = origin + list[i] * step;
     if (t->dtype_code == TRANSOM_UINT)
       decode_row(t, first, tile + i * stride);
     else
-      read_row(t, first, t->strides[2], t->shape[2], tile + i * stride);
+      read_row(t, first, t->strides[last], t->shape[last], tile + i * stride);
   }
+}
+
+/* Rows of batch b of t[B,N,D]. */
+inline void gather(const transom_tensor *t, int64_t b, const int64_t *list, int64_t count,
+                   float *tile, int64_t stride) {
+  gather(t, b * t->strides[0], t->strides[1], list, count, tile, stride);
 }
 
 /* Heads of a query, packed: panels of kPanel heads, [D][kPanel] each. */
@@ -76,6 +83,21 @@ struct Collected {
   float *largest, *mass, *sum;
 };
 
+/* Cuts memory into parts, or counts it where there is none. */
+struct Cutter {
+  float *base;
+  int64_t floats = 0;
+  float *part(int64_t n) {
+    float *start = base == nullptr ? nullptr : base + floats;
+    floats += up_to(n, 16);
+    return start;
+  }
+  Collected collected(int64_t lanes, int64_t sums) {
+    float *largest = part(lanes), *mass = part(lanes);
+    return {largest, mass, part(sums)};
+  }
+};
+
 /* Where attend() keeps its scores, [kKeys][kPanel], and weights, [heads][kKeys]. */
 struct Scratch {
   float *scores, *weights;
@@ -94,7 +116,7 @@ inline void attend(const float *panels, int64_t heads, int64_t D, float scale, c
   for (int64_t h = 0; h < heads; h += kPanel, panels += D * kPanel) {
     if (D == 0) memset(scratch.scores, 0, static_cast<size_t>(count * kPanel) * sizeof(float));
     for (int64_t d = 0; d < D; d += kDepth) {
-      soon->fetch(kFetch);
+      if (soon != nullptr) soon->fetch(kFetch);
       multiply_panel(count, min_of(kDepth, D - d), keys + d, key_stride, panels + d * kPanel,
                      kPanel, scratch.scores, kPanel, d > 0);
     }
@@ -108,7 +130,7 @@ inline void attend(const float *panels, int64_t heads, int64_t D, float scale, c
       }
   }
   for (int64_t d = 0; d < value_dim; d += kPanel) {
-    soon->fetch(kFetch);
+    if (soon != nullptr) soon->fetch(kFetch);
     multiply_panel(heads, count, scratch.weights, kKeys, values + d, value_stride, out.sum + d,
                    out_stride, false);
   }

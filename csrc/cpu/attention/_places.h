@@ -77,20 +77,5 @@ inline int64_t near(const Places *at, int64_t b, int64_t s, int64_t queries, int
   return count;
 }
 
-/* Cuts memory into parts, or counts it where there is none. */
-struct Cutter {
-  float *base;
-  int64_t floats = 0;
-  float *part(int64_t n) {
-    float *start = base == nullptr ? nullptr : base + floats;
-    floats += up_to(n, 16);
-    return start;
-  }
-  Collected collected(int64_t lanes, int64_t sums) {
-    float *largest = part(lanes), *mass = part(lanes);
-    return {largest, mass, part(sums)};
-  }
-};
-
 }  // namespace
 }  // namespace transom::TRANSOM_LEVEL
