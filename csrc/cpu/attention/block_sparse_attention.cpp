@@ -129,7 +129,7 @@ uint64_t workspace(const transom_call *call) {
 int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
   const transom_tensor *o = call->outs[0];
-  will_write(o->data, work.B * work.S * work.Hkv * work.G * work.Dv * size_of(o));
+  about_to_write(o->data, work.B * work.S * work.Hkv * work.G * work.Dv * size_of(o));
   parallel(work.threads, attend_tasks, &work);
   return 0;
 }
