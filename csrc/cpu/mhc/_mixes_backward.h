@@ -118,46 +118,21 @@ inline void set_record(const Backward &work, int64_t token, const float *da, con
   for (int64_t j = 0; j < work.mixes.R; j++) to[at_pre(N) + j] = pre[j];
 }
 
-/* out [4] rows of kTile = what they hold + sum over c of by[row][c] * w[c]. */
-inline void add_rows(const float *by, int64_t by_stride, int64_t count, const float *w,
-                     float *out) {
+/* out [4] rows of kTile += sum over i of by[row * by_row + i * by_step] * x[i]. */
+inline void add_products(const float *by, int64_t by_row, int64_t by_step, int64_t count,
+                         const float *x, float *out) {
   vf sums[4][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) sums[r][v] = load(out + r * kPanel + v * kWidth);
-  for (int64_t c = 0; c < count; c++) {
+  for (int64_t i = 0; i < count; i++) {
     vf right[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) right[v] = load(w + c * kPanel + v * kWidth);
+    for (int v = 0; v < kVectors; v++) right[v] = load(x + i * kPanel + v * kWidth);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-      const vf left = all(by[r * by_stride + c]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) sums[r][v] += left * right[v];
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) store(out + r * kPanel + v * kWidth, sums[r][v]);
-}
-
-/* out [4] rows of kTile += sum over t of by[t][row] * x[t]. */
-inline void add_columns(const float *by, int64_t by_stride, int64_t count, const float *x,
-                        float *out) {
-  vf sums[4][kVectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) sums[r][v] = load(out + r * kPanel + v * kWidth);
-  for (int64_t t = 0; t < count; t++) {
-    vf right[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) right[v] = load(x + t * kPanel + v * kWidth);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++) {
-      const vf left = all(by[t * by_stride + r]);
+      const vf left = all(by[r * by_row + i * by_step]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) sums[r][v] += left * right[v];
     }
@@ -237,9 +212,9 @@ inline void backward_pieces(void *context, int32_t thread) {
       }
       for (int64_t i = 0; i < n; i += kTile) {
         for (int64_t t = 0; t < rows; t += 4)
-          add_rows(by + t * up, up, N, w + i, out + t * kPanel + i);
+          add_products(by + t * up, up, 1, N, w + i, out + t * kPanel + i);
         for (int64_t c = 0; c < up; c += 4)
-          add_columns(by + c, up, tokens, xs + i, dw + c * kPanel + i);
+          add_products(by + c, 1, up, tokens, xs + i, dw + c * kPanel + i);
       }
       for (int64_t t = 0; t < tokens; t++)
         write_row(at(dx, (mixes.first + first + t) * mixes.K + k), kind(dx), out + t * kPanel, n);
