@@ -67,11 +67,14 @@ inline vf widen(vs s);
 
 template <>
 inline vf widen<bf16>(vs s) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  /* gcc 12 widens the halves of a __builtin_convertvector apart. */
+  /* One shuffle, or none from memory: gcc 12 widens a __builtin_convertvector by halves. */
+#if defined(__AVX512F__)
+  return bits_as<vf>(bits_as<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(s))) << 16);
+#elif defined(__AVX2__)
   return bits_as<vf>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits_as<__m128i>(s)), 16));
-#endif
+#else
   return bits_as<vf>(__builtin_convertvector(s, vu) << 16);
+#endif
 }
 
 template <>

@@ -2,31 +2,11 @@
  * vector.h. */
 #pragma once
 
+#include "../output.h"
 #include "_lookup.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
-
-/* Outputs above this size are written past the caches: nobody could find them there again. */
-constexpr int64_t kStreamed = 8 << 20;
-
-/* A vector to an address aligned to it, past the caches where the processor can. */
-inline void stream(char *to, vf v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(reinterpret_cast<float *>(to), bits_as<__m512>(v));
-#elif defined(__AVX2__)
-  _mm256_stream_ps(reinterpret_cast<float *>(to), bits_as<__m256>(v));
-#else
-  memcpy(to, &v, sizeof v);
-#endif
-}
-
-/* What was streamed comes before all that this thread writes afterwards. */
-inline void end_of_stream() {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
 
 inline void copy_bytes(char *to, const char *from, int64_t bytes) {
   constexpr int64_t kStep = 4 * kWidth;
@@ -44,7 +24,7 @@ inline void stream_bytes(char *to, const char *from, int64_t bytes) {
   vf v;
   for (int64_t i = 0; i < bytes; i += 4 * kWidth) {
     memcpy(&v, from + i, sizeof v);
-    stream(to + i, v);
+    stream(reinterpret_cast<float *>(to + i), v);
   }
 }
 
@@ -65,10 +45,6 @@ inline Gather describe_gather(const transom_call *call, HashArguments at, int ta
   work.copies = same && (t->d <= 1 || t->along == 1) && (out->shape[2] <= 1 || out->strides[2] == 1);
   if (!work.copies)
     work.lookup = describe_lookup(call, at, table, shard, up_to(t->d, kWidth));
-  const int64_t size = size_of(out), token = out->shape[2] * size;
-  work.streams = work.copies && work.lookup.tokens * token > kStreamed &&
-                 t->bytes % kLine == 0 && reinterpret_cast<uintptr_t>(out->data) % kLine == 0 &&
-                 out->strides[0] * size % kLine == 0 && out->strides[1] * size % kLine == 0;
   return work;
 }
 
@@ -128,7 +104,7 @@ inline void gather_tasks(void *context, int32_t thread) {
   if (work->copies) {
     Copies sink = {work->out, work->lookup.hash.columns, work->streams};
     look_up(&work->lookup, thread, &sink);
-    if (work->streams) end_of_stream();
+    if (work->streams) fence();
   } else {
     Conversions sink = {work->out, work->lookup.hash.columns, floats_of(&work->lookup, thread)};
     look_up(&work->lookup, thread, &sink);
@@ -138,6 +114,11 @@ inline void gather_tasks(void *context, int32_t thread) {
 inline int32_t run_gather(Gather *work, const transom_call *call) {
   if (work->lookup.tokens == 0 || work->out->shape[2] == 0) return 0;
   prepare_lookup(&work->lookup, call->workspace);
+  const transom_tensor *out = work->out;
+  const Table *table = &work->lookup.table;
+  const int64_t line = kLine / size_of(out), rows = work->lookup.tokens * work->lookup.hash.columns;
+  work->streams = work->copies && out->strides[0] % line == 0 && out->strides[1] % line == 0 &&
+                  goes_past_caches(out, rows, table->d);
   parallel(work->lookup.threads, gather_tasks, work);
   return 0;
 }

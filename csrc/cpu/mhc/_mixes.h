@@ -9,6 +9,7 @@
  * token has the same bits alone and among others. Internal linkage, as in vector.h. */
 #pragma once
 
+#include "../output.h"
 #include "../parallel.h"
 #include "../product.h"
 #include "_steps.h"
@@ -432,14 +433,6 @@ inline void collapse(const Mixes &work, int64_t token, const float *pre, const t
     }
     write_row(at(h, token * work.D + d), kind(h), out, n);
   }
-}
-
-/* Whether an output of rows of a whole number of lines is better stored past the caches; asks the
- * system for its memory. */
-inline bool goes_past_caches(const transom_tensor *out, int64_t rows, int64_t length) {
-  const int64_t row = length * size_of(out), bytes = rows * row;
-  return about_to_write(out->data, bytes) && bytes > 8 * l2_bytes() && row % kLine == 0 &&
-         reinterpret_cast<uintptr_t>(out->data) % kLine == 0;
 }
 
 /* False, and the reason, for a weight whose rows are not in one piece. */

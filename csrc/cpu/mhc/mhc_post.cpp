@@ -4,6 +4,7 @@
  * memory to memory, a cache line of each at a time, and lines of an output that no cache holds to
  * the end are stored past them. Other numbers of streams, and strided ones, go through a piece of
  * each in L1. */
+#include "../output.h"
 #include "../parallel.h"
 #include "../product.h"
 #include "_steps.h"
@@ -173,12 +174,7 @@ int32_t run(const transom_call *call, transom_status *) {
   work.parts = work.T >= 4 * threads ? 1 : clamp((work.D + kInL1 - 1) / kInL1, 1, 4 * threads);
   work.part = up_to((work.D + work.parts - 1) / work.parts, kInL1);
   work.parts = (work.D + work.part - 1) / work.part;
-  const transom_tensor *y = call->outs[0];
-  const int64_t row = work.D * size_of(y), bytes = work.T * work.R * row;
-  /* Memory that the system has yet to provide comes by way of the caches. */
-  const bool provided = about_to_write(y->data, bytes);
-  work.past_caches = provided && bytes > 8 * l2_bytes() && row % kLine == 0 &&
-                     reinterpret_cast<uintptr_t>(y->data) % kLine == 0;
+  work.past_caches = goes_past_caches(call->outs[0], work.T * work.R, work.D);
   parallel(threads, mix_tasks, &work);
   return 0;
 }
