@@ -1,0 +1,48 @@
+/* Rows of any stride as rows of one piece, and loops over them. Internal linkage, as in vector.h. */
+#pragma once
+
+#include "../tensor.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+inline bool in_pieces(const transom_tensor *t) {
+  return t == nullptr || t->shape[t->ndim - 1] <= 1 || t->strides[t->ndim - 1] == 1;
+}
+
+/* A row in one piece: where it lies, or copied into `buffer`. */
+template <class Number>
+inline const Number *in_one_piece(const transom_tensor *t, int64_t start, int64_t n,
+                                  Number *buffer) {
+  const int64_t stride = t->strides[t->ndim - 1];
+  const Number *from = static_cast<const Number *>(t->data) + start;
+  if (stride == 1 || n <= 1) return from;
+  for (int64_t i = 0; i < n; i++) buffer[i] = from[i * stride];
+  return buffer;
+}
+
+template <class Number>
+inline vf load_up_to(const Number *p, int64_t count) {
+  return count == kWidth ? load(p) : load_some(p, count);
+}
+
+/* The first n elements. */
+template <class Number>
+inline void store_up_to(Number *p, vf v, int64_t n) {
+  if (n == kWidth)
+    store(p, v);
+  else
+    store_some(p, v, n);
+}
+
+/* step(i, n) for all elements, n the width but for those left over at the end: put in its place
+ * twice, so that what is asked of n is asked once. */
+template <class Step>
+inline void each_vector(int64_t D, Step step) {
+  int64_t i = 0;
+  for (; i + kWidth <= D; i += kWidth) step(i, static_cast<int64_t>(kWidth));
+  if (i < D) step(i, D - i);
+}
+
+}  // namespace
+}  // namespace transom::TRANSOM_LEVEL
