@@ -133,11 +133,28 @@ inline vb nibbles(const uint8_t *codes) {
   return bits_as<vb>(static_cast<vpair>((pairs | (pairs << 4)) & 0x0f0f));
 }
 
-inline vf from_f16(vh bits) {
-  f16 some[kWidth];
-  memcpy(some, &bits, sizeof bits);
-  return load(some);
+/* gcc 12 widens by halves what one instruction does. */
+inline vi widened(vb bytes) {
+#if defined(__AVX512F__)
+  return bits_as<vi>(_mm512_maskz_cvtepi8_epi32(0xffff, bits_as<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return bits_as<vi>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits_as<long long>(bytes))));
+#else
+  return __builtin_convertvector(bytes, vi);
+#endif
 }
+
+inline vh doubled(vb bytes) {
+#if defined(__AVX512F__)
+  return bits_as<vh>(_mm256_cvtepi8_epi16(bits_as<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return bits_as<vh>(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(bits_as<long long>(bytes))));
+#else
+  return __builtin_convertvector(bytes, vh);
+#endif
+}
+
+inline vf from_f16(vh bits) { return widen<f16>(bits_as<vs>(bits)); }
 
 /* kWidth elements before scale and zero point, exactly. */
 template <Format kFormat>
@@ -148,8 +165,8 @@ inline vf decoded(const uint8_t *codes) {
   else
     memcpy(&bytes, codes, sizeof bytes);
   if constexpr (kFormat == kInt8 || kFormat == kInt4)
-    return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
-  const vh wide = __builtin_convertvector(bytes, vh);
+    return __builtin_convertvector(widened(bytes), vf);
+  const vh wide = doubled(bytes);
   if constexpr (kFormat == kFp8) {
     /* As float16 a code is 2^-8 of its value, subnormals included; the sign extension has filled
      * bit 14 too. 0x7f is NaN. */
