@@ -13,7 +13,7 @@ transom.quantize(...))`.
 from __future__ import annotations
 
 from ..kernels.attention.compress_kv import CompressState
-from ..weights import replace_weight
+from ..weights import advise_huge_pages, replace_weight
 from .attention import (
     AttentionResult,
     LatentAttention,
@@ -34,6 +34,6 @@ __all__ = [
     "Angles", "AttentionCache", "AttentionResult", "CompressState", "Engram", "EngramCache",
     "EngramHash", "HyperConnection", "HyperConnectionHead", "IndexShape", "LatentAttention",
     "LatentShape", "MoE", "RMSNorm", "Rotary", "SharedAttention", "SharedShape", "SparseAttention",
-    "Yarn", "build_token_map", "engram_hashes", "replace_weight", "to_streams",
-    "token_map_checksum",
+    "Yarn", "advise_huge_pages", "build_token_map", "engram_hashes", "replace_weight",
+    "to_streams", "token_map_checksum",
 ]  # fmt: skip

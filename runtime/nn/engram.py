@@ -16,7 +16,13 @@ from torch import Tensor, nn
 import transom
 
 from ..dtypes import accumulator
-from ..weights import QuantizedWeight, Weight, weight_args, weight_from
+from ..weights import (
+    QuantizedWeight,
+    Weight,
+    advise_huge_pages,
+    weight_args,
+    weight_from,
+)
 from .engram_hash import EngramHash, build_token_map, engram_hashes, token_map_checksum
 
 __all__ = [
@@ -79,6 +85,9 @@ class Engram(nn.Module):
     table, wkv       weights to use instead of new ones: tensors, or QuantizedWeights (inference);
                      wkv "v4.1" only
     sparse_gradient  the table's gradient is a sparse tensor
+    huge_pages       a new table in the host's memory asks Linux for pages of 2 MiB, in which random
+                     rows are found up to twice as fast; a given table is left as it is, see
+                     `advise_huge_pages`
 
     The convolution starts at zero, so that a new "demo" block adds g*value alone.  Raises
     ValueError for a table or a token map that does not fit: a wrong tokenizer would rehash
@@ -111,6 +120,7 @@ class Engram(nn.Module):
         table: Weight | None = None,
         wkv: Weight | None = None,
         sparse_gradient: bool = False,
+        huge_pages: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -129,7 +139,7 @@ class Engram(nn.Module):
         self.pad, self.checksum = self._take_map(token_map, checksum, pad, device)
         made: dict[str, Any] = dict(device=device, dtype=dtype)
         width = hashed.moduli.numel() * column
-        self.table = _weight("table", (hashed.rows, column), table, made)
+        self.table = _weight("table", (hashed.rows, column), table, made, huge_pages)
         if form == "v4.1":
             self.wkv = _weight("wkv", ((streams + 1) * hidden, width), wkv, made)
         else:
@@ -268,11 +278,17 @@ class Engram(nn.Module):
 
 
 def _weight(
-    name: str, shape: tuple[int, int], given: Weight | None, made: dict[str, Any]
+    name: str,
+    shape: tuple[int, int],
+    given: Weight | None,
+    made: dict[str, Any],
+    huge_pages: bool = False,
 ) -> nn.Parameter | QuantizedWeight:
     """`given` as it is held by a module, or new normal weights."""
     if given is None:
         weight = nn.Parameter(torch.empty(shape, **made))
+        if huge_pages:
+            advise_huge_pages(weight)  # before it is filled: no page is in use yet
         nn.init.normal_(weight, std=0.02)
         return weight
     if tuple(given.shape) != shape:

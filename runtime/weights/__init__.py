@@ -20,11 +20,13 @@ float32 or E8M0 bytes is told by their dtype (float32 or uint8).
 from __future__ import annotations
 
 from .checkpoints import fn_from_fnuz, fnuz_from_fn
+from .huge_pages import advise_huge_pages
 from .layout import checked_group, grid_size, logical_shape
 from .quantized_weight import QuantizedWeight, Weight, replace_weight, weight_args, weight_from
 from .tiles import gather_rows, weight_tile
 
 __all__ = [
-    "QuantizedWeight", "Weight", "checked_group", "fn_from_fnuz", "fnuz_from_fn", "gather_rows",
-    "grid_size", "logical_shape", "replace_weight", "weight_args", "weight_from", "weight_tile",
+    "QuantizedWeight", "Weight", "advise_huge_pages", "checked_group", "fn_from_fnuz",
+    "fnuz_from_fn", "gather_rows", "grid_size", "logical_shape", "replace_weight", "weight_args",
+    "weight_from", "weight_tile",
 ]  # fmt: skip
