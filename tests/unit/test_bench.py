@@ -342,8 +342,8 @@ def test_without_compiled_probes_torch_stands_in(monkeypatch):
 
 
 def test_every_peer_has_an_adapter_or_a_reason():
-    found, absent = peers.load([*peers.PEERS, *peers.UNSUPPORTED])
-    assert set(found) | set(absent) == {*peers.PEERS, *peers.UNSUPPORTED}
+    found, absent = peers.load([*peers.PEERS])
+    assert set(found) | set(absent) == set(peers.PEERS)
     assert all(reason and "\n" not in reason for reason in absent.values())
     assert "torch" in found and set(peers.versions(found)) == set(found)
     folder = Path(peers.__file__).parent
