@@ -8,44 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.attention.compress_kv import compress_kv
+from transom.kernels.attention.compress_kv import compress_kv, compress_kv_backward
 
 from .._arrays import array, floats, given, scratch
 from .._compile import kernel, part
-from .._numbers import exp, narrow, wide
+from .._numbers import exp, narrow
 from .._pool import for_each, threads
+from ._compress_kv_backward import numba as backward
+from ._slots import gates_of, values_of
 
 CHANNELS = 256
 """Of a task."""
 _LOWEST = np.float32(-math.inf)
-
-
-@part
-def _gates(b, row, first, out, head, pending, gate, bias, state_gate):
-    """out = the gates of a row with the position's bias; -inf where a state's row is not there."""
-    size = out.shape[0]
-    if row >= head:
-        g = gate[b, row - head, first : first + size]
-        p = bias[(row - head + pending) % bias.shape[0], first : first + size]
-        for c in range(size):
-            out[c] = wide(g[c]) + p[c]
-    elif state_gate.size > 0:
-        out[:] = state_gate[b, row, first : first + size]
-    else:
-        out[:] = _LOWEST
-
-
-@part
-def _values(b, row, first, out, head, kv, state_kv):
-    size = out.shape[0]
-    if row >= head:
-        some = kv[b, row - head, first : first + size]
-        for c in range(size):
-            out[c] = wide(some[c])
-    elif state_kv.size > 0:
-        out[:] = state_kv[b, row, first : first + size]
-    else:
-        out[:] = np.float32(0)
 
 
 @part
@@ -63,7 +37,7 @@ def _entry(task, thread, kv, gate, bias, state_kv, state_gate, before, pending, 
     peak[:] = _LOWEST
     for half in range(halves):
         for row in range((i + half) * m, (i + half + 1) * m):
-            _gates(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
+            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
             for c in range(size):
                 peak[c] = g[c] if g[c] > peak[c] or g[c] != g[c] else peak[c]
     for c in range(size):  # without any slot: from a finite peak exp gives 0
@@ -72,8 +46,8 @@ def _entry(task, thread, kv, gate, bias, state_kv, state_gate, before, pending, 
     mass[:] = np.float32(0)
     for half in range(halves):
         for row in range((i + half) * m, (i + half + 1) * m):
-            _gates(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
-            _values(b, row, half * D + first, v, head, kv, state_kv)
+            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
+            values_of(b, row, half * D + first, v, head, kv, state_kv)
             for c in range(size):
                 share = exp(g[c] - peak[c])
                 mass[c] += share
@@ -92,8 +66,8 @@ def _kept(
     b, r = task // kept, task % kept
     row = entries.shape[1] * m + r
     if row < head + kv.shape[1]:
-        _gates(b, row, 0, next_gate[b, r], head, pending, gate, bias, state_gate)
-        _values(b, row, 0, next_kv[b, r], head, kv, state_kv)
+        gates_of(b, row, 0, next_gate[b, r], head, pending, gate, bias, state_gate)
+        values_of(b, row, 0, next_kv[b, r], head, kv, state_kv)
     else:
         next_gate[b, r, :] = _LOWEST
         next_kv[b, r, :] = np.float32(0)
@@ -124,3 +98,6 @@ def numba(
         scratch(threads(4 * kv.numel()), 5, CHANNELS),
     )  # fmt: skip
     return entries, next_kv, next_gate
+
+
+compress_kv_backward.impl(requires=floats("kv"))(backward)

@@ -10,7 +10,11 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .._arrays import array, given
-from .._compile import part
+from .._compile import kernel, part
+from .._pool import for_each
+
+TOKENS = 64
+"""Of a task."""
 
 
 @intrinsic
@@ -76,3 +80,17 @@ def hash_token(b, s, hashed, rows):
             r = x - _high_product(x, inverse[j]) * m
             row = np.int64(min(r, r - m))  # what is below m wraps to a large number
             out[j] = (row if sign == 0 else ms[j] - np.int64(1) - row) + start[j]
+
+
+@part
+def _task(task, thread, given, rows):
+    B, S = rows.shape[:2]
+    for at in range(task * TOKENS, min((task + 1) * TOKENS, B * S)):
+        hash_token(at // S, at % S, given, rows[at // S, at % S])
+
+
+@kernel
+def hash_all(given, rows, threads):
+    """rows[b, s] = the row numbers of token s of sequence b."""
+    B, S = rows.shape[:2]
+    for_each(_task, -(-B * S // TOKENS), threads, (given, rows))

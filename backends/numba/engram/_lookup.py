@@ -37,7 +37,7 @@ def same_or_narrow(table: str, out: str) -> Requirement:
 
 
 @part
-def _hashed(task, given, first, count, rows):
+def hashed_rows(task, given, first, count, rows):
     """rows[i] of a task's tokens, as rows of the table; -1 outside of it. Returns the tokens."""
     B, S = given[0].shape
     size = min(TOKENS, B * S - task * TOKENS)
@@ -51,14 +51,20 @@ def _hashed(task, given, first, count, rows):
 
 
 @part
+def ask_for(memory, start, count):
+    """Begin to load so many elements of a flat array."""
+    for k in range(start, start + count, LINE // memory.itemsize):
+        prefetch(memory, k)
+
+
+@part
 def _copy_task(task, thread, given, first, count, table, stride, y, room):
     rows, d = room[thread], y.shape[2]
-    size = _hashed(task, given, first, count, rows)
-    ahead = LINE // table.itemsize
+    size = hashed_rows(task, given, first, count, rows)
     for i in range(size):
         for c in range(rows.shape[1]):
-            for k in range(0, d if rows[i, c] >= 0 else 0, ahead):
-                prefetch(table, rows[i, c] * stride + k)
+            if rows[i, c] >= 0:
+                ask_for(table, rows[i, c] * stride, d)
     for i in range(size):
         for c in range(rows.shape[1]):
             out, place = y[task * TOKENS + i, c], rows[i, c] * stride
@@ -74,11 +80,11 @@ def _copy_task(task, thread, given, first, count, table, stride, y, room):
 @part
 def _byte_task(task, thread, given, first, count, table, stride, y, room):
     rows, d = room[thread], y.shape[2]
-    size = _hashed(task, given, first, count, rows)
+    size = hashed_rows(task, given, first, count, rows)
     for i in range(size):
         for c in range(rows.shape[1]):
-            for k in range(0, d if rows[i, c] >= 0 else 0, LINE):
-                prefetch(table, rows[i, c] * stride + k)
+            if rows[i, c] >= 0:
+                ask_for(table, rows[i, c] * stride, d)
     for i in range(size):
         for c in range(rows.shape[1]):
             out, place = y[task * TOKENS + i, c], rows[i, c] * stride
@@ -91,7 +97,7 @@ def _byte_task(task, thread, given, first, count, table, stride, y, room):
 @part
 def _decode_task(task, thread, given, first, count, codes, y, room, line):
     rows, row = room[thread], line[thread]
-    size = _hashed(task, given, first, count, rows)
+    size = hashed_rows(task, given, first, count, rows)
     for i in range(size):
         for c in range(rows.shape[1]):
             out = y[task * TOKENS + i, c]

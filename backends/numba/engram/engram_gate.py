@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.engram.engram_gate import engram_gate
+from transom.kernels.engram.engram_gate import engram_gate, engram_gate_backward
 
 from .._arrays import array, floats, given
 from .._compile import kernel, part
 from .._numbers import narrow, sigmoid, wide
 from .._pool import for_each, threads
+from ._engram_gate_backward import numba as backward
 
 
 @part
@@ -70,3 +71,6 @@ def numba(
         array(y.view(T, R, D)), threads(2 * T * R * D),
     )  # fmt: skip
     return y
+
+
+engram_gate_backward.impl(requires=floats("x"))(backward)

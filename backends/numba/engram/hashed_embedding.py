@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.kernels.engram.hashed_embedding import hashed_embedding, hashed_embedding_out
+from transom.kernels.engram.hashed_embedding import (
+    hashed_embedding,
+    hashed_embedding_backward,
+    hashed_embedding_out,
+    hashed_embedding_row_gradient,
+)
 from transom.op import Weight
 from transom.requires import device, last_dim_contiguous
 
+from .._arrays import floats
 from .._quant import stored_contiguously
 from ._lookup import lookup_into, same_or_narrow
+from ._row_sums import add_rows, sorted_rows
 
 TABLE = (device("cpu"), last_dim_contiguous("table"), stored_contiguously("table"))
 
@@ -42,3 +49,43 @@ def _numba_out(
 
 _numba_out.__name__ = "numba"
 hashed_embedding_out.impl(requires=(*TABLE, same_or_narrow("table", "out")))(_numba_out)
+
+
+GRADIENT = (*floats("dy"), last_dim_contiguous("dy"))
+
+
+def _numba_backward(
+    dy: Tensor, tokens: Tensor, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int,
+    rows: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    shard: tuple[int, ...] = (),
+) -> Tensor:  # fmt: skip
+    """dtable[r] = sum of dy[b,s,c] over all (b,s,c) that read row r; zero for rows not read."""
+    order, starts, ids = sorted_rows(
+        tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, shard
+    )
+    dtable = torch.zeros((rows, dy.shape[3]), dtype=dy.dtype)
+    add_rows(dy, order, starts, ids, dtable)
+    return dtable
+
+
+def _numba_row_gradient(
+    dy: Tensor, tokens: Tensor, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int,
+    rows: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    shard: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(ids, gradients): the rows that were read, ascending, and gradients[i] = dtable[ids[i]]."""
+    order, starts, found = sorted_rows(
+        tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, shard
+    )
+    used = found.numel()
+    ids = torch.full((order.numel(),), -1, dtype=torch.int64)
+    ids[:used] = found
+    gradients = torch.empty((order.numel(), dy.shape[3]), dtype=dy.dtype)
+    gradients[used:] = 0
+    add_rows(dy, order, starts, torch.arange(used), gradients)
+    return ids, gradients
+
+
+_numba_backward.__name__ = _numba_row_gradient.__name__ = "numba"
+hashed_embedding_backward.impl(requires=GRADIENT)(_numba_backward)
+hashed_embedding_row_gradient.impl(requires=GRADIENT)(_numba_row_gradient)

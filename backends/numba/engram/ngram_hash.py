@@ -9,25 +9,8 @@ from transom.kernels.engram.ngram_hash import ngram_hash
 from transom.requires import device
 
 from .._arrays import array
-from .._compile import kernel, part
-from .._pool import for_each, threads
-from ._hash import hash_arguments, hash_token
-
-TOKENS = 64
-"""Of a task."""
-
-
-@part
-def _task(task, thread, given, rows):
-    B, S = rows.shape[:2]
-    for at in range(task * TOKENS, min((task + 1) * TOKENS, B * S)):
-        hash_token(at // S, at % S, given, rows[at // S, at % S])
-
-
-@kernel
-def _run(given, rows, threads):
-    B, S = rows.shape[:2]
-    for_each(_task, -(-B * S // TOKENS), threads, (given, rows))
+from .._pool import threads
+from ._hash import hash_all, hash_arguments
 
 
 @ngram_hash.impl(requires=(device("cpu"),))
@@ -38,5 +21,5 @@ def numba(
     """rows[b,s,c] = the hash of the n-gram that ends at token s, for column c."""
     given = hash_arguments(tokens, multipliers, moduli, offsets, pad, lookback, blocked)
     rows = torch.empty((*tokens.shape, moduli.numel()), dtype=torch.int32)
-    _run(given, array(rows), threads(8 * rows.numel()))
+    hash_all(given, array(rows), threads(8 * rows.numel()))
     return rows

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.engram.short_conv import short_conv
+from transom.kernels.engram.short_conv import short_conv, short_conv_backward
 
 from .._arrays import array, floats, scratch
 from .._compile import kernel, part
 from .._numbers import exp, narrow, wide
 from .._pool import for_each, threads
+from ._short_conv_backward import numba as backward
 
 ROWS, CHANNELS = 16, 1024
 """Of a task: the rows that taps reach again stay in the second-level cache."""
@@ -69,3 +70,6 @@ def numba(
     if kept:
         rows[:, :kept] = 0 if state is None else state[:, reach - kept :]
     return y, rows
+
+
+short_conv_backward.impl(requires=floats("v"))(backward)

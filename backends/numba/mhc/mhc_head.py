@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.mhc.mhc_head import mhc_head
+from transom.kernels.mhc.mhc_head import mhc_head, mhc_head_backward
 
 from .._arrays import array, floats, scratch
 from .._compile import kernel, part
 from .._numbers import sigmoid
 from .._pool import for_each, threads
+from ._mhc_pre_backward import head_backward
 from ._mixes import CHUNK, PIECE, TOKENS, mixes, multiply_piece, weighted_sum
 
 
@@ -52,3 +53,6 @@ def numba(
         scratch(used, R + 1 + PIECE),
     )  # fmt: skip
     return h
+
+
+mhc_head_backward.impl(requires=floats("x"))(head_backward)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.kernels.mhc.mhc_post import mhc_post
+from transom.kernels.mhc.mhc_post import mhc_post, mhc_post_backward
 
 from .._arrays import array, floats, scratch
 from .._compile import kernel, part
 from .._numbers import narrow, wide
 from .._pool import for_each, threads
+from ._mhc_post_backward import numba as backward
 
 PIECE = 1024
 """Elements of a stream at a time: a few streams of them stay in the first-level cache."""
@@ -59,3 +60,6 @@ def numba(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         scratch(threads(T * R * D), PIECE),
     )  # fmt: skip
     return y
+
+
+mhc_post_backward.impl(requires=floats("x"))(backward)

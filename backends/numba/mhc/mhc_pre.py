@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.mhc.mhc_pre import mhc_pre
+from transom.kernels.mhc.mhc_pre import mhc_pre, mhc_pre_backward
 
 from .._arrays import array, floats, scratch
 from .._compile import kernel, part
 from .._numbers import exp, sigmoid
 from .._pool import for_each, threads
+from ._mhc_pre_backward import pre_backward
 from ._mixes import CHUNK, PIECE, TOKENS, mixes, multiply_piece, weighted_sum
 
 
@@ -93,3 +94,6 @@ def numba(
         scratch(used, N + 1 + PIECE),
     )  # fmt: skip
     return h, post, comb
+
+
+mhc_pre_backward.impl(requires=floats("x"))(pre_backward)

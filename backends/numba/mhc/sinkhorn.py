@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.mhc.sinkhorn import sinkhorn
+from transom.kernels.mhc.sinkhorn import sinkhorn, sinkhorn_backward
 
 from .._arrays import array, floats, scratch
 from .._compile import kernel, part
 from .._numbers import exp, wide
 from .._pool import for_each, threads
+from ._sinkhorn_backward import numba as backward
 
 TOKENS = 32
 """Of a task, side by side: two vectors of the widest instruction set."""
@@ -95,3 +96,6 @@ def numba(logits: Tensor, *, iterations: int, eps: float) -> Tensor:
             scratch(used, R * R + 1, TOKENS),
         )  # fmt: skip
     return comb
+
+
+sinkhorn_backward.impl(requires=floats("logits"))(backward)

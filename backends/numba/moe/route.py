@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.moe.route import LINEAR_ABOVE, ROOT_BELOW, SCORES, TINY, route
+from transom.kernels.moe.route import LINEAR_ABOVE, ROOT_BELOW, SCORES, TINY, route, route_backward
 
 from .._arrays import array, floats, given, scratch
 from .._compile import kernel, part, strict
@@ -177,3 +177,94 @@ def numba(
         np.empty((used, max(k, groups)), np.int64),
     )  # fmt: skip
     return ids, weights
+
+
+@part
+def _chosen(z, ids, dweights, form, p, ds):
+    """ds = the gradient of the score (of the logit, for topk_softmax) in each slot; 0 if empty."""
+    score, renormalize, scale = form
+    K = ids.shape[0]
+    _weigh(z, ids, p, score == TOPK_SOFTMAX, renormalize, _ONE)
+    total, dot = _TINY, np.float32(0)
+    for i in range(K):
+        taken = ids[i] >= 0
+        ds[i] = dweights[i] * scale if taken else np.float32(0)
+        total += z[ids[i]] if taken else np.float32(0)
+        dot += ds[i] * p[i] if taken else np.float32(0)
+    for i in range(K):
+        if score == TOPK_SOFTMAX:
+            ds[i] = p[i] * (ds[i] - dot)
+        elif renormalize:
+            ds[i] = (ds[i] - dot) / total if ids[i] >= 0 else np.float32(0)
+
+
+@part
+def _backward_task(task, thread, dweights, logits, ids, form, dlogits, room):
+    (T, E), K, score = logits.shape, ids.shape[1], form[0]
+    padded = -(-E // LANES) * LANES
+    z, full = room[thread, :padded], room[thread, padded : padded + E]
+    p, ds = room[thread, padded + E : padded + E + K], room[thread, padded + E + K :]
+    for t in range(task * TOKENS, min((task + 1) * TOKENS, T)):
+        row, out, chosen, used = logits[t], dlogits[t], ids[t], False
+        for i in range(K):
+            used = used or chosen[i] >= 0
+        full[:] = np.float32(0)
+        if used:
+            for e in range(E):
+                z[e] = row[e]
+            z[E:] = _LOWEST
+            _scores(z, score)
+            _chosen(z, chosen, dweights[t], form, p, ds)
+            for i in range(K):
+                if chosen[i] >= 0:
+                    full[chosen[i]] += ds[i]
+            _slopes(row, z, full, score)
+        for e in range(E):
+            out[e] = full[e]
+
+
+@part
+def _slopes(row, s, full, score):
+    """full, the gradient of the scores, replaced by that of the logits."""
+    E = full.shape[0]
+    if score == SOFTMAX:
+        dot = np.float32(0)
+        for e in range(E):
+            dot += full[e] * s[e]
+        for e in range(E):
+            full[e] = s[e] * (full[e] - dot)
+    elif score == SIGMOID:
+        for e in range(E):
+            full[e] *= s[e] * sigmoid(-row[e])
+    elif score == SQRTSOFTPLUS:
+        for e in range(E):
+            slope = np.float32(0.5) * s[e]
+            if not row[e] < _ROOT:
+                slope = np.float32(0.5) * sigmoid(row[e]) / s[e]
+            full[e] *= slope
+
+
+@kernel
+def _run_backward(dweights, logits, ids, form, dlogits, room):
+    args = (dweights, logits, ids, form, dlogits, room)
+    for_each(_backward_task, -(-logits.shape[0] // TOKENS), room.shape[0], args)
+
+
+def _numba_backward(
+    dweights: Tensor, logits: Tensor, ids: Tensor, *, score: str, renormalize: bool = True,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """ds = scale/Z * (dw - sum_j dw_j s_j / Z), times ds/dz."""
+    (T, E), K = logits.shape, ids.shape[1]
+    dlogits, used = torch.empty(T, E), threads(8 * T * E)
+    valid = torch.where((ids >= 0) & (ids < E), ids, -1)
+    form = (SCORES.index(score), renormalize, np.float32(scale))
+    _run_backward(
+        array(dweights), array(logits.float()), array(valid.long()), form, array(dlogits),
+        scratch(used, -(-E // LANES) * LANES + E + 2 * K),
+    )  # fmt: skip
+    return dlogits.to(logits.dtype)
+
+
+_numba_backward.__name__ = "numba"
+route_backward.impl(requires=floats("logits"))(_numba_backward)

@@ -1,0 +1,133 @@
+"""compress_kv_backward: an entry's weights are made again; each half of a row's channels belongs to
+one entry, so that what it gets is written once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._arrays import array, given, scratch
+from .._compile import kernel, part
+from .._numbers import exp, narrow, wide
+from .._pool import for_each, threads
+from ._slots import gates_of, values_of
+
+CHANNELS = 64
+"""Of a task, which takes all entries: the gradient of the bias is a sum over them."""
+_LOWEST = np.float32(-math.inf)
+
+
+@part
+def _put(b, row, first, value, gate, rest, head, place, outs, dbias):
+    """The gradients of some channels of a row: of a new token, or of the state."""
+    dkv, dgate, dstate_kv, dstate_gate, dnext_kv, dnext_gate = outs
+    size = value.shape[0]
+    if row >= rest:  # the next state is a copy of these rows
+        some, more = dnext_kv[b, row - rest], dnext_gate[b, row - rest]
+        for c in range(size):
+            value[c] += some[first + c]
+            gate[c] += more[first + c]
+    if row >= head:
+        into, below, total = dkv[b, row - head], dgate[b, row - head], dbias[place]
+        for c in range(size):
+            into[first + c] = narrow(value[c], into)
+            below[first + c] = narrow(gate[c], below)
+            total[first + c] += gate[c]
+    elif dstate_kv.size > 0:
+        for c in range(size):
+            dstate_kv[b, row, first + c] = value[c]
+            dstate_gate[b, row, first + c] = gate[c]
+
+
+@part
+def _entry(b, i, first, sources, before, head, pending, dentries, outs, dbias, room):
+    kv, gate, bias, state_kv, state_gate = sources
+    m, (blocks, D), size = bias.shape[0], dentries.shape[1:], room.shape[1]
+    peak, g, v, total, mass = room[0], room[1], room[2], room[3], room[4]
+    halves, rest = 2 if before else 1, blocks * m
+    peak[:] = _LOWEST
+    for half in range(halves):
+        for row in range((i + half) * m, (i + half + 1) * m):
+            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
+            for c in range(size):
+                peak[c] = g[c] if g[c] > peak[c] or g[c] != g[c] else peak[c]
+    for c in range(size):  # without any slot: from a finite peak exp gives 0
+        peak[c] = np.float32(0) if peak[c] == _LOWEST else peak[c]
+    total[:] = np.float32(0)
+    mass[:] = np.float32(0)
+    for half in range(halves):
+        for row in range((i + half) * m, (i + half + 1) * m):
+            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
+            values_of(b, row, half * D + first, v, head, kv, state_kv)
+            for c in range(size):
+                share = exp(g[c] - peak[c])
+                mass[c] += share
+                total[c] += np.float32(0) if g[c] == _LOWEST else share * v[c]
+    for c in range(size):
+        mass[c] = np.float32(1) if mass[c] == 0 else mass[c]
+        total[c] /= mass[c]
+    of = dentries[b, i]
+    for half in range(halves):
+        for row in range((i + half) * m, (i + half + 1) * m):
+            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
+            values_of(b, row, half * D + first, v, head, kv, state_kv)
+            for c in range(size):
+                held = np.float32(0) if g[c] == _LOWEST else v[c]
+                d = exp(g[c] - peak[c]) / mass[c] * wide(of[first + c])
+                v[c], g[c] = d, d * (held - total[c])
+            _put(b, row, half * D + first, v, g, rest, head, (row - before) % m, outs, dbias)
+
+
+@part
+def _task(task, thread, sources, before, pending, dentries, outs, dbias, room):
+    """Some channels of everything; rows are numbered as in compress_kv."""
+    kv, bias = sources[0], sources[2]
+    m, (blocks, D), first = bias.shape[0], dentries.shape[1:], task * CHANNELS
+    size, head = min(CHANNELS, D - first), before + pending
+    work, count, rest = room[thread, :, :size], before + pending + kv.shape[1], blocks * m
+    value, gate = work[0], work[1]
+    for b in range(kv.shape[0]):
+        for i in range(blocks):
+            _entry(b, i, first, sources, before, head, pending, dentries, outs, dbias, work)
+        for half in range(2 if before else 1):
+            own = half == 1 or before == 0
+            # Rows that no entry takes: beyond the last block; of own halves, the block before's.
+            for row in range(count):
+                if row >= rest + (before if own else 0) or (own and row < before):
+                    value[:] = np.float32(0)
+                    gate[:] = np.float32(0)
+                    at, place = half * D + first, (row - before) % m
+                    _put(b, row, at, value, gate, rest, head, place, outs, dbias)
+
+
+@kernel
+def _run(sources, before, pending, dentries, outs, dbias, room):
+    tasks = -(-dentries.shape[2] // CHANNELS)
+    args = (sources, before, pending, dentries, outs, dbias, room)
+    for_each(_task, tasks, room.shape[0], args)
+
+
+def numba(
+    kv: Tensor, gate: Tensor, position_bias: Tensor, dentries: Tensor, dnext_kv: Tensor,
+    dnext_gate: Tensor, *, overlap: bool, state_kv: Tensor | None = None,
+    state_gate: Tensor | None = None, pending: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dkv = p * dE, dgate = p * (kv - E) * dE, dbias = sum of dgate over blocks."""
+    dkv, dgate = torch.empty(kv.shape, dtype=kv.dtype), torch.empty(gate.shape, dtype=gate.dtype)
+    dstate_kv, dstate_gate = torch.zeros(dnext_kv.shape), torch.zeros(dnext_gate.shape)
+    dbias = torch.zeros(position_bias.shape)
+    none = torch.empty((0, 0, 0))
+    states = (dstate_kv, dstate_gate) if state_kv is not None else (none, none)
+    sources = (
+        array(kv), array(gate), array(position_bias.float()), given(state_kv, 3, torch.float32),
+        given(state_gate, 3, torch.float32),
+    )  # fmt: skip
+    outs = tuple(array(t) for t in (dkv, dgate, *states, dnext_kv, dnext_gate))
+    _run(
+        sources, overlap * position_bias.shape[0], pending, array(dentries), outs, array(dbias),
+        scratch(threads(8 * kv.numel()), 5, CHANNELS),
+    )  # fmt: skip
+    return dkv, dgate, dbias.to(position_bias.dtype), dstate_kv, dstate_gate
