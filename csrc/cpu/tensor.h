@@ -91,17 +91,20 @@ inline void read_row(const transom_tensor *t, int64_t first, int64_t stride, int
     read_numbers(static_cast<const f16 *>(t->data) + first, stride, n, to);
 }
 
-/* True if `x` is of a dtype that kernels read and the weight at `at` is plain; else the reason is
- * written. */
+/* True if `x` is of a dtype that kernels read and the weight at `weight`, if it is quantised, has
+ * rows in one piece; else the reason is written. */
 inline bool fits(const transom_call *call, int x, const char *x_name, int weight,
                  const char *weight_name, transom_status *status) {
+  const transom_tensor *w = tensor(call, weight);
   if (kind(tensor(call, x)) < 0) {
     snprintf(status->message, sizeof status->message,
              "%s is float64; supported: float32, bfloat16, float16", x_name);
-  } else if (call->args[weight + 3].tag == TRANSOM_VALUE_STRING) {
+  } else if (call->args[weight + 3].tag == TRANSOM_VALUE_STRING && w->shape[2] > 1 &&
+             w->strides[2] != 1) {
     snprintf(status->message, sizeof status->message,
-             "%s is an %s weight; supported: float32, bfloat16, float16", weight_name,
-             call->args[weight + 3].string);
+             "%s has values with a last dim of stride %lld; supported: 1; store each row's values "
+             "in one piece",
+             weight_name, static_cast<long long>(w->strides[2]));
   } else {
     return true;
   }

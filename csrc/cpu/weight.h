@@ -1,54 +1,55 @@
-/* Rows of float32 times a weight as it is stored, whatever its dtype and strides.
+/* Rows of float32 times a weight as it is stored, whatever its format and strides.
  *
- * Few rows of x: memory is the limit, and each number of the weight is used where it is read
- * (narrow and sweep of matrix.h). More rows: a piece of the weight is turned into a panel in L1,
- * and while that is multiplied the next piece is fetched. An element of the product has the same
- * bits either way. Internal linkage, as in vector.h. */
+ * Few rows of x: memory is the limit, and each number of the weight is used where it is read. More
+ * rows: a piece of the weight is turned into a panel in L1, and while that is multiplied the next
+ * piece is fetched. An element of the product has the same bits either way. Internal linkage, as
+ * in vector.h. */
 #pragma once
 
-#include "matrix.h"
+#include "stored.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
-/* Rows of x up to which each number of a weight is used where it is read. */
-constexpr int64_t kNarrow = 8;
 /* Floats between rows of x beyond their length: rows of a power of two would share cache sets. */
 constexpr int64_t kPad = 16;
 
 inline int64_t padded(int64_t k) { return up_to(k, kWidth) + kPad; }
 
-/* A matrix w[n][k] of float32, bfloat16 or float16. */
+/* A matrix w[n][k] of any format, its k running or, `turned`, its n. */
 struct Weight {
-  int number; /* kind() */
-  const char *data;
-  int64_t row, along; /* elements between neighbours along n, along k */
+  int number; /* kind() of a plain weight, else -1 */
+  Plain plain;
+  Stored stored;
+  bool turned;
 };
 
-/* Matrix e of a tensor [E,N,K]. */
-inline Weight weight_at(const transom_tensor *w, int64_t e) {
-  return {kind(w), static_cast<const char *>(at(w, e * w->strides[0])), w->strides[1],
-          w->strides[2]};
+/* Matrix e of a plain tensor [E,N,K]. */
+inline Weight plain_weight(const transom_tensor *w, int64_t e) {
+  Weight weight = {};
+  weight.number = kind(w);
+  weight.plain = {static_cast<const char *>(at(w, e * w->strides[0])), w->strides[1],
+                  w->strides[2]};
+  return weight;
+}
+
+/* Matrix e of a weight, which stands in four arguments: one plain tensor and three times nothing,
+ * or values, scales, zero points and format. */
+inline Weight weight_at(const transom_call *call, int first, int64_t e) {
+  if (call->args[first + 3].tag != TRANSOM_VALUE_STRING)
+    return plain_weight(tensor(call, first), e);
+  Weight weight = {};
+  weight.number = -1;
+  weight.stored = stored_at(call, first, e);
+  return weight;
 }
 
 /* w[n][k] read as [k][n]. */
 inline Weight transposed(Weight w) {
-  const int64_t row = w.row;
-  w.row = w.along, w.along = row;
+  const int64_t row = w.plain.row;
+  w.plain.row = w.plain.along, w.plain.along = row;
+  w.turned = !w.turned;
   return w;
-}
-
-template <int G, class Number>
-inline void narrow_rows(int64_t rows, int64_t K, const float *a, int64_t a_stride, const Number *w,
-                        int64_t row, float *c, int64_t c_stride, bool add, const Number *next) {
-  switch (rows) {
-#define TRANSOM_NARROW(R) \
-  case R: narrow<R, G>(K, a, a_stride, w, row, c, c_stride, add, next); break;
-    TRANSOM_NARROW(2) TRANSOM_NARROW(3) TRANSOM_NARROW(4)
-    TRANSOM_NARROW(5) TRANSOM_NARROW(6) TRANSOM_NARROW(7) TRANSOM_NARROW(8)
-#undef TRANSOM_NARROW
-    default: narrow<1, G>(K, a, a_stride, w, row, c, c_stride, add, next);
-  }
 }
 
 /* Rows of a weight lie at least so many bytes apart where they are read side by side. Only then has
@@ -58,23 +59,23 @@ constexpr int64_t kApart = 4096, kMostGap = 8;
 
 /* G vectors of columns `gap` apart, and the gap - 1 columns that follow each, kDepth of k at a time,
  * while whole blocks of them are left. Returns the columns done. */
-template <int G, class Number>
-inline int64_t multiply_narrow(int64_t rows, int64_t K, const float *x, int64_t x_stride,
-                               const Number *w, int64_t row, int64_t gap, int64_t columns,
+template <int G, class Source>
+inline int64_t multiply_narrow(const Source &w, int64_t rows, int64_t K, const float *x,
+                               int64_t x_stride, int64_t first, int64_t gap, int64_t columns,
                                float *c, int64_t c_stride) {
   constexpr int64_t kLanes = G * kWidth, kStride = kLanes * kMostGap;
-  alignas(64) float sums[kNarrow * kStride];
+  alignas(64) float sums[Source::kNarrow * kStride];
   int64_t n = 0;
   for (; n + kLanes * gap <= columns; n += kLanes * gap) {
     for (int64_t i = 0; i < gap; i++) {
-      const Number *here = w + (n + i) * row;
-      const Number *following = i + 1 < gap ? here + row : w + (n + kLanes * gap) * row;
+      const int64_t here = first + n + i;
+      const int64_t following = i + 1 < gap ? here + 1 : first + n + kLanes * gap;
       float *to = gap == 1 ? c + n : sums + i * kLanes;
       const int64_t to_stride = gap == 1 ? c_stride : kStride;
       int64_t k = 0;
       do {
-        narrow_rows<G>(rows, min_of(kDepth, K - k), x + k, x_stride, here + k, row * gap, to,
-                       to_stride, k > 0, k + kDepth < K ? here + k + kDepth : following);
+        w.template narrow<G>(rows, here, gap, following, k, min_of(kDepth, K - k), K, x + k,
+                             x_stride, to, to_stride, k > 0);
         k += kDepth;
       } while (k < K);
     }
@@ -87,21 +88,19 @@ inline int64_t multiply_narrow(int64_t rows, int64_t K, const float *x, int64_t 
 }
 
 /* Every column that fills a vector; returns how many. */
-template <class Number>
-inline int64_t multiply_turned(int64_t rows, int64_t K, const float *x, int64_t x_stride,
-                               const Number *w, int64_t row, int64_t columns, float *c,
+template <class Source>
+inline int64_t multiply_turned(const Source &w, int64_t rows, int64_t K, const float *x,
+                               int64_t x_stride, int64_t first, int64_t columns, float *c,
                                int64_t c_stride) {
   int64_t n = 0, gap = 1;
-  while (gap < kMostGap && gap * row * static_cast<int64_t>(sizeof(Number)) < kApart) gap *= 2;
+  while (gap < kMostGap && gap * w.row_bytes() < kApart) gap *= 2;
   for (; gap > 0; gap /= 2) {
-    const auto columns_by = [&]<int G>() __attribute__((always_inline)) {
-      n += multiply_narrow<G>(rows, K, x, x_stride, w + n * row, row, gap, columns - n, c + n,
-                              c_stride);
-    };
-    /* Numbers of 16 bits come too fast for one sum in each element of a vector of 8. */
-    if constexpr (sizeof(Number) == 2 && kWidth == 8)
-      if (rows == 1) columns_by.template operator()<2>();
-    columns_by.template operator()<1>();
+    /* Few rows of narrow numbers come too fast for one sum in each element of a vector. */
+    if constexpr (Source::kGroups > 1)
+      if (rows == 1)
+        n += multiply_narrow<Source::kGroups>(w, rows, K, x, x_stride, first + n, gap, columns - n,
+                                              c + n, c_stride);
+    n += multiply_narrow<1>(w, rows, K, x, x_stride, first + n, gap, columns - n, c + n, c_stride);
   }
   return n;
 }
@@ -134,63 +133,77 @@ inline int64_t multiply_sweep(int64_t rows, int64_t K, const float *x, int64_t x
   return columns;
 }
 
-template <class Number>
-inline void multiply_panels(int64_t rows, int64_t K, const float *x, int64_t x_stride,
-                            const Number *w, int64_t row, int64_t along, int64_t columns, float *c,
-                            int64_t c_stride, int64_t l2) {
+/* By panels; `more`: the products are added to what c holds. */
+template <class Source>
+inline void multiply_panels(const Source &w, int64_t rows, int64_t K, const float *x,
+                            int64_t x_stride, int64_t first, int64_t columns, float *c,
+                            int64_t c_stride, int64_t l2, bool more = false) {
   alignas(64) float panel[kDepth * kPanel];
   const int64_t panels = (columns + kPanel - 1) / kPanel;
   const int64_t pieces = max_of((K + kDepth - 1) / kDepth, 1);
   /* All of k for one panel after the other where x stays in L2 meanwhile; else all panels for a
    * piece of k. */
   const bool k_first = rows * x_stride * 4 <= l2 / 2;
-  constexpr int64_t size = sizeof(Number);
   for (int64_t i = 0; i < panels * pieces; i++) {
-    const auto start = [&](int64_t at, int64_t *n, int64_t *k) {
-      *n = (k_first ? at / pieces : at % panels) * kPanel;
-      *k = (k_first ? at % pieces : at / panels) * kDepth;
-      return w + *n * row + *k * along;
-    };
-    int64_t n, k, next_n, next_k;
-    const Number *from = start(i, &n, &k);
-    const Number *next = start(min_of(i + 1, panels * pieces - 1), &next_n, &next_k);
+    const auto n_of = [&](int64_t at) { return (k_first ? at / pieces : at % panels) * kPanel; };
+    const auto k_of = [&](int64_t at) { return (k_first ? at % pieces : at / panels) * kDepth; };
+    const int64_t n = n_of(i), k = k_of(i), next = min_of(i + 1, panels * pieces - 1);
     const int64_t piece = min_of(kDepth, K - k);
-    pack(from, row, along, min_of(kPanel, columns - n), piece, panel);
-    Ahead ahead = {reinterpret_cast<const char *>(next), 0, 0, 0, kLineOf<Number>};
-    if (along == 1)
-      ahead.count = kPanel, ahead.across = row * size, ahead.along = 64;
-    else if (row == 1) /* a line or two of each step along k: kLineOf of them at a time */
-      ahead.count = kLineOf<Number>, ahead.across = along * size, ahead.along = along * 64;
-    multiply_panel(rows, piece, x + k, x_stride, panel, kPanel, c + n, c_stride, k > 0, ahead);
+    w.pack(first + n, min_of(kPanel, columns - n), k, piece, panel);
+    multiply_panel(rows, piece, x + k, x_stride, panel, kPanel, c + n, c_stride, more || k > 0,
+                   w.ahead(first + n_of(next), k_of(next)));
   }
 }
 
 template <class Number>
-inline void multiply_numbers(int64_t rows, int64_t K, const float *x, int64_t x_stride,
-                             const Weight &weight, int64_t first, int64_t columns, float *c,
-                             int64_t c_stride, int64_t l2) {
-  const Number *w = reinterpret_cast<const Number *>(weight.data) + first * weight.row;
+inline void multiply_plain(const Plain &plain, int64_t rows, int64_t K, const float *x,
+                           int64_t x_stride, int64_t first, int64_t columns, float *c,
+                           int64_t c_stride, int64_t l2) {
+  const Numbers<Number> w = {reinterpret_cast<const Number *>(plain.data), plain.row, plain.along};
   int64_t done = 0;
-  if (rows <= kNarrow && weight.along == 1)
-    done = multiply_turned(rows, K, x, x_stride, w, weight.row, columns, c, c_stride);
-  else if (rows <= kNarrow && weight.row == 1)
-    done = multiply_sweep(rows, K, x, x_stride, w, weight.along, columns, c, c_stride);
+  if (rows <= w.kNarrow && w.along == 1)
+    done = multiply_turned(w, rows, K, x, x_stride, first, columns, c, c_stride);
+  else if (rows <= w.kNarrow && w.row == 1)
+    done = multiply_sweep(rows, K, x, x_stride, w.data + first, w.along, columns, c, c_stride);
   if (done < columns)
-    multiply_panels(rows, K, x, x_stride, w + done * weight.row, weight.row, weight.along,
-                    columns - done, c + done, c_stride, l2);
+    multiply_panels(w, rows, K, x, x_stride, first + done, columns - done, c + done, c_stride, l2);
+}
+
+template <class Format>
+inline void multiply_stored(const Weight &weight, int64_t rows, int64_t K, const float *x,
+                            int64_t x_stride, int64_t first, int64_t columns, float *c,
+                            int64_t c_stride, int64_t l2) {
+  if (weight.turned) {
+    multiply_panels(Turned<Format>{weight.stored}, rows, K, x, x_stride, first, columns, c,
+                    c_stride, l2);
+    return;
+  }
+  const Blocks<Format> w = {weight.stored};
+  int64_t done = 0;
+  if (rows <= w.kNarrow)
+    done = multiply_turned(w, rows, K, x, x_stride, first, columns, c, c_stride);
+  if (done < columns)
+    multiply_panels(w, rows, K, x, x_stride, first + done, columns - done, c + done, c_stride, l2);
 }
 
 /* c[r][i] = sum over k of x[r][k] * w[first + i][k]. Rows of c have room for a multiple of kPanel
  * columns beyond any multiple of kWidth. l2: bytes of the second-level cache. */
-inline void multiply(int64_t rows, int64_t K, const float *x, int64_t x_stride,
-                     const Weight &weight, int64_t first, int64_t columns, float *c,
-                     int64_t c_stride, int64_t l2) {
-  if (weight.number == 0)
-    multiply_numbers<float>(rows, K, x, x_stride, weight, first, columns, c, c_stride, l2);
-  else if (weight.number == 1)
-    multiply_numbers<bf16>(rows, K, x, x_stride, weight, first, columns, c, c_stride, l2);
-  else
-    multiply_numbers<f16>(rows, K, x, x_stride, weight, first, columns, c, c_stride, l2);
+inline void multiply(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
+                     int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2) {
+#define TRANSOM_MULTIPLY(how, w) how(w, rows, K, x, x_stride, first, columns, c, c_stride, l2)
+  switch (w.number) {
+    case 0: return TRANSOM_MULTIPLY(multiply_plain<float>, w.plain);
+    case 1: return TRANSOM_MULTIPLY(multiply_plain<bf16>, w.plain);
+    case 2: return TRANSOM_MULTIPLY(multiply_plain<f16>, w.plain);
+    default: break;
+  }
+  switch (w.stored.format) {
+    case kInt8: return TRANSOM_MULTIPLY(multiply_stored<Int8>, w);
+    case kInt4: return TRANSOM_MULTIPLY(multiply_stored<Int4>, w);
+    case kFp8: return TRANSOM_MULTIPLY(multiply_stored<Fp8>, w);
+    default: return TRANSOM_MULTIPLY(multiply_stored<Mxfp4>, w);
+  }
+#undef TRANSOM_MULTIPLY
 }
 
 }  // namespace

@@ -92,3 +92,68 @@ def test_sums_of_real_length_are_accurate(dtype, K, N):
     want = torch.cat([x[:1].double() @ w[0].double().T, x[1:].double() @ w[1].double().T])
     error = (native(x, w, offsets).double() - want).abs().max() / want.abs().max()
     assert error < (2e-6 if dtype == torch.float32 else 4e-3)
+
+
+QUANTISED = [
+    ("int8", None, None), ("int8", (1, 32), None), ("int8", (3, 20), None),
+    ("int4", 32, None), ("int4", 128, None), ("int4", (1, 6), None), ("int4", (1, 0), None),
+    ("fp8", 128, None), ("fp8", 32, "e8m0"), ("fp8", (1, 128), None), ("fp8", (5, 7), "e8m0"),
+    ("mxfp4", None, "e8m0"),
+]  # fmt: skip
+
+
+def quantised(format, group, scale_format, E, N, K, seed=0):
+    """Random codes, every one of them, and scales of every size."""
+    g = torch.Generator().manual_seed(seed)
+    rows, columns = transom.weights.layout.checked_group(format, group)
+    stored = (E, N, K // 2) if format in ("int4", "mxfp4") else (E, N, K)
+    values = torch.randint(0, 256, stored, generator=g, dtype=torch.uint8)
+    if format == "fp8":
+        values[values & 0x7F == 0x7F] = 3
+    if format == "int8":
+        values = values.view(torch.int8)
+    grid = [E, *(transom.weights.layout.grid_size(*p) for p in ((N, rows), (K, columns)))]
+    if scale_format == "e8m0" or format == "mxfp4":
+        scales = torch.randint(110, 133, grid, generator=g, dtype=torch.uint8)
+    else:
+        scales = torch.randn(grid, generator=g).exp() * 100
+    zeros = torch.randint(0, 16, grid, generator=g, dtype=torch.uint8) if format == "int4" else None
+    return transom.QuantizedWeight(format, values, scales, zeros, group=group)
+
+
+@pytest.mark.parametrize("form", QUANTISED, ids=str)
+@pytest.mark.parametrize("N, K", [(130, 320), (35, 70), (5, 18), (300, 256)])
+def test_a_quantised_weight_gives_the_bits_of_the_dequantised_one(form, N, K):
+    w = quantised(*form, 3, N, K)
+    plain = w.dequantize()
+    for dtype in HALVES:
+        x = draw(40, 1, K, 1, dtype)[0]
+        for ends in ([1, 3, 40], [0, 30, 31]):
+            offsets = torch.tensor(ends)
+            assert torch.equal(native(x, w, offsets), native(x.float(), plain, offsets).to(dtype))
+
+
+def test_nan_codes_and_nan_scales_of_a_quantised_weight():
+    w = quantised("fp8", 128, None, 1, 40, 256)
+    w.values[0, 3, 200], w.values[0, 39, 0] = 0x7F, 0xFF
+    e = quantised("mxfp4", None, None, 1, 40, 256)
+    e.scales[0, 7, 2], e.scales[0, 8, 0] = 255, 0
+    for weight, bad in ((w, [3, 39]), (e, [7])):
+        for rows in (1, 20):
+            x = draw(rows, 1, 256, 1, torch.float32)[0]
+            got = native(x, weight, torch.tensor([rows]))
+            want = native(x, weight.dequantize(), torch.tensor([rows]))
+            assert torch.equal(got.isnan(), want.isnan())
+            assert got.isnan().any(0).nonzero().flatten().tolist() == bad
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e30, 3e38])
+def test_extreme_scales_of_a_quantised_weight(scale):
+    w = quantised("fp8", 128, None, 1, 40, 256)
+    w.values[0, :, 1:] = 0
+    w.scales.fill_(scale)
+    x = draw(3, 1, 256, 1, torch.float32)[0]
+    for rows in (1, 3):
+        got = native(x[:rows], w, torch.tensor([rows]))
+        assert torch.equal(got, native(x[:rows], w.dequantize(), torch.tensor([rows])))

@@ -21,7 +21,7 @@ constexpr int64_t kUpAt = kTile + kPanel, kTileStride = 2 * kUpAt;
 
 struct Work {
   const transom_call *call;
-  const transom_tensor *x, *gate_up, *down, *gate_up_bias, *down_bias;
+  const transom_tensor *x, *gate_up_bias, *down_bias;
   int64_t T, D, I;
   int64_t x_stride, h_stride, block, thread_floats, l2;
   Gated gated;
@@ -51,15 +51,14 @@ Work describe(const transom_call *call) {
   const transom_value *args = call->args;
   work.call = call;
   work.x = tensor(call, ARGUMENT(X));
-  work.gate_up = tensor(call, ARGUMENT(GATE_UP));
-  work.down = tensor(call, ARGUMENT(DOWN));
   work.gate_up_bias = tensor(call, ARGUMENT(GATE_UP_BIAS));
   work.down_bias = tensor(call, ARGUMENT(DOWN_BIAS));
   Routed *routed = &work.routed;
   routed->ids = tensor(call, ARGUMENT(IDS));
   routed->weights = tensor(call, ARGUMENT(WEIGHTS));
-  routed->E = work.down->shape[0], routed->K = routed->ids->shape[1];
-  work.T = work.x->shape[0], work.D = work.x->shape[1], work.I = work.down->shape[2];
+  routed->E = tensor(call, ARGUMENT(DOWN))->shape[0], routed->K = routed->ids->shape[1];
+  work.T = work.x->shape[0], work.D = work.x->shape[1];
+  work.I = tensor(call, ARGUMENT(GATE_UP))->shape[1] / 2;
   work.gated = gated_from(args[ARGUMENT(ACTIVATION)].string, &args[ARGUMENT(LIMIT)],
                           args[ARGUMENT(ALPHA)].f);
   work.interleaved = args[ARGUMENT(INTERLEAVED)].i != 0;
@@ -105,7 +104,7 @@ void gate_and_up(void *context, int32_t thread) {
       read_row(x, (routed.first + routed.token(task.row + r)) * x->strides[0], x->strides[1],
                work->D, rows + r * work->x_stride);
     held = task.row;
-    const Weight weight = weight_at(work->gate_up, task.e);
+    const Weight weight = weight_at(work->call, ARGUMENT(GATE_UP), task.e);
     const auto columns_into = [&](int64_t first, int64_t columns, int64_t at) {
       multiply(task.rows, work->D, rows, work->x_stride, weight, first, columns, tile + at,
                kTileStride, work->l2);
@@ -121,7 +120,8 @@ void gate_and_up(void *context, int32_t thread) {
       const vf scale = all(work->before ? routed.weight(task.row + r) : 1.0f);
       const float *both = tile + r * kTileStride;
       for (int64_t c = 0; c < task.columns; c += kWidth) {
-        const int64_t left = interleaved ? 2 * c : c, right = interleaved ? left + kWidth : kUpAt + c;
+        const int64_t left = interleaved ? 2 * c : c;
+        const int64_t right = interleaved ? left + kWidth : kUpAt + c;
         vf gate = load(both + left) + load(bias + left);
         vf up = load(both + right) + load(bias + right);
         if (interleaved) separate(&gate, &up);
@@ -172,12 +172,12 @@ void down(void *context, int32_t thread) {
     for (task.e = 0; task.e < routed.E && start < work->to; task.e++) {
       const int64_t stop = min_of(routed.ends[task.e], work->to);
       if (stop <= start) continue;
+      const Weight weight = weight_at(work->call, ARGUMENT(DOWN), task.e);
       read_bias(work->down_bias, task.e, task.column, task.columns, bias);
       for (task.row = start; task.row < stop; task.row += task.rows) {
         task.rows = min_of(work->block, stop - task.row);
         multiply(task.rows, work->I, work->h + (task.row - work->from) * work->h_stride,
-                 work->h_stride, weight_at(work->down, task.e), task.column, task.columns, tile,
-                 kTileStride, work->l2);
+                 work->h_stride, weight, task.column, task.columns, tile, kTileStride, work->l2);
         add_products(work, task, tile, bias);
       }
       start = stop;

@@ -1,0 +1,406 @@
+/* Weights as they are stored: plain ones of any strides, and quantised ones in blocks of which each
+ * has a scale (and int4 a zero point).
+ *
+ * 16 bytes of each of kWidth rows are turned in registers as 32-bit words; then every word holds
+ * four or eight neighbours along k of one row, which come out by shifts, all rows at once. A number
+ * is decoded as its meaning says, (q - zero) * scale rounded to float32 once, so that products are
+ * those of the dequantised weight. Internal linkage, as in vector.h. */
+#pragma once
+
+#include "matrix.h"
+
+namespace transom::TRANSOM_LEVEL {
+namespace {
+
+/* A plain matrix; elements between neighbours along n, along k. */
+struct Plain {
+  const char *data;
+  int64_t row, along;
+};
+
+template <class Number>
+struct Numbers {
+  /* Rows of x up to which each number is used where it is read; vectors of sums for one row. */
+  static constexpr int64_t kNarrow = 8;
+  static constexpr int kGroups = sizeof(Number) == 2 && kWidth == 8 ? 2 : 1;
+
+  const Number *data;
+  int64_t row, along;
+
+  int64_t row_bytes() const { return row * static_cast<int64_t>(sizeof(Number)); }
+
+  void pack(int64_t n, int64_t columns, int64_t k, int64_t K, float *panel) const {
+    transom::TRANSOM_LEVEL::pack(data + n * row + k * along, row, along, columns, K, panel);
+  }
+
+  Ahead ahead(int64_t n, int64_t k) const {
+    constexpr int64_t size = sizeof(Number);
+    Ahead out = {reinterpret_cast<const char *>(data + n * row + k * along), 0, 0, 0,
+                 kLineOf<Number>};
+    if (along == 1)
+      out.count = kPanel, out.across = row * size, out.along = 64;
+    else if (row == 1) /* a line of each step along k, kLineOf of them at a time */
+      out.count = kLineOf<Number>, out.across = along * size, out.along = along * 64;
+    return out;
+  }
+
+  /* Columns n, n + gap, ... at k..k+piece; `following`: the columns that come next. */
+  template <int G>
+  void narrow(int64_t rows, int64_t n, int64_t gap, int64_t following, int64_t k, int64_t piece,
+              int64_t K, const float *a, int64_t a_stride, float *c, int64_t c_stride,
+              bool add) const {
+    const Number *w = data + n * row + k;
+    const Number *next = k + piece < K ? w + piece : data + following * row;
+    switch (rows) {
+#define TRANSOM_NARROW(R)                                                                     \
+  case R:                                                                                     \
+    transom::TRANSOM_LEVEL::narrow<R, G>(piece, a, a_stride, w, row * gap, c, c_stride, add, \
+                                         next);                                               \
+    break;
+      TRANSOM_NARROW(2) TRANSOM_NARROW(3) TRANSOM_NARROW(4)
+      TRANSOM_NARROW(5) TRANSOM_NARROW(6) TRANSOM_NARROW(7) TRANSOM_NARROW(8)
+#undef TRANSOM_NARROW
+      default:
+        transom::TRANSOM_LEVEL::narrow<1, G>(piece, a, a_stride, w, row * gap, c, c_stride, add,
+                                             next);
+    }
+  }
+};
+
+enum StoredFormat { kInt8, kInt4, kFp8, kMxfp4 };
+
+/* A quantised matrix: rows of bytes, and the grids of its blocks. */
+struct Stored {
+  StoredFormat format;
+  bool e8m0;
+  const uint8_t *values, *scales, *zeros;
+  int64_t columns, row;              /* numbers in a row, bytes between rows */
+  int64_t block_rows, block_columns; /* of a block */
+  int64_t scale_row, scale_along;    /* elements between neighbours of the grid */
+  int64_t zero_row, zero_along;
+
+  int row_shift, column_shift; /* log2 of the block's sides, -1 for no power of two */
+
+  int64_t grid_row(int64_t n) const { return row_shift >= 0 ? n >> row_shift : n / block_rows; }
+  int64_t grid_column(int64_t k) const {
+    return column_shift >= 0 ? k >> column_shift : k / block_columns;
+  }
+  float scale(int64_t n, int64_t k) const {
+    const int64_t at = grid_row(n) * scale_row + grid_column(k) * scale_along;
+    if (!e8m0) return reinterpret_cast<const float *>(scales)[at];
+    const uint32_t byte = scales[at];
+    /* 0 is the subnormal 2^-127, 255 is NaN */
+    return bits_as<float>(byte == 0 ? 1u << 22 : byte == 255 ? 0x7fc00000u : byte << 23);
+  }
+  float zero(int64_t n, int64_t k) const {
+    return zeros == nullptr ? 0.0f : zeros[grid_row(n) * zero_row + grid_column(k) * zero_along];
+  }
+};
+
+/* log2 of a block's side, of which 0 is the whole extent; -1 for no power of two. */
+inline int shift_of(int64_t block) {
+  if (block == 0) return 62;
+  return (block & (block - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(block)) : -1;
+}
+
+inline Stored stored_at(const transom_call *call, int argument, int64_t e) {
+  const transom_tensor *values = tensor(call, argument), *scales = tensor(call, argument + 1);
+  const transom_tensor *zeros = tensor(call, argument + 2);
+  const char *spec = call->args[argument + 3].string;
+  Stored out = {};
+  out.format = strncmp(spec, "int8", 4) == 0   ? kInt8
+               : strncmp(spec, "int4", 4) == 0 ? kInt4
+               : strncmp(spec, "fp8", 3) == 0  ? kFp8
+                                               : kMxfp4;
+  long long rows = 0, columns = 0;
+  sscanf(strchr(spec, ':') + 1, "%lldx%lld", &rows, &columns);
+  out.block_rows = rows, out.block_columns = columns;
+  out.row_shift = shift_of(rows), out.column_shift = shift_of(columns);
+  out.e8m0 = scales->dtype_bits == 8;
+  out.values = static_cast<const uint8_t *>(at(values, e * values->strides[0]));
+  out.columns = values->shape[2] * (out.format == kInt4 || out.format == kMxfp4 ? 2 : 1);
+  out.row = values->strides[1];
+  out.scales = static_cast<const uint8_t *>(at(scales, e * scales->strides[0]));
+  out.scale_row = scales->strides[1], out.scale_along = scales->strides[2];
+  if (zeros != nullptr) {
+    out.zeros = static_cast<const uint8_t *>(at(zeros, e * zeros->strides[0]));
+    out.zero_row = zeros->strides[1], out.zero_along = zeros->strides[2];
+  }
+  return out;
+}
+
+/* E2M1 in the low four bits of each element, whatever is above them. */
+inline vf decode_e2m1(vu code) {
+#if defined(__AVX512F__)
+  const vf values = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                     -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  return bits_as<vf>(_mm512_maskz_permutexvar_ps(0xffff, bits_as<__m512i>(code),
+                                                  bits_as<__m512>(values)));
+#elif defined(__AVX2__)
+  const vf values = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  const vf v = bits_as<vf>(
+      _mm256_permutevar8x32_ps(bits_as<__m256>(values), bits_as<__m256i>(code)));
+  return bits_as<vf>(bits_as<vu>(v) ^ ((code << 28) & 0x80000000u));
+#else
+  const vu magnitude = code & 7u;
+  const vu normal = (magnitude << 22) + (126u << 23), half = (magnitude & 1u) * 0x3f000000u;
+  const vu large = bits_as<vu>(magnitude > 1u);
+  return bits_as<vf>((normal & large) | (half & ~large) | ((code << 28) & 0x80000000u));
+#endif
+}
+
+/* How a format is read: kCodes numbers of a word, which decode() gives in order before they are
+ * scaled; one() gives any number by itself. */
+struct Int8 {
+  static constexpr int kCodes = 4;
+  static constexpr bool kZeros = false, kEighth = false;
+  static void decode(vu word, vf out[kCodes]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+      out[j] = __builtin_convertvector(bits_as<vi>(word << (24 - 8 * j)) >> 24, vf);
+  }
+  static float one(const uint8_t *row, int64_t k) { return static_cast<int8_t>(row[k]); }
+};
+
+struct Int4 {
+  static constexpr int kCodes = 8;
+  static constexpr bool kZeros = true, kEighth = false;
+  static void decode(vu word, vf out[kCodes]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+      const vu code = j < 7 ? (word >> 4 * j) & 15u : word >> 28;
+      out[j] = __builtin_convertvector(bits_as<vi>(code), vf);
+    }
+  }
+  static float one(const uint8_t *row, int64_t k) {
+    return static_cast<float>((row[k / 2] >> k % 2 * 4) & 15);
+  }
+};
+
+struct Mxfp4 {
+  static constexpr int kCodes = 8;
+  static constexpr bool kZeros = false, kEighth = false;
+  static void decode(vu word, vf out[kCodes]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) out[j] = decode_e2m1(word >> 4 * j);
+  }
+  static float one(const uint8_t *row, int64_t k) {
+    const int code = (row[k / 2] >> k % 2 * 4) & 15, e = code >> 1 & 3, m = code & 1;
+    const int doubled = e == 0 ? m : (2 + m) << (e - 1); /* twice the magnitude */
+    const float magnitude = 0.5f * static_cast<float>(doubled);
+    return (code & 8) != 0 ? -magnitude : magnitude;
+  }
+};
+
+/* E4M3: its bits make a float16 of 2^-8 the value, which converts without the penalty that
+ * subnormal numbers of float32 have; the factor goes into the scale. */
+struct Fp8 {
+  static constexpr int kCodes = 4;
+  static constexpr bool kZeros = false, kEighth = true;
+  static void decode(vu word, vf out[kCodes]) {
+    typedef int16_t Halves __attribute__((vector_size(4 * kWidth)));
+    const Halves pairs = bits_as<Halves>(word);
+    const int16_t kept = static_cast<int16_t>(0xbf80);
+    const Halves even = ((pairs << 8) >> 1) & kept, odd = (pairs >> 1) & kept;
+    widen_pairs<f16>(bits_as<vf>(even), out, out + 2);
+    widen_pairs<f16>(bits_as<vf>(odd), out + 1, out + 3);
+  }
+  static float one(const uint8_t *row, int64_t k) {
+    const uint32_t code = row[k], magnitude = code & 0x7f;
+    if (magnitude == 0x7f) return bits_as<float>(0x7fc00000u);
+    const float value = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f
+                                      : bits_as<float>((magnitude << 20) + (120u << 23));
+    return (code & 0x80) != 0 ? -value : value;
+  }
+};
+
+/* True if a byte of the words is a NaN of E4M3. */
+inline bool any_nan_e4m3(const vf words[4]) {
+  vu found = {};
+  for (int i = 0; i < 4; i++) {
+    /* the byte is 0x7f or 0xff: adding one to its lower seven bits carries into the eighth */
+    const vu word = bits_as<vu>(words[i]);
+    found |= ((word & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+  }
+  uint64_t parts[sizeof(vu) / 8], all = 0;
+  memcpy(parts, &found, sizeof found);
+  for (uint64_t part : parts) all |= part;
+  return all != 0;
+}
+
+/* The scales of a column of the grid in the rows that begin at `rows`. */
+template <int64_t kLanes>
+inline void read_scales(const Stored &w, const int64_t rows[kLanes], int64_t column, float *to) {
+  const int64_t at = column * w.scale_along;
+  if (!w.e8m0) {
+    const float *scales = reinterpret_cast<const float *>(w.scales) + at;
+    for (int64_t l = 0; l < kLanes; l++) to[l] = scales[rows[l]];
+    return;
+  }
+  alignas(64) uint32_t bytes[kLanes];
+  for (int64_t l = 0; l < kLanes; l++) bytes[l] = w.scales[at + rows[l]];
+  for (int64_t l = 0; l < kLanes; l += kWidth) {
+    vu some, bits;
+    memcpy(&some, bytes + l, sizeof some);
+    /* 0 is the subnormal 2^-127, 255 is NaN */
+    bits = (some << 23) | (bits_as<vu>(some == 0u) & (1u << 22)) |
+           (bits_as<vu>(some == 255u) & 0x7fc00000u);
+    store(to + l, bits_as<vf>(bits));
+  }
+}
+
+/* Numbers of kWidth rows n, n + gap, ... (those below `rows` of them), scaled, one k after the
+ * other: use(g, k, vector) for the G vectors of rows. Reads no further than k..k+K. */
+template <class Format, int G, class Use>
+inline void each_column(const Stored &w, int64_t n, int64_t gap, int64_t rows, int64_t k,
+                        int64_t K, Use use) {
+  constexpr int64_t kRun = 4 * Format::kCodes;
+  constexpr int64_t kLanes = G * kWidth;
+  /* A block holds whole runs: its scales are read once. */
+  const bool runs = rows == kLanes && w.block_columns % kRun == 0;
+  int64_t scale_rows[kLanes], zero_rows[kLanes];
+  for (int64_t l = 0; l < kLanes && runs; l++) {
+    const int64_t row = w.grid_row(n + l * gap);
+    scale_rows[l] = row * w.scale_row;
+    if constexpr (Format::kZeros) zero_rows[l] = row * w.zero_row;
+  }
+  int64_t block = -1;
+  bool small = true;
+  alignas(64) float scales[kLanes], zeros[kLanes];
+  for (int64_t i = 0; i < K;) {
+    const int64_t left = K - i;
+    if (runs && left >= kRun) {
+      if (const int64_t column = w.grid_column(k + i); column != block) {
+        block = column;
+        small = true;
+        read_scales<kLanes>(w, scale_rows, block, scales);
+        if constexpr (Format::kEighth)
+          for (int64_t l = 0; l < kLanes; l++) {
+            small = small && scales[l] < 0x1p100f && scales[l] > -0x1p100f;
+            scales[l] *= 256.0f;
+          }
+        if constexpr (Format::kZeros)
+          for (int64_t l = 0; l < kLanes; l++)
+            zeros[l] = w.zeros[zero_rows[l] + block * w.zero_along];
+      }
+      vf words[G][4];
+      bool plain = small;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const uint8_t *from =
+            w.values + (n + g * kWidth * gap) * w.row + (k + i) * 4 / Format::kCodes;
+        turn_words(reinterpret_cast<const char *>(from), gap * w.row, words[g]);
+        if constexpr (Format::kEighth) plain = plain && !any_nan_e4m3(words[g]);
+      }
+      if (plain) {
+        for (int q = 0; q < 4; q++) {
+          vf values[G][Format::kCodes];
+#pragma GCC unroll 4
+          for (int g = 0; g < G; g++) Format::decode(bits_as<vu>(words[g][q]), values[g]);
+#pragma GCC unroll 8
+          for (int j = 0; j < Format::kCodes; j++)
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) {
+              vf value = values[g][j];
+              if constexpr (Format::kZeros) value -= load(zeros + g * kWidth);
+              use(g, i + q * Format::kCodes + j, value * load(scales + g * kWidth));
+            }
+        }
+        i += kRun;
+        continue;
+      }
+    }
+    for (int64_t stop = i + min_of(left, kRun); i < stop; i++)
+      for (int g = 0; g < G; g++) {
+        float some[kWidth] = {};
+        for (int64_t l = 0; l < min_of(kWidth, rows - g * kWidth); l++) {
+          const int64_t row = n + (g * kWidth + l) * gap;
+          some[l] = (Format::one(w.values + row * w.row, k + i) - w.zero(row, k + i)) *
+                    w.scale(row, k + i);
+        }
+        use(g, i, load(some));
+      }
+  }
+}
+
+/* The format's rows as columns of the product. */
+template <class Format>
+struct Blocks {
+  static constexpr int64_t kNarrow = 1;
+  static constexpr int kGroups = 2;
+
+  const Stored &w;
+
+  int64_t row_bytes() const { return w.row; }
+  static constexpr int64_t bytes(int64_t k) { return k * 4 / Format::kCodes; }
+
+  void pack(int64_t n, int64_t columns, int64_t k, int64_t K, float *panel) const {
+    for (int64_t i = 0; i < kPanel; i += kWidth)
+      each_column<Format, 1>(w, n + i, 1, clamp(columns - i, 0, kWidth), k, K,
+                             [&](int, int64_t at, vf v) { store(panel + at * kPanel + i, v); });
+  }
+
+  Ahead ahead(int64_t n, int64_t k) const {
+    return {reinterpret_cast<const char *>(w.values + n * w.row + bytes(k)), kPanel, w.row, 64,
+            16 * Format::kCodes};
+  }
+
+  template <int G>
+  void narrow(int64_t, int64_t n, int64_t gap, int64_t following, int64_t k, int64_t piece,
+              int64_t K, const float *a, int64_t, float *c, int64_t, bool add) const {
+    /* What is read soon: this far along the rows, or at the beginning of those that follow. */
+    constexpr int64_t kSoon = 1024;
+    const int64_t row = bytes(K), soon = min_of(kSoon, row);
+    for (int64_t line = up_to(bytes(k), 64); line < bytes(k + piece); line += 64) {
+      const uint8_t *next = line + soon < row ? w.values + n * w.row + line + soon
+                                              : w.values + following * w.row + line + soon - row;
+      for (int64_t l = 0; l < G * kWidth; l++) __builtin_prefetch(next + l * gap * w.row, 0, 3);
+    }
+    vf sums[G] = {};
+    each_column<Format, G>(w, n, gap, G * kWidth, k, piece,
+                           [&](int g, int64_t at, vf v) __attribute__((always_inline)) {
+                             sums[g] += all(a[at]) * v;
+                           });
+    for (int g = 0; g < G; g++) {
+      float *to = c + g * kWidth;
+      store(to, add ? load(to) + sums[g] : sums[g]);
+    }
+  }
+};
+
+/* The same matrix with its rows along k: what a gradient in x multiplies with. */
+template <class Format>
+struct Turned {
+  const Stored &w;
+
+  void pack(int64_t n, int64_t columns, int64_t k, int64_t K, float *panel) const {
+    /* kWidth rows of the matrix at a time, decoded as columns, in whole runs, and turned back. */
+    constexpr int64_t kRun = 4 * Format::kCodes;
+    const int64_t start = n / kRun * kRun;
+    const int64_t span = min_of(up_to(n + columns, kRun), w.columns) - start;
+    alignas(64) float some[(kPanel + 2 * kRun) * kWidth];
+    if (columns < kPanel) memset(some, 0, sizeof some);
+    for (int64_t i = 0; i < K; i += kWidth) {
+      const int64_t rows = min_of(kWidth, K - i);
+      each_column<Format, 1>(w, k + i, 1, rows, start, span,
+                             [&](int, int64_t at, vf v) { store(some + at * kWidth, v); });
+      const float *first = some + (n - start) * kWidth;
+      for (int64_t v = 0; v < kPanel; v += kWidth)
+        for (int64_t r = 0; r < rows; r += 4) {
+          vf turned[4];
+          turn(first + v * kWidth + r, kWidth, turned);
+          for (int64_t j = 0; j < min_of(4, rows - r); j++)
+            store(panel + (i + r + j) * kPanel + v, turned[j]);
+        }
+    }
+  }
+
+  Ahead ahead(int64_t n, int64_t k) const {
+    constexpr int64_t kRows = 16;
+    return {reinterpret_cast<const char *>(w.values + k * w.row + n * 4 / Format::kCodes), kRows,
+            w.row, kRows * w.row, kRows};
+  }
+};
+
+}  // namespace
+}  // namespace transom::TRANSOM_LEVEL
