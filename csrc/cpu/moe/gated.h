@@ -51,5 +51,49 @@ inline vf apply(const Gated &gated, vf gate, vf up) {
   }
 }
 
+/* h, and the gradients of gate and up for one of h, which are zero strictly beyond a clamp. */
+inline vf apply_backward(const Gated &gated, vf gate, vf up, vf dh, vf *dgate, vf *dup) {
+  const vf most = all(gated.limit);
+  vf g = gate, u = up, value, slope;
+  if (gated.limited) {
+    g = g > most ? most : g;
+    u = u > most ? most : u < -most ? -most : u;
+  }
+  switch (gated.activation) {
+    case kSilu:
+    case kSwigluOai: {
+      const vf a = all(gated.activation == kSilu ? 1.0f : gated.alpha);
+      const vf sigmoid = 1.0f / (1.0f + exp(-g * a));
+      value = g * sigmoid;
+      slope = sigmoid * (1.0f + a * g * (1.0f - sigmoid));
+      if (gated.activation == kSwigluOai) u += 1.0f;
+      break;
+    }
+    case kGelu: {
+      const vf below = 0.5f * (1.0f + each(g * 0.70710678f, erff));
+      value = g * below;
+      slope = below + g * (exp(-0.5f * g * g) * 0.39894228f);
+      break;
+    }
+    case kGeluTanh: {
+      const vf t = each(0.79788456f * (g + 0.044715f * g * g * g), tanhf);
+      value = 0.5f * g * (1.0f + t);
+      slope = 0.5f * (1.0f + t) +
+              0.5f * g * (1.0f - t * t) * (0.79788456f * (1.0f + 0.134145f * g * g));
+      break;
+    }
+    default:
+      value = g > 0.0f ? g : g == g ? vf{} : g;
+      slope = g > 0.0f ? all(1.0f) : vf{};
+  }
+  *dgate = dh * u * slope;
+  *dup = dh * value;
+  if (gated.limited) {
+    *dgate = gate > most ? vf{} : *dgate;
+    *dup = ((up > most) | (up < -most)) ? vf{} : *dup;
+  }
+  return value * u;
+}
+
 }  // namespace
 }  // namespace transom::TRANSOM_LEVEL
