@@ -16,7 +16,13 @@ inline void copy_bytes(char *to, const char *from, int64_t bytes) {
     memcpy(&v, from + i, sizeof v);
     memcpy(to + i, &v, sizeof v);
   }
-  if (i < bytes) memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
+  if (i == bytes) return;
+  if (bytes < kStep) {
+    memcpy(to, from, static_cast<size_t>(bytes));
+  } else { /* the last step again, as far as it is new */
+    memcpy(&v, from + bytes - kStep, sizeof v);
+    memcpy(to + bytes - kStep, &v, sizeof v);
+  }
 }
 
 /* Both of whole cache lines, `to` aligned to one. */
@@ -32,6 +38,7 @@ struct Gather {
   Lookup lookup;
   const transom_tensor *out;
   bool copies, streams; /* rows as they are; past the caches */
+  bool lines;           /* a row is a whole number of lines */
 };
 
 /* `out` [B,S,columns * d]: the output, or the caller's tensor with any strides. */
@@ -43,20 +50,28 @@ inline Gather describe_gather(const transom_call *call, HashArguments at, int ta
   work.out = out;
   const bool same = t->format <= kF16 && kind(out) == static_cast<int>(t->format);
   work.copies = same && (t->d <= 1 || t->along == 1) && (out->shape[2] <= 1 || out->strides[2] == 1);
+  work.lines = t->bytes % kLine == 0;
+  /* A row in float32; or all rows of a token, if none of them can be streamed alone. */
+  int64_t floats = 0;
   if (!work.copies)
-    work.lookup = describe_lookup(call, at, table, shard, up_to(t->d, kWidth));
+    floats = up_to(t->d, kWidth);
+  else if (!work.lines)
+    floats = (work.lookup.hash.columns * t->bytes + 3) / 4;
+  if (floats > 0) work.lookup = describe_lookup(call, at, table, shard, floats);
   return work;
 }
 
 struct Copies {
   const transom_tensor *out;
   int64_t columns;
-  bool streams;
+  bool streams; /* each row */
+  char *token_rows; /* not NULL: all of a token are put here first, then streamed */
 
   void token(Place place, const Table *table, const int64_t *rows,
              const int64_t *coming) {
-    char *to = static_cast<char *>(
+    char *const own = static_cast<char *>(
         at(out, place.b * out->strides[0] + place.s * out->strides[1]));
+    char *to = token_rows != nullptr ? token_rows : own;
     const char *values = table->values;
     const int64_t bytes = table->bytes, down = table->down;
     for (int64_t c = 0; c < columns; c++, to += bytes) {
@@ -68,6 +83,7 @@ struct Copies {
       else
         copy_bytes(to, values + rows[c] * down, bytes);
     }
+    if (token_rows != nullptr) stream_bytes(own, token_rows, columns * bytes);
   }
 };
 
@@ -102,7 +118,9 @@ struct Conversions {
 inline void gather_tasks(void *context, int32_t thread) {
   Gather *work = static_cast<Gather *>(context);
   if (work->copies) {
-    Copies sink = {work->out, work->lookup.hash.columns, work->streams};
+    Copies sink = {work->out, work->lookup.hash.columns, work->streams && work->lines, nullptr};
+    if (work->streams && !work->lines)
+      sink.token_rows = reinterpret_cast<char *>(floats_of(&work->lookup, thread));
     look_up(&work->lookup, thread, &sink);
     if (work->streams) fence();
   } else {
@@ -115,10 +133,9 @@ inline int32_t run_gather(Gather *work, const transom_call *call) {
   if (work->lookup.tokens == 0 || work->out->shape[2] == 0) return 0;
   prepare_lookup(&work->lookup, call->workspace);
   const transom_tensor *out = work->out;
-  const Table *table = &work->lookup.table;
-  const int64_t line = kLine / size_of(out), rows = work->lookup.tokens * work->lookup.hash.columns;
+  const int64_t line = kLine / size_of(out);
   work->streams = work->copies && out->strides[0] % line == 0 && out->strides[1] % line == 0 &&
-                  goes_past_caches(out, rows, table->d);
+                  goes_past_caches(out, work->lookup.tokens, out->shape[2]);
   parallel(work->lookup.threads, gather_tasks, work);
   return 0;
 }
