@@ -1,0 +1,84 @@
+"""What kernels ask for as workspace, told from shapes alone: it does not grow with the tokens, the
+context or the table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import transom
+from transom import config
+from transom.abi.frame import Frame, assumed, contiguous
+from transom.abi.table import interface
+from transom.cli.calls import declared_call
+
+REASON = transom.backends()["native"]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+SIZES = ("T", "S", "Sq", "N", "M", "V", "rows")
+"""Dims of tokens, context and tables."""
+
+
+def row_of_a_table(d):
+    """The n-grams sorted by row, as long as their sums have one order."""
+    return 8 * d["B"] * d["S"] * (d["n"] - 1) * d["h"]
+
+
+def sums_of_keys(d):
+    """The gradients of entries and local keys in float32, until they are rounded."""
+    return 4 * d["B"] * (d["N"] + d.get("M", 0)) * d["D"]
+
+
+GROWING = {
+    "hashed_embedding_backward": row_of_a_table,
+    "hashed_embedding_row_gradient": row_of_a_table,
+    "sparse_attention_backward": sums_of_keys,
+}
+"""Gradients that keep something for each row: how many bytes."""
+
+
+def entries():
+    if REASON is not None:
+        return []
+    from transom.backends.native import library
+
+    return sorted(library().entries, key=lambda entry: entry.op)
+
+
+def enlarged(example, factor):
+    return {
+        name: size if name not in SIZES
+        else tuple(factor * n for n in size) if isinstance(size, tuple) else factor * size
+        for name, size in example.items()
+    }  # fmt: skip
+
+
+def asked(entry, dims, dtype=torch.bfloat16):
+    """Bytes that a call of these dims asks for; no tensor is made."""
+    op, ffi = transom.ops()[entry.op], interface()
+    if entry.pointer.workspace == ffi.NULL:
+        return 0
+    facts = declared_call(op, {}, dtype, example=dims).facts("cpu", "")
+    values = [
+        facts.arguments[p.name] if p.role == "value" else assumed(op, p.name, facts)
+        for p in op.parameters
+    ]
+    made = () if op.mutates else op.outputs({**facts.arguments, **facts.dims}, facts.dtypes)
+    outputs = [contiguous(shape, kind) for shape, kind in made]
+    return int(entry.pointer.workspace(Frame(op, values, outputs, "cpu", 0, False).call))
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.op)
+def test_workspace_does_not_grow_with_tokens_context_and_tables(entry):
+    found = 0
+    for example in transom.ops()[entry.op].examples:
+        large, larger = enlarged(example, 1 << 12), enlarged(example, 1 << 15)
+        try:
+            before, after = asked(entry, large), asked(entry, larger)
+        except ValueError:  # dims that must be equal, or a list for each of so many blocks
+            continue
+        found += 1
+        if entry.op in GROWING:
+            after -= GROWING[entry.op](larger)
+        assert after <= max(before, config.workspace_bytes())
+    assert found
