@@ -3,3 +3,4 @@
 from transom.backends.native import register
 
 register("block_sparse_attention")
+register("block_sparse_attention_backward")

@@ -29,6 +29,11 @@ inline Blocks blocks_of(const transom_tensor *q, const transom_tensor *k, const 
   return at;
 }
 
+/* Query s sees tokens below this. */
+inline int64_t first_unseen(const Blocks *at, int64_t s) {
+  return at->causal ? clamp(at->N - at->S + s + 1, 0, at->N) : at->N;
+}
+
 /* The tokens that query s sees of piece `piece` of its list for key head g. */
 inline int64_t tokens(const Blocks *at, int64_t given_size, int64_t b, int64_t s, int64_t g,
                       int64_t piece, int64_t *list) {
@@ -36,7 +41,7 @@ inline int64_t tokens(const Blocks *at, int64_t given_size, int64_t b, int64_t s
   const int64_t own = at->lists == at->S ? s : s / given_size;
   const int64_t row = b * t->strides[0] + own * t->strides[1] + g * t->strides[2];
   const int64_t size = at->block_size, blocks = (at->N + size - 1) / size;
-  const int64_t stop = at->causal ? min_of(at->N, at->N - at->S + s + 1) : at->N;
+  const int64_t stop = first_unseen(at, s);
   int64_t count = 0, place = piece * kKeys;
   const int64_t end = min_of(place + kKeys, at->length * size);
   while (place < end) {

@@ -11,6 +11,12 @@ struct Norms {
   float *lse, *share, *delta, *dlse;
 };
 
+inline Norms cut_norms(Cutter *cutter, int64_t lanes) {
+  float *lse = cutter->part(lanes), *share = cutter->part(lanes);
+  float *delta = cutter->part(lanes);
+  return {lse, share, delta, cutter->part(lanes)};
+}
+
 /* What a thread needs for one query and one tile. */
 struct Backward {
   float *queries, *outputs;           /* packed q and do */
@@ -18,8 +24,68 @@ struct Backward {
   float *scores, *products, *weights; /* [kKeys][padded] twice, [padded][kKeys] */
 };
 
+inline Backward cut_backward(Cutter *cutter, int64_t heads, int64_t D, int64_t v_dim) {
+  const int64_t padded = up_to(heads, kPanel);
+  Backward desk = {};
+  desk.queries = cutter->part(padded * D), desk.outputs = cutter->part(padded * v_dim);
+  desk.query_rows = cutter->part(heads * tile_stride(D));
+  desk.output_rows = cutter->part(heads * tile_stride(v_dim));
+  desk.scores = cutter->part(kKeys * padded), desk.products = cutter->part(kKeys * padded);
+  desk.weights = cutter->part(kKeys * padded);
+  return desk;
+}
+
+/* The gradient that comes in, what the forward gave, and its sink. */
+struct Given {
+  const transom_tensor *dout, *dlse, *o, *lse, *sink;
+};
+
 inline float sigmoid(float x) {
   return x >= 0.0f ? 1.0f / (1.0f + weight_of(-x)) : weight_of(x) / (1.0f + weight_of(x));
+}
+
+inline float number_of(const transom_tensor *t, int64_t b, int64_t s, int64_t h) {
+  return number(t, b * t->strides[0] + s * t->strides[1] + h * t->strides[2]);
+}
+
+/* do . o of one head of a query. */
+inline float delta_of(const Given &given, int64_t b, int64_t s, int64_t h) {
+  const auto start = [&](const transom_tensor *t) {
+    return b * t->strides[0] + s * t->strides[1] + h * t->strides[2];
+  };
+  constexpr int64_t kSome = 512;
+  alignas(64) float left[kSome], right[kSome];
+  const transom_tensor *x = given.dout, *y = given.o;
+  vf dot = {};
+  for (int64_t d = 0; d < x->shape[3]; d += kSome) {
+    const int64_t n = min_of(kSome, x->shape[3] - d);
+    read_row(x, start(x) + d * x->strides[3], x->strides[3], n, left);
+    read_row(y, start(y) + d * y->strides[3], y->strides[3], n, right);
+    for (int64_t i = 0; i < n; i += kWidth) dot += load(left + i) * load(right + i);
+  }
+  return sum(dot);
+}
+
+/* The norms of `heads` heads of query s, from `first` on. */
+inline void read_norms(const Given &given, int64_t b, int64_t s, int64_t first, int64_t heads,
+                       Norms norms) {
+  for (int64_t h = 0; h < up_to(heads, kPanel); h++) {
+    norms.lse[h] = -kNever;
+    norms.share[h] = norms.delta[h] = norms.dlse[h] = 0.0f;
+    if (h >= heads) continue;
+    /* Without keys there is nothing to weigh, whatever the lse's gradient. */
+    const float lse = number_of(given.lse, b, s, first + h);
+    if (lse == kNever) continue;
+    norms.lse[h] = lse;
+    norms.share[h] = sigmoid(lse - number(given.sink, (first + h) * given.sink->strides[0]));
+    norms.delta[h] = delta_of(given, b, s, first + h);
+    norms.dlse[h] = number_of(given.dlse, b, s, first + h);
+  }
+}
+
+/* What a head of a query gives to the gradient of its sink. */
+inline float sink_gradient(float sink, float lse, float delta) {
+  return sink == kNever || lse == -kNever ? 0.0f : -sigmoid(sink - lse) * delta;
 }
 
 /* t[heads][width] as rows of float32 with zeros up to whole panels. */

@@ -34,7 +34,8 @@ struct Block {
 
 struct Work : Places {
   const transom_call *call;
-  const transom_tensor *dout, *dlse, *q, *sink, *o, *lse;
+  const transom_tensor *q;
+  Given given;
   transom_tensor *const *outs; /* dq, dkv, dlocal, dsink */
   int64_t H, D, v_dim, padded;
   float scale;
@@ -47,14 +48,7 @@ struct Work : Places {
 };
 
 Backward lay_out(const Work *work, Cutter *cutter, float **tile) {
-  Backward desk = {};
-  desk.queries = cutter->part(work->padded * work->D);
-  desk.outputs = cutter->part(work->padded * work->v_dim);
-  desk.query_rows = cutter->part(work->H * work->key_stride);
-  desk.output_rows = cutter->part(work->H * work->value_stride);
-  desk.scores = cutter->part(kKeys * work->padded);
-  desk.products = cutter->part(kKeys * work->padded);
-  desk.weights = cutter->part(kKeys * work->padded);
+  const Backward desk = cut_backward(cutter, work->H, work->D, work->v_dim);
   *tile = cutter->part((kKeys + kBlock) * work->key_stride);
   return desk;
 }
@@ -62,9 +56,7 @@ Backward lay_out(const Work *work, Cutter *cutter, float **tile) {
 Block lay_out_block(const Work *work, Cutter *cutter) {
   Block block = {};
   block.dq = cutter->part(kBlock * work->H * work->q_stride);
-  const int64_t lanes = kBlock * work->padded;
-  block.norms.lse = cutter->part(lanes), block.norms.share = cutter->part(lanes);
-  block.norms.delta = cutter->part(lanes), block.norms.dlse = cutter->part(lanes);
+  block.norms = cut_norms(cutter, kBlock * work->padded);
   block.dsink = cutter->part(work->padded);
   block.rows = cutter->part(work->row_slots * work->key_stride);
   block.places = reinterpret_cast<int64_t *>(cutter->part(2 * work->row_slots));
@@ -83,16 +75,17 @@ void lay_out_sums(Work *work, Cutter *cutter) {
 Work describe(const transom_call *call) {
   Work work = {};
   work.call = call;
-  work.dout = tensor(call, ARGUMENT(DO)), work.dlse = tensor(call, ARGUMENT(DLSE));
-  work.q = tensor(call, ARGUMENT(Q)), work.sink = tensor(call, ARGUMENT(SINK));
-  work.o = tensor(call, ARGUMENT(O)), work.lse = tensor(call, ARGUMENT(LSE));
+  work.q = tensor(call, ARGUMENT(Q));
+  work.given = {tensor(call, ARGUMENT(DO)), tensor(call, ARGUMENT(DLSE)),
+                tensor(call, ARGUMENT(O)), tensor(call, ARGUMENT(LSE)),
+                tensor(call, ARGUMENT(SINK))};
   work.outs = call->outs;
   static_cast<Places &>(work) = places_of(
       work.q, tensor(call, ARGUMENT(KV)), tensor(call, ARGUMENT(INDICES)),
       tensor(call, ARGUMENT(VISIBLE)), tensor(call, ARGUMENT(LOCAL_KV)),
       tensor(call, ARGUMENT(LOCAL_VALID)), call->args[ARGUMENT(WINDOW)].i);
   work.scale = static_cast<float>(call->args[ARGUMENT(SCALE)].f);
-  work.H = work.q->shape[2], work.D = work.q->shape[3], work.v_dim = work.dout->shape[3];
+  work.H = work.q->shape[2], work.D = work.q->shape[3], work.v_dim = work.given.dout->shape[3];
   work.padded = up_to(work.H, kPanel);
   if (work.H == 0) work.pieces = 0;
   work.key_stride = tile_stride(work.D), work.value_stride = tile_stride(work.v_dim);
@@ -120,45 +113,31 @@ Block block_of(const Work *work, int64_t i) {
   return lay_out_block(work, &cutter);
 }
 
-float number_at(const transom_tensor *t, int64_t b, int64_t s, int64_t h) {
-  return number(t, b * t->strides[0] + s * t->strides[1] + h * t->strides[2]);
+Norms norms_of(const Work *work, const Block &block, int64_t i) {
+  const int64_t lane = i * work->padded;
+  return {block.norms.lse + lane, block.norms.share + lane, block.norms.delta + lane,
+          block.norms.dlse + lane};
 }
 
 /* What the softmax of each head was, and the block's part of dsink. */
-void begin(const Work *work, Block *block, int64_t s, int64_t count, float *rows, float *other) {
-  const int64_t b = work->b, H = work->H, n = work->v_dim;
-  memset(block->dq, 0, static_cast<size_t>(count * H * work->q_stride) * sizeof(float));
+void begin(const Work *work, Block *block, int64_t s, int64_t count) {
+  const transom_tensor *sink = work->given.sink;
+  memset(block->dq, 0, static_cast<size_t>(count * work->H * work->q_stride) * sizeof(float));
   for (int64_t h = 0; h < work->padded; h++) block->dsink[h] = 0.0f;
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t h = 0; h < work->padded; h++) {
-      const int64_t lane = i * work->padded + h;
-      block->norms.lse[lane] = -kNever;
-      block->norms.share[lane] = block->norms.delta[lane] = block->norms.dlse[lane] = 0.0f;
-      if (h >= H) continue;
-      const auto row = [&](const transom_tensor *t, float *to) {
-        read_row(t, b * t->strides[0] + (s + i) * t->strides[1] + h * t->strides[2],
-                 t->strides[3], n, to);
-      };
-      row(work->dout, rows), row(work->o, other);
-      vf dot = {};
-      for (int64_t d = 0; d < n; d += kWidth) dot += load(rows + d) * load(other + d);
-      const float lse = number_at(work->lse, b, s + i, h), delta = sum(dot);
-      const float sink = number(work->sink, h * work->sink->strides[0]);
-      if (sink != kNever) block->dsink[h] -= sigmoid(sink - lse) * delta;
-      /* Without keys there is nothing to weigh, whatever the lse's gradient. */
-      if (lse == kNever) continue;
-      block->norms.lse[lane] = lse;
-      block->norms.share[lane] = sigmoid(lse - sink);
-      block->norms.delta[lane] = delta;
-      block->norms.dlse[lane] = number_at(work->dlse, b, s + i, h);
-    }
+  for (int64_t i = 0; i < count; i++) {
+    const Norms norms = norms_of(work, *block, i);
+    read_norms(work->given, work->b, s + i, 0, work->H, norms);
+    for (int64_t h = 0; h < work->H; h++)
+      block->dsink[h] +=
+          sink_gradient(number(sink, h * sink->strides[0]), norms.lse[h], norms.delta[h]);
+  }
 }
 
 /* Query i of a block against `count` keys: their share of dq, and into rows what they collect. */
 void attend_back(const Work *work, const Backward &desk, const Block &block, int64_t s, int64_t i,
                  const float *keys, int64_t count, float *rows, bool add) {
   if (count == 0) return;
-  const transom_tensor *q = work->q, *dout = work->dout;
+  const transom_tensor *q = work->q, *dout = work->given.dout;
   const int64_t H = work->H, lanes = work->padded;
   const int64_t q_first = work->b * q->strides[0] + (s + i) * q->strides[1];
   const int64_t o_first = work->b * dout->strides[0] + (s + i) * dout->strides[1];
@@ -168,9 +147,7 @@ void attend_back(const Work *work, const Backward &desk, const Block &block, int
   read_heads(dout, o_first, H, desk.output_rows, work->value_stride);
   against(desk.queries, lanes, work->D, keys, work->key_stride, count, desk.scores);
   against(desk.outputs, lanes, work->v_dim, keys, work->key_stride, count, desk.products);
-  const Norms norms = {block.norms.lse + i * lanes, block.norms.share + i * lanes,
-                       block.norms.delta + i * lanes, block.norms.dlse + i * lanes};
-  weigh_back(desk.scores, desk.products, count, lanes, work->scale, norms);
+  weigh_back(desk.scores, desk.products, count, lanes, work->scale, norms_of(work, block, i));
   mix(desk.scores, lanes, H, keys, work->key_stride, work->D, count, desk.weights,
       block.dq + i * H * work->q_stride, work->q_stride);
   collect(desk.scores, lanes, H, desk.query_rows, work->key_stride, work->D, count, rows,
@@ -236,7 +213,7 @@ void attend_blocks(void *context, int32_t thread) {
     const int64_t s = (work->first + i) * kBlock, count = min_of(kBlock, work->S - s);
     if (i >= work->blocks || count <= 0) return;
     Block block = block_of(work, i);
-    if (work->piece == 0) begin(work, &block, s, count, desk.query_rows, desk.output_rows);
+    if (work->piece == 0) begin(work, &block, s, count);
     if (work->piece < work->pieces) attend_block(work, desk, tile, block, s, count);
     if (work->piece + 1 >= work->pieces) end(work, block, s, count);
   }

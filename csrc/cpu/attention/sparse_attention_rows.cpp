@@ -1,4 +1,5 @@
-/* sparse_attention_rows: attention over entries of packed rows, decoded as they are gathered (_entries.h). */
+/* sparse_attention_rows: attention over entries of packed rows, decoded as they are gathered
+ * (_entries.h). */
 #include "_entries.h"
 
 namespace transom::TRANSOM_LEVEL {
