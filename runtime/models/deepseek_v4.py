@@ -18,6 +18,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 import transom
 from transom.kernels.attention.compress_kv import CompressState
 
+from .linear import REPLACEMENTS, narrow
 from .patching import Family, Replacement
 from .slots import SLOTS, covered
 
@@ -94,6 +95,23 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
         o = hf.apply_rotary_pos_emb(o, cos, -sin, unsqueeze_dim=2)
         grouped = o.reshape(batch, queries, self.config.o_groups, -1)
         return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
+
+
+class DeepseekV4GroupedLinear(hf.DeepseekV4GroupedLinear):
+    """The first half of the output projection: a matrix for each group of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the original: [..., groups, K] -> [..., groups, N]."""
+        if not narrow(x, self.weight):
+            return super().forward(x)
+        groups, dim = x.shape[-2:]
+        rows = x.reshape(-1, groups, dim).transpose(0, 1)
+        ends = torch.arange(1, groups + 1) * rows.shape[1]
+        y = _ops.grouped_gemm(rows.reshape(-1, dim), self.weight.view(groups, -1, dim), ends)
+        return y.view(groups, rows.shape[1], -1).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+REPLACEMENTS[hf.DeepseekV4GroupedLinear] = DeepseekV4GroupedLinear
 
 
 def _entries(part: Any, name: str, hidden_states: Tensor, layer: Any) -> Tensor:

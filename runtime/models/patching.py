@@ -63,7 +63,9 @@ def patch(model: nn.Module) -> PatchReport:
 
     model  any module; models of DeepSeek-V4, DeepSeek-V3.2 and GLM-DSA get attention, indexer,
            compressor, routing and hyper-connections replaced, and every model whose experts use
-           transformers' experts registry its experts.
+           transformers' experts registry its experts. On an x86 CPU without AVX-512, where
+           PyTorch is slow at products of 16-bit numbers, so are linear layers of such weights
+           that have no bias.
 
     Returns a `PatchReport`: iterate over its records, or print it. What is not covered is left as
     it was and is in the report with the reason. Patching twice changes nothing. The outputs follow
@@ -75,6 +77,7 @@ def patch(model: nn.Module) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model is a {type(model).__name__}; expected a torch.nn.Module")
     from .experts import patch_experts
+    from .linear import patch_linear
 
     records: dict[str, Record] = {}
     swaps: list[tuple[str, nn.Module, Replacement]] = []
@@ -94,8 +97,11 @@ def patch(model: nn.Module) -> PatchReport:
                 records[path] = Record(path, name, reason=reason)
         else:
             outcome = patch_experts(module)
+            product = patch_linear(module)
             if outcome is not None:
                 records[path] = Record(path, name, *outcome)
+            elif product is not None:
+                records[path] = Record(path, name, operators=product)
             elif _OF_INTEREST.search(name) and not any(_inside(path, p) for p in records):
                 records[path] = Record(path, name, reason=_not_for(module))
     for family in families.values():
@@ -115,6 +121,7 @@ def unpatch(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model is a {type(model).__name__}; expected a torch.nn.Module")
     from .experts import unpatch_experts
+    from .linear import unpatch_linear
 
     for module in model.modules():
         family = _family_of(module)
@@ -123,6 +130,7 @@ def unpatch(model: nn.Module) -> None:
                 if type(module) is r.replacement:
                     module.__class__ = r.original
         unpatch_experts(module)
+        unpatch_linear(module)
         _unhook(module)
 
 
