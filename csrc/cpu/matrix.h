@@ -161,8 +161,16 @@ inline void widen_pairs<bf16>(vf pairs, vf *first, vf *second) {
 
 template <>
 inline void widen_pairs<f16>(vf pairs, vf *first, vf *second) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const vu both = bits_as<vu>(pairs), low = both & 0xffffu, high = both >> 16;
+  const __m256i apart = _mm256_permute4x64_epi64(
+      _mm256_packus_epi32(bits_as<__m256i>(low), bits_as<__m256i>(high)), 0xd8);
+  *first = bits_as<vf>(_mm256_cvtph_ps(_mm256_castsi256_si128(apart)));
+  *second = bits_as<vf>(_mm256_cvtph_ps(_mm256_extracti128_si256(apart, 1)));
+#else
   *first = widen<f16>(__builtin_convertvector(bits_as<vu>(pairs), vs));
   *second = widen<f16>(__builtin_convertvector(bits_as<vu>(pairs) >> 16, vs));
+#endif
 }
 
 /* turned[j], element i: w[i * stride + j] of kWidth rows, kTurned neighbours along k. */
@@ -228,25 +236,33 @@ inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w,
   const int64_t whole = K - K % kLineOf<Number>;
   for (int64_t line = 0; line < whole; line += kLineOf<Number>) {
     for (int i = 0; i < G * kWidth; i++) __builtin_prefetch(next + i * row + line, 0, 3);
-    for (int64_t k = line; k < line + kLineOf<Number>; k += kTurned<Number>)
+    /* A line of each row at once: rows a multiple of 4 KiB apart share the sets of L1, from which
+     * they would have gone before their next 16 bytes are wanted. */
+    vf turned[G][kLineOf<Number>];
 #pragma GCC unroll 4
-      for (int g = 0; g < G; g++) {
-        vf turned[kTurned<Number>];
-        turn(w + g * kWidth * row + k, row, turned);
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+      for (int k = 0; k < kLineOf<Number>; k += kTurned<Number>)
+        turn(w + g * kWidth * row + line + k, row, turned[g] + k);
+#pragma GCC unroll 4
+    for (int k = 0; k < kLineOf<Number>; k++)
 #pragma GCC unroll 8
-        for (int j = 0; j < kTurned<Number>; j++)
-#pragma GCC unroll 8
-          for (int r = 0; r < R; r++) sums[g][r] += all(a[r * a_stride + k + j]) * turned[j];
-      }
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) sums[g][r] += all(a[r * a_stride + line + k]) * turned[g][k];
   }
   for (int64_t k = whole; k < K; k++)
+#pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
       Number some[kWidth];
       for (int i = 0; i < kWidth; i++) some[i] = w[(g * kWidth + i) * row + k];
       const vf column = load(some);
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) sums[g][r] += all(a[r * a_stride + k]) * column;
     }
+#pragma GCC unroll 4
   for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       float *to = c + r * c_stride + g * kWidth;
       store(to, add ? load(to) + sums[g][r] : sums[g][r]);

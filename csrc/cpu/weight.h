@@ -57,8 +57,8 @@ inline Weight transposed(Weight w) {
  * for rows of 1.5 KB, of 15 that one core can read. */
 constexpr int64_t kApart = 4096, kMostGap = 8;
 
-/* G vectors of columns `gap` apart, and the gap - 1 columns that follow each, kDepth of k at a time,
- * while whole blocks of them are left. Returns the columns done. */
+/* G vectors of columns `gap` apart, and the gap - 1 columns that follow each, kDepth of k at a
+ * time, while whole blocks of them are left. Returns the columns done. */
 template <int G, class Source>
 inline int64_t multiply_narrow(const Source &w, int64_t rows, int64_t K, const float *x,
                                int64_t x_stride, int64_t first, int64_t gap, int64_t columns,
@@ -95,12 +95,14 @@ inline int64_t multiply_turned(const Source &w, int64_t rows, int64_t K, const f
   int64_t n = 0, gap = 1;
   while (gap < kMostGap && gap * w.row_bytes() < kApart) gap *= 2;
   for (; gap > 0; gap /= 2) {
-    /* Few rows of narrow numbers come too fast for one sum in each element of a vector. */
-    if constexpr (Source::kGroups > 1)
-      if (rows == 1)
-        n += multiply_narrow<Source::kGroups>(w, rows, K, x, x_stride, first + n, gap, columns - n,
-                                              c + n, c_stride);
-    n += multiply_narrow<1>(w, rows, K, x, x_stride, first + n, gap, columns - n, c + n, c_stride);
+    /* One row of narrow numbers comes too fast for one sum in each element of a vector. */
+    const auto columns_by = [&]<int G>() __attribute__((always_inline)) {
+      if constexpr (G <= Source::kGroups)
+        n += multiply_narrow<G>(w, rows, K, x, x_stride, first + n, gap, columns - n, c + n,
+                                c_stride);
+    };
+    if (rows == 1) columns_by.template operator()<4>(), columns_by.template operator()<2>();
+    columns_by.template operator()<1>();
   }
   return n;
 }

@@ -150,3 +150,29 @@ def test_gradients_in_x_through_quantised_experts(spec):
     got = run("moe_experts_backward", *args[:4], *weights, **form)
     plain = [w.dequantize() for w in weights]
     assert same(got, run("moe_experts_backward", *args[:4], *plain, **form))
+
+
+def test_no_rows_give_gradients_of_zero():
+    args, form = experts(0, 40, 30, 4, 2)
+    dx, dweights, *biases = run("moe_experts_backward", *args, **form)
+    assert (dx.shape, dweights.shape) == ((0, 40), (0, 2))
+    grads = [*biases, *run("moe_experts_weight_backward", *args, **form)]
+    dy, x, w = gemm(0, 33, 47, 3, torch.bfloat16)
+    offsets = torch.zeros(3, dtype=torch.int64)
+    assert run("grouped_gemm_dx", dy, w, offsets)[0].shape == (0, 47)
+    grads += run("grouped_gemm_dw", dy, x, offsets, w)
+    assert all(g.numel() > 0 and (g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("spec", [None, "mxfp4"])
+def test_gradients_of_a_token_have_the_same_bits_beside_any_others(spec):
+    (dy, x, ids, weights, *both), form = experts(150, 96, 64, 2, 2, torch.bfloat16)
+    ids.clamp_(min=0)
+    if spec:
+        both = [transom.quantize(w, spec) for w in both]
+    together = run("moe_experts_backward", dy, x, ids, weights, *both, **form)[:2]
+    for first, tokens in ((3, 1), (7, 2), (0, 9), (11, 130)):
+        some = slice(first, first + tokens)
+        alone = run("moe_experts_backward", dy[some], x[some], ids[some], weights[some], *both,
+                    **form)[:2]  # fmt: skip
+        assert same(alone, [g[some] for g in together])
