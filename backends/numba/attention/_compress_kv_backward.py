@@ -26,27 +26,30 @@ def _put(b, row, first, value, gate, rest, head, place, outs, dbias):
     dkv, dgate, dstate_kv, dstate_gate, dnext_kv, dnext_gate = outs
     size = value.shape[0]
     if row >= rest:  # the next state is a copy of these rows
-        some, more = dnext_kv[b, row - rest], dnext_gate[b, row - rest]
+        some = dnext_kv[b, row - rest, first : first + size]
+        more = dnext_gate[b, row - rest, first : first + size]
         for c in range(size):
-            value[c] += some[first + c]
-            gate[c] += more[first + c]
+            value[c] += some[c]
+            gate[c] += more[c]
     if row >= head:
-        into, below, total = dkv[b, row - head], dgate[b, row - head], dbias[place]
+        into = dkv[b, row - head, first : first + size]
+        below = dgate[b, row - head, first : first + size]
+        total = dbias[place, first : first + size]
         for c in range(size):
-            into[first + c] = narrow(value[c], into)
-            below[first + c] = narrow(gate[c], below)
-            total[first + c] += gate[c]
+            into[c] = narrow(value[c], into)
+            below[c] = narrow(gate[c], below)
+            total[c] += gate[c]
     elif dstate_kv.size > 0:
-        for c in range(size):
-            dstate_kv[b, row, first + c] = value[c]
-            dstate_gate[b, row, first + c] = gate[c]
+        dstate_kv[b, row, first : first + size] = value
+        dstate_gate[b, row, first : first + size] = gate
 
 
 @part
-def _entry(b, i, first, sources, before, head, pending, dentries, outs, dbias, room):
+def _entry(b, i, first, size, sources, before, head, pending, dentries, outs, dbias, room):
     kv, gate, bias, state_kv, state_gate = sources
-    m, (blocks, D), size = bias.shape[0], dentries.shape[1:], room.shape[1]
-    peak, g, v, total, mass = room[0], room[1], room[2], room[3], room[4]
+    m, (blocks, D) = bias.shape[0], dentries.shape[1:]
+    peak, g, v = room[0, :size], room[1, :size], room[2, :size]
+    total, mass = room[3, :size], room[4, :size]
     halves, rest = 2 if before else 1, blocks * m
     peak[:] = _LOWEST
     for half in range(halves):
@@ -69,14 +72,14 @@ def _entry(b, i, first, sources, before, head, pending, dentries, outs, dbias, r
     for c in range(size):
         mass[c] = np.float32(1) if mass[c] == 0 else mass[c]
         total[c] /= mass[c]
-    of = dentries[b, i]
+    of = dentries[b, i, first : first + size]
     for half in range(halves):
         for row in range((i + half) * m, (i + half + 1) * m):
             gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
             values_of(b, row, half * D + first, v, head, kv, state_kv)
             for c in range(size):
                 held = np.float32(0) if g[c] == _LOWEST else v[c]
-                d = exp(g[c] - peak[c]) / mass[c] * wide(of[first + c])
+                d = exp(g[c] - peak[c]) / mass[c] * wide(of[c])
                 v[c], g[c] = d, d * (held - total[c])
             _put(b, row, half * D + first, v, g, rest, head, (row - before) % m, outs, dbias)
 
@@ -87,11 +90,14 @@ def _task(task, thread, sources, before, pending, dentries, outs, dbias, room):
     kv, bias = sources[0], sources[2]
     m, (blocks, D), first = bias.shape[0], dentries.shape[1:], task * CHANNELS
     size, head = min(CHANNELS, D - first), before + pending
-    work, count, rest = room[thread, :, :size], before + pending + kv.shape[1], blocks * m
-    value, gate = work[0], work[1]
+    count, rest = head + kv.shape[1], blocks * m
+    value, gate = room[thread, 0, :size], room[thread, 1, :size]
     for b in range(kv.shape[0]):
         for i in range(blocks):
-            _entry(b, i, first, sources, before, head, pending, dentries, outs, dbias, work)
+            _entry(
+                b, i, first, size, sources, before, head, pending, dentries, outs, dbias,
+                room[thread],
+            )  # fmt: skip
         for half in range(2 if before else 1):
             own = half == 1 or before == 0
             # Rows that no entry takes: beyond the last block; of own halves, the block before's.

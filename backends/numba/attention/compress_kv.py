@@ -32,7 +32,9 @@ def _entry(task, thread, kv, gate, bias, state_kv, state_gate, before, pending, 
     m, head, pieces = bias.shape[0], before + pending, -(-entries.shape[2] // CHANNELS)
     b, i, first = task // (blocks * pieces), task // pieces % blocks, task % pieces * CHANNELS
     size = min(CHANNELS, D - first)
-    peak, g, v, total, mass = room[thread, :, :size]
+    work = room[thread]
+    peak, g, v = work[0, :size], work[1, :size], work[2, :size]
+    total, mass = work[3, :size], work[4, :size]
     halves = 2 if before else 1
     peak[:] = _LOWEST
     for half in range(halves):

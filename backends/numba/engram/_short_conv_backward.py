@@ -40,7 +40,7 @@ def _position(b, s, first, dy, v, weight, state, dilation, dz, sums):
         z, open_ = dz[c], sigmoid(dz[c])
         dz[c] = wide(g[c]) * open_ * (np.float32(1) + z * (np.float32(1) - open_))
     for i in range(K):
-        into, row = sums[i], _some(b, s + i * dilation, first, size, v, state)
+        into, row = sums[i, :size], _some(b, s + i * dilation, first, size, v, state)
         for c in range(size):
             into[c] += dz[c] * wide(row[c])
 
@@ -66,7 +66,7 @@ def _gradient(b, at, first, dnew, weight, dilation, S, ring, total):
 def _task(task, thread, dy, dnew, v, weight, state, dilation, dv, dweight, dstate, rings, room):
     (B, S, C), K, reach, first = v.shape, weight.shape[0], state.shape[1], task * CHANNELS
     size = min(CHANNELS, C - first)
-    ring, total, sums = rings[thread], room[thread, 0, :size], room[thread, 1:, :size]
+    ring, total, sums = rings[thread], room[thread, 0, :size], room[thread, 1:]
     for i in range(K):
         sums[i, :] = np.float32(0)
         dweight[i, first : first + size] = np.float32(0)
@@ -81,7 +81,7 @@ def _task(task, thread, dy, dnew, v, weight, state, dilation, dv, dweight, dstat
                 out[c] = narrow(total[c], out)
             if at % ROWS == ROWS - 1 or at == S + reach - 1:
                 for i in range(K):
-                    into, some = dweight[i, first : first + size], sums[i]
+                    into, some = dweight[i, first : first + size], sums[i, :size]
                     for c in range(size):
                         into[c] += some[c]
                         some[c] = np.float32(0)

@@ -28,15 +28,15 @@ def _mixed(shares, rows, total, out, first):
     """out[first + d] = sum_k shares[k] * rows[k, d]."""
     size = total.shape[0]
     into = out[first : first + size]
-    if rows.shape[0] == 4:
-        a, b, c, d = rows[0], rows[1], rows[2], rows[3]
+    if shares.shape[0] == 4:
+        a, b, c, d = rows[0, :size], rows[1, :size], rows[2, :size], rows[3, :size]
         p, q, r, s = shares[0], shares[1], shares[2], shares[3]
         for i in range(size):
             into[i] = narrow(p * a[i] + q * b[i] + r * c[i] + s * d[i], into)
         return
     total[:] = np.float32(0)
-    for k in range(rows.shape[0]):
-        row, share = rows[k], shares[k]
+    for k in range(shares.shape[0]):
+        row, share = rows[k, :size], shares[k]
         for i in range(size):
             total[i] += share * row[i]
     for i in range(size):
@@ -47,8 +47,8 @@ def _mixed(shares, rows, total, out, first):
 def _products(row, rows, sums):
     """sums[k] += row . rows[k]."""
     size = row.shape[0]
-    if rows.shape[0] == 4:
-        a, b, c, d = rows[0], rows[1], rows[2], rows[3]
+    if sums.shape[0] == 4:
+        a, b, c, d = rows[0, :size], rows[1, :size], rows[2, :size], rows[3, :size]
         sa = sb = sc = sd = np.float32(0)
         for i in range(size):
             sa += row[i] * a[i]
@@ -60,8 +60,8 @@ def _products(row, rows, sums):
         sums[2] += sc
         sums[3] += sd
         return
-    for k in range(rows.shape[0]):
-        other, total = rows[k], np.float32(0)
+    for k in range(sums.shape[0]):
+        other, total = rows[k, :size], np.float32(0)
         for i in range(size):
             total += row[i] * other[i]
         sums[k] += total
@@ -74,10 +74,9 @@ def _token(t, thread, dy, f, x, post, comb, df, dx, dpost, dcomb, room):
     dcomb[t, :, :] = np.float32(0)
     for first in range(0, D, PIECE):
         size = min(PIECE, D - first)
-        work = room[thread, :, :size]
-        grads, row, total = work[:R], work[R], work[R + 1]
+        grads, row, total = room[thread], room[thread, R, :size], room[thread, R + 1, :size]
         for k in range(R):
-            _widen(dy[t, k], first, grads[k])
+            _widen(dy[t, k], first, grads[k, :size])
         _widen(f[t], first, row)
         _products(row, grads, dpost[t])
         _mixed(post[t], grads, total, df[t], first)

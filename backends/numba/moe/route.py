@@ -206,42 +206,53 @@ def _backward_task(task, thread, dweights, logits, ids, form, dlogits, room):
     p, ds = room[thread, padded + E : padded + E + K], room[thread, padded + E + K :]
     for t in range(task * TOKENS, min((task + 1) * TOKENS, T)):
         row, out, chosen, used = logits[t], dlogits[t], ids[t], False
+        out[:] = np.float32(0)
+        full[:] = np.float32(0)
         for i in range(K):
             used = used or chosen[i] >= 0
-        full[:] = np.float32(0)
-        if used:
-            for e in range(E):
-                z[e] = row[e]
+        if not used:
+            continue
+        if score == SOFTMAX:
+            z[:E] = row
             z[E:] = _LOWEST
             _scores(z, score)
-            _chosen(z, chosen, dweights[t], form, p, ds)
+        else:  # no other score depends on the experts that were not chosen
             for i in range(K):
                 if chosen[i] >= 0:
-                    full[chosen[i]] += ds[i]
-            _slopes(row, z, full, score)
-        for e in range(E):
-            out[e] = full[e]
+                    z[chosen[i]] = _score(row[chosen[i]], score)
+        _chosen(z, chosen, dweights[t], form, p, ds)
+        for i in range(K):
+            if chosen[i] >= 0:
+                full[chosen[i]] += ds[i]
+        if score == SOFTMAX:
+            dot = np.float32(0)
+            for e in range(E):
+                dot += full[e] * z[e]
+            for e in range(E):
+                out[e] = z[e] * (full[e] - dot)
+        else:
+            for i in range(K):
+                e = chosen[i]
+                if e >= 0:
+                    out[e] = full[e] * _slope(row[e], z[e], score)
 
 
 @part
-def _slopes(row, s, full, score):
-    """full, the gradient of the scores, replaced by that of the logits."""
-    E = full.shape[0]
-    if score == SOFTMAX:
-        dot = np.float32(0)
-        for e in range(E):
-            dot += full[e] * s[e]
-        for e in range(E):
-            full[e] = s[e] * (full[e] - dot)
-    elif score == SIGMOID:
-        for e in range(E):
-            full[e] *= s[e] * sigmoid(-row[e])
-    elif score == SQRTSOFTPLUS:
-        for e in range(E):
-            slope = np.float32(0.5) * s[e]
-            if not row[e] < _ROOT:
-                slope = np.float32(0.5) * sigmoid(row[e]) / s[e]
-            full[e] *= slope
+def _score(z, score):
+    """The score of one logit, of those that are an expert's own."""
+    if score == SIGMOID:
+        return sigmoid(z)
+    return _sqrtsoftplus(z) if score == SQRTSOFTPLUS and z == z else z
+
+
+@part
+def _slope(z, s, score):
+    """ds/dz."""
+    if score == SIGMOID:
+        return s * sigmoid(-z)
+    if score == SQRTSOFTPLUS:
+        return np.float32(0.5) * (s if z < _ROOT else sigmoid(z) / s)
+    return _ONE
 
 
 @kernel
