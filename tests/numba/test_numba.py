@@ -145,12 +145,22 @@ def convolved(d):
     return (dy, kept, v, randn(300, 4)), dict(dilation=3)
 
 
+def attended(d):
+    (q, kv, indices), some = attention(d)
+    o, lse = transom.sparse_attention(q, kv, indices, **some, return_lse=True)
+    randn, _ = drawn(28)
+    given = randn(o.shape).to(d), randn(lse.shape), q, kv, indices, some["visible"]
+    numbers = dict(window=some["window"], scale=48**-0.5)
+    return (*given, some["local_kv"], randn(5), None, o, lse), numbers
+
+
 def mixed(d):
     randn, _ = drawn(23)
     return randn(70, 300).to(d), randn(70, 4), randn(70, 4, 4)
 
 
 CALLS |= {
+    "sparse_attention_backward": attended,
     "hashed_embedding_pooled": lookup,
     "hashed_embedding_backward": looked_up,
     "hashed_embedding_row_gradient": looked_up,

@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.attention.sparse_attention import sparse_attention
+from transom.kernels.attention.sparse_attention import (
+    sparse_attention,
+    sparse_attention_backward,
+)
 from transom.requires import at_most, last_dim_contiguous
 
 from .._arrays import array, flat, floats, given, scratch
@@ -14,6 +17,7 @@ from .._compile import kernel, part
 from .._numbers import narrow
 from .._pool import for_each, threads
 from .._product import LANES
+from ._sparse_attention_backward import numba as backward
 from ._tiles import KEYS, LOWEST, attend, clear, copy_row, finish, merge, pack, padded, whole
 
 SPLIT = 1024
@@ -89,9 +93,10 @@ def _run(cut, q, kv, local, lists, numbers, sink, o, lse, sums, room):
         for_each(_merge, some * o.shape[1], threads, (first, splits, sums, sink, o, lse))
 
 
-@sparse_attention.impl(
-    requires=(*floats("q"), last_dim_contiguous("kv", "local_kv"), at_most("N", 2**31 - 1))
-)
+REQUIRED = (*floats("q"), last_dim_contiguous("kv", "local_kv"), at_most("N", 2**31 - 1))
+
+
+@sparse_attention.impl(requires=REQUIRED)
 def numba(
     q: Tensor, kv: Tensor, indices: Tensor | None = None, *, visible: Tensor | None = None,
     local_kv: Tensor | None = None, window: int = 0, sink: Tensor | None = None, scale: float,
@@ -132,3 +137,6 @@ def numba(
         ),
     )  # fmt: skip
     return o, lse
+
+
+sparse_attention_backward.impl(requires=REQUIRED)(backward)
