@@ -403,7 +403,7 @@ def test_pieces_of_the_tokens_give_the_same_bits(monkeypatch):
 
 def close(op, got, args, kwargs, limit):
     with transom.use(**{op: "reference"}):
-        want = tensors(getattr(transom, op)(*args, **kwargs))
+        want = tensors(operator(op)(*args, **kwargs))
     for a, b in zip(got, want, strict=True):
         top = max(1.0, float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()))
         torch.testing.assert_close(a, b, rtol=0, atol=limit * top, equal_nan=True)
@@ -411,7 +411,7 @@ def close(op, got, args, kwargs, limit):
 
 def checked(op, *args, limit=2e-5, **kwargs):
     with transom.use(**{op: "numba"}):
-        got = tensors(getattr(transom, op)(*args, **kwargs))
+        got = tensors(operator(op)(*args, **kwargs))
     close(op, got, args, kwargs, limit)
     return got
 
@@ -451,6 +451,17 @@ def test_lists_that_are_cut_into_parts(length):
     checked("sparse_attention", q, kv, indices, local_kv=near, window=200, return_lse=True)
     checked("sparse_attention", q, kv, None, return_lse=True,
             visible=torch.tensor([[0, length]]))  # fmt: skip
+
+
+def test_gradients_over_lists_that_are_cut_into_parts(monkeypatch):
+    monkeypatch.setattr(module("attention._sparse_attention_backward"), "HELD", 1 << 20)
+    randn, randint = drawn(27)
+    q, kv, near = randn(2, 6, 3, 40), randn(2, 1500, 40), randn(2, 20, 40)
+    visible, some = randint(0, 1501, (2, 6)), dict(local_kv=near, window=5, v_dim=24)
+    o, lse = transom.sparse_attention(q, kv, visible=visible, **some, return_lse=True)
+    sinks = torch.full((3,), -torch.inf)
+    given = randn(2, 6, 3, 24), randn(2, 6, 3), q, kv, None, visible, near, sinks, None, o, lse
+    checked("sparse_attention_backward", *given, window=5, scale=40**-0.5)
 
 
 def test_rows_behind_no_index_are_never_read():
