@@ -47,6 +47,8 @@ class Attention:
     index_heads: int = 0
     index_dim: int = 128
     sink: bool = True
+    row_bytes: int = 0
+    """Of an entry as the model's cache packs it; 0: entries stay numbers."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class Model:
     notes: tuple[str, ...] = field(default=())
 
 
-_V4: dict[str, Any] = dict(head_dim=512, v_dim=512, scale=512**-0.5, window=128, index_heads=64)
+_V4: dict[str, Any] = dict(
+    head_dim=512, v_dim=512, scale=512**-0.5, window=128, index_heads=64, row_bytes=584
+)
 
 MODELS: dict[str, Model] = {
     m.name: m
@@ -121,7 +125,7 @@ MODELS: dict[str, Model] = {
             "v4.1-flash", "DeepSeek-V4.1-Flash", 5120,
             "vLLM and SGLang model files of DeepSeek-V4.1-Flash (secondary)",
             Experts(384, 6, 2304, "sqrtsoftplus", scale=1.5, limit=10.0),
-            Attention(64, top_k=512, ratios=(2,), **{**_V4, "index_heads": 32}),
+            Attention(64, top_k=512, ratios=(2,), **{**_V4, "index_heads": 32, "row_bytes": 288}),
             engram=Engram(4, 8, 256, 16_000_000, "fp8"),
             streams=4,
             notes=("entries of ratio 2; the real model selects from a pool of 16,384 of them",),

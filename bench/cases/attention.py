@@ -51,6 +51,11 @@ def _selected(
             "sparse_attention", model.name, f"{phase}, {kind}", dims, dtype, "plain",
             _attend(dims, attention), sweep=sweep,
         )  # fmt: skip
+        if entries and attention.row_bytes:
+            yield Case(
+                "sparse_attention_rows", model.name, f"{phase}, {kind}", dims, dtype,
+                "plain", _attend_rows(dims, attention), sweep=sweep,
+            )  # fmt: skip
         if dims["L"] and entries:
             inner = dict(
                 S=queries, tokens=tokens, N=entries, H=attention.index_heads, D=attention.index_dim,
@@ -135,6 +140,29 @@ def _attend(dims: Mapping[str, Any], attention: Attention) -> Callable[[Draw], I
         told = _told(copies, (N + M) * D * item)
         few = _few("q", "indices", "visible")
         return Inputs(draws, 2.0 * H * (D + Dv) * pairs, moved, few, cold=told)
+
+    return make
+
+
+def _attend_rows(dims: Mapping[str, Any], attention: Attention) -> Callable[[Draw], Inputs]:
+    """As _attend, with the entries packed into rows."""
+    attend, size = _attend(dims, attention), attention.row_bytes
+
+    def make(draw: Draw) -> Inputs:
+        import transom
+
+        inputs, packed = attend(draw), {}
+        draws = []
+        for values in inputs.draws:
+            given = dict(values)
+            kv = given.pop("kv")
+            if id(kv) not in packed:
+                packed[id(kv)] = transom.pack_cache_rows(kv, row_bytes=size)
+            draws.append({"q": given.pop("q"), "rows": packed[id(kv)], **given})
+        S, N, L = dims["S"], dims["N"], dims["L"]
+        saved = (min(N, S * L) if L else N) * (dims["D"] * draw.dtype.itemsize - size)
+        cold = f"queries new each call, {len(packed)} caches in turn"
+        return Inputs(draws, inputs.flops, inputs.bytes - saved, inputs.few, cold=cold)
 
     return make
 

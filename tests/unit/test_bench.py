@@ -20,9 +20,9 @@ from transom.op import OPS
 
 _ENDS = ("_backward", "_dx", "_dw", "_gradient", "_kl")
 _NAMES = sorted(n for n, op in OPS.items() if op.family in ("moe", "attention", "engram", "mhc"))
-# Cache rows: packing them is storage, and attention over them has no case of its own yet.
-_ROWS = {"pack_cache_rows", "unpack_cache_rows", "sparse_attention_rows"}
-FORWARD = [n for n in _NAMES if not n.endswith(_ENDS) and n not in _ROWS]
+# Packing the rows of a cache is storage.
+_STORAGE = {"pack_cache_rows", "unpack_cache_rows"}
+FORWARD = [n for n in _NAMES if not n.endswith(_ENDS) and n not in _STORAGE]
 GRADIENTS = [n for n in _NAMES if n.endswith(_ENDS)]
 
 
@@ -169,10 +169,10 @@ def test_selected_entries_are_visible_distinct_and_ascending():
 
 def test_useful_work_counts_attended_pairs_only():
     found = {c.label: c.make(Draw("f32")) for c in cases(["sparse_attention"], ["toy"], wanted())}
-    # 16 queries with a window of 4: 1 + 2 + 3 + 13 * 4 pairs, 4 heads of 16 + 16
-    assert found["prefill 16, window"].flops == 2 * 4 * 32 * 58
+    # 16 queries with a window of 4: 1 + 2 + 3 + 13 * 4 pairs, 4 heads of 512 + 512
+    assert found["prefill 16, window"].flops == 2 * 4 * 1024 * 58
     # and entries of 4 tokens, all of the at most 4 that there are: 4 * (1 + 2 + 3) + 4
-    assert found["prefill 16, CSA"].flops == 2 * 4 * 32 * (58 + 28)
+    assert found["prefill 16, CSA"].flops == 2 * 4 * 1024 * (58 + 28)
 
 
 def test_lengths_are_written_short():

@@ -10,7 +10,8 @@ from transom.bench.cases import PLAIN, Wanted, forget
 TOY = models.Model(
     "toy", "Toy", 32, "a test",
     models.Experts(16, 2, 32, "sigmoid", groups=4, top_groups=2, limit=10.0),
-    models.Attention(4, 16, 16, 0.25, 4, window=4, ratios=(4, 128), index_heads=2, index_dim=8),
+    models.Attention(4, 512, 512, 0.05, 4, window=4, ratios=(4, 128), index_heads=2, index_dim=8,
+                     row_bytes=584),
     models.Blocks(4, 2, 8, 4, 3), models.Engram(3, 2, 32, 64, "bf16"), streams=2, iterations=3,
 )  # fmt: skip
 
