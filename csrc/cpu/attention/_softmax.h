@@ -20,9 +20,10 @@ inline vf weight_of(vf x) { return x < -87.336f ? vf{} : exp(x); }
 
 inline float weight_of(float x) { return weight_of(all(x))[0]; }
 
-/* Natural logarithm of numbers >= 1, of 0 (-inf) and of NaN, to 1 unit in the last place. */
+/* Natural logarithm of numbers >= 0 and of NaN, to 1 unit in the last place. */
 inline float log_of(float x) {
   if (!(x > 0.0f) || x > 3e38f) return x == 0.0f ? kNever : x;
+  if (x < 0x1p-126f) return log_of(x * 0x1p24f) - 16.635532f;
   /* x = 2^n m, m in sqrt(1/2)..sqrt(2); log m = 2 atanh((m - 1) / (m + 1)), as double. */
   const uint32_t bits = bits_as<uint32_t>(x);
   int n = static_cast<int>(bits >> 23) - 127;
