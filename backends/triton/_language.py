@@ -1,0 +1,85 @@
+"""Device functions that kernels share, in the Triton of 3.2: products, number formats, activations.
+
+No 64-bit high product, no float8 pointers (their bytes are decoded here), no float atomics.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton import jit
+
+from . import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+
+
+# What the interpreter does wrong with bfloat16 (triton 3.9) stands here and nowhere else: kernels
+# load it, take it to float32 at once, and let `narrow` and `dot` do the rest.
+
+
+@jit
+def narrow(x, DTYPE: tl.constexpr):
+    """float32 rounded to DTYPE, ties to even; what every kernel stores its results with."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # it cuts the low bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@jit
+def bfloat16_probe(x, y, n, B: tl.constexpr):
+    at = tl.arange(0, B)
+    v = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32) * 1.0078125 + 0.00390625
+    tl.store(y + at, narrow(v, y.dtype.element_ty), mask=at < n)
+
+
+@jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, summed in float32; a and b of one dtype."""
+    if INTERPRETED:  # it multiplies the bits; products of float32 are the same numbers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc)
+
+
+# Both small floats have few exponents: a code moved to float32's place, with its bias added, is the
+# value t of a normal number; a subnormal code's is 2*t less its smallest normal. No step meets a
+# subnormal float32, which a processor may be set to flush.
+
+
+@jit
+def e4m3(code):
+    """The value of an E4M3FN byte as float32; 0x7F and 0xFF are NaN."""
+    bits = code.to(tl.int32)
+    t = (((bits & 127) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where((bits & 120) != 0, t, 2.0 * t - 0.015625)
+    value = tl.where((bits & 127) == 127, float("nan"), value)
+    return tl.where((bits & 128) != 0, -value, value)
+
+
+@jit
+def e2m1(code):
+    """The value of the low four bits as float32: 0, .5, 1, 1.5, 2, 3, 4, 6 and negatives."""
+    bits = code.to(tl.int32)
+    t = (((bits & 7) << 22) + (126 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where((bits & 6) != 0, t, 2.0 * t - 1.0)
+    return tl.where((bits & 8) != 0, -value, value)
+
+
+@jit
+def scale_of(stored):
+    """A stored scale as float32: itself, or 2^(byte-127) of an E8M0 byte; 255 is NaN."""
+    if stored.dtype == tl.float32:
+        return stored
+    bits = stored.to(tl.int32)
+    bits = tl.where(bits == 0, 1 << 22, tl.where(bits == 255, 0x7FC00000, bits << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without a quotient of infinities."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)

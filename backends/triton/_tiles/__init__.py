@@ -1,0 +1,1 @@
+"""Tiles by operator, case and architecture, as JSON: read by _choice.py."""

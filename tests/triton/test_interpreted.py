@@ -1,0 +1,43 @@
+"""Every Triton kernel in Triton's interpreter: the conformance kit, in a process for each family.
+
+TRITON_INTERPRET must be set before Triton is imported, and holds for the whole process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import transom
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+EXAMPLES = os.environ.get("TRANSOM_TEST_EXAMPLES", "2")
+LEFT_OUT = ("memory", "threads")
+"""Many calls, which ask little of a kernel and take the interpreter minutes."""
+OPS = {
+    name: op
+    for name, op in transom.ops().items()
+    if (ROOT / "backends/triton" / f"{op.path}.py").exists()
+}
+
+
+@pytest.mark.parametrize("family", sorted({op.family for op in OPS.values()}))
+def test_every_operator_conforms(family):
+    asked = [name for name, op in OPS.items() if op.family == family]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
+         str(ROOT / "tests/conformance"), "--transom-impl", "triton", "--transom-ops",
+         ",".join(asked), "--transom-examples", EXAMPLES, "-k", f"not ({' or '.join(LEFT_OUT)})"],
+        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
