@@ -83,3 +83,43 @@ def sigmoid(x):
     """1 / (1 + exp(-x)) without a quotient of infinities."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@jit
+def gate_value(g, alpha, ACTIVATION: tl.constexpr):
+    """f(g) of a gated activation; NaN stays NaN."""
+    if ACTIVATION == "silu":
+        return g * sigmoid(g)
+    if ACTIVATION == "swiglu_oai":
+        return g * sigmoid(alpha * g)
+    if ACTIVATION == "gelu":
+        return g * (0.5 * (1.0 + tl.erf(g * 0.7071067811865476)))
+    if ACTIVATION == "gelu_tanh":
+        return 0.5 * g * (1.0 + _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)))
+    return tl.where(g < 0, 0.0, g)
+
+
+@jit
+def gate_slope(g, alpha, ACTIVATION: tl.constexpr):
+    """df/dg of `gate_value`."""
+    if ACTIVATION == "silu":
+        s = sigmoid(g)
+        return s * (1.0 + g * (1.0 - s))
+    if ACTIVATION == "swiglu_oai":
+        s = sigmoid(alpha * g)
+        return s * (1.0 + alpha * g * (1.0 - s))
+    if ACTIVATION == "gelu":
+        density = tl.exp(-0.5 * g * g) * 0.3989422804014327
+        return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
+    if ACTIVATION == "gelu_tanh":
+        t = _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g))
+        inner = 0.7978845608028654 * (1.0 + 0.134145 * g * g)
+        return 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * inner
+    return tl.where(g > 0, 1.0, tl.where(g == g, 0.0, g))
+
+
+@jit
+def _tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
