@@ -139,57 +139,90 @@ def add_product(
     here = weight + e * w_e
     if FORMAT == "plain":
         d = k0 + tl.arange(0, BK)
-        a_mask, w_mask = inside_r[:, None], inside_o[None, :]
+        w_mask = inside_o[None, :]
         if not EVEN:
-            a_mask, w_mask = a_mask & (d < K)[None, :], w_mask & (d < K)[:, None]
-        from_x = x + row[:, None] + d[None, :] * x_k
+            w_mask = w_mask & (d < K)[:, None]
         b = tl.load(here + o[None, :] * w_o + d[:, None] * w_d, mask=w_mask, other=0.0)
         b = b.to(COMPUTE)
-        acc = dot(tl.load(from_x, mask=a_mask, other=0.0).to(COMPUTE), b, acc, PRECISION)
+        a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+        acc = dot(a, b, acc, PRECISION)
         if SPLIT:
-            a = tl.load(from_x + low, mask=a_mask, other=0.0)
-            acc = dot(a.to(COMPUTE), b, acc, PRECISION)
-        return acc
+            a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+            acc = dot(a, b, acc, PRECISION)
+    else:
+        acc = _add_codes(
+            acc, x, low, row, inside_r, x_k, here, scales + e * s_e, zeros, e * s_e, o, k0, K,
+            last_o, w_o, w_d, s_o, s_d,
+            BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, SPLIT, EVEN,
+        )  # fmt: skip
+    return acc
+
+
+@jit
+def _rows_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr):
+    mask = inside_r[:, None]
+    if not EVEN:
+        mask = mask & (d < K)[None, :]
+    return tl.load(x + row[:, None] + d[None, :] * x_k, mask=mask, other=0.0).to(COMPUTE)
+
+
+@jit
+def _add_codes(
+    acc, x, low, row, inside_r, x_k, weight, scales, zeros, s_at, o, k0, K, last_o, w_o, w_d, s_o,
+    s_d,
+    BK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALING: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """`add_product` of codes; weight and scales are the expert's, zeros lie at s_at of all."""
     # Codes are read from places clamped into the weight: what x is multiplied with there is zero.
     o = tl.minimum(o, last_o)
+    here = zeros
+    if FORMAT == "int4":
+        here = zeros + s_at
     if SCALING == "after":
         total = tl.zeros_like(acc)
     else:
         total = acc
     if PACKED == "depth":  # a byte holds an even d and the next: two products of half the depth
         place = k0 // 2 + tl.arange(0, BK // 2)
-        code = tl.load(here + o[None, :] * w_o + tl.minimum(place, K // 2 - 1)[:, None] * w_d)
+        if not EVEN:
+            place = tl.minimum(place, K // 2 - 1)
+        codes = tl.load(weight + o[None, :] * w_o + place[:, None] * w_d)
         for odd in tl.static_range(2):
             d = k0 + 2 * tl.arange(0, BK // 2) + odd
+            kept = d
+            if not EVEN:
+                kept = tl.minimum(d, K - 1)
             b = _scaled(
-                code >> (4 * odd), scales + e * s_e, zeros + e * s_e if FORMAT == "int4" else None,
-                o, tl.minimum(d, K - 1), k0, s_o, s_d, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
+                codes >> (4 * odd), scales, here, o, kept, k0, s_o, s_d,
+                FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
             )  # fmt: skip
-            from_x, a_mask = x + row[:, None] + d[None, :] * x_k, inside_r[:, None] & (d < K)[None, :]
-            a = tl.load(from_x, mask=a_mask, other=0.0)
-            total = dot(a.to(COMPUTE), b, total, PRECISION)
+            a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+            total = dot(a, b, total, PRECISION)
             if SPLIT:
-                a = tl.load(from_x + low, mask=a_mask, other=0.0)
-                total = dot(a.to(COMPUTE), b, total, PRECISION)
+                a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+                total = dot(a, b, total, PRECISION)
     else:
         d = k0 + tl.arange(0, BK)
-        kept = tl.minimum(d, K - 1)
+        kept = d
+        if not EVEN:
+            kept = tl.minimum(d, K - 1)
         if PACKED == "out":
-            code = tl.load(here + (o // 2)[None, :] * w_o + kept[:, None] * w_d)
-            code = code >> (4 * (o % 2))[None, :].to(tl.uint8)
+            codes = tl.load(weight + (o // 2)[None, :] * w_o + kept[:, None] * w_d)
+            codes = codes >> (4 * (o % 2))[None, :].to(tl.uint8)
         else:
-            code = tl.load(here + o[None, :] * w_o + kept[:, None] * w_d)
+            codes = tl.load(weight + o[None, :] * w_o + kept[:, None] * w_d)
         b = _scaled(
-            code, scales + e * s_e, zeros + e * s_e if FORMAT == "int4" else None, o, kept, k0,
-            s_o, s_d, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
+            codes, scales, here, o, kept, k0, s_o, s_d,
+            FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
         )  # fmt: skip
-        from_x, a_mask = x + row[:, None] + d[None, :] * x_k, inside_r[:, None] & (d < K)[None, :]
-        a = tl.load(from_x, mask=a_mask, other=0.0)
-        total = dot(a.to(COMPUTE), b, total, PRECISION)
+        a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+        total = dot(a, b, total, PRECISION)
         if SPLIT:
-            a = tl.load(from_x + low, mask=a_mask, other=0.0)
-            total = dot(a.to(COMPUTE), b, total, PRECISION)
+            a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+            total = dot(a, b, total, PRECISION)
     if SCALING == "after":
         at = (o // BLOCK_O) * s_o + (k0 // BLOCK_D) * s_d
-        total = acc + total * scale_of(tl.load(scales + e * s_e + at))[None, :]
+        total = acc + total * scale_of(tl.load(scales + at))[None, :]
     return total

@@ -1,0 +1,410 @@
+"""Every kernel of every operator compiled ahead of time, without a device: `transom verify
+--compile`.
+
+Operators' host functions are called with tensors that have no memory (torch's meta device); what
+they launch is noted, with every tile that the tables list, and compiled as a launch on the target
+would be: the same argument types, divisibility and constants. Compilers run in processes of their
+own: one that dies is a finding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import transom
+from transom.dtypes import QUANTIZED
+from transom.op import Op
+from transom.weights import checked_group, grid_size, weight_from
+
+from ._choice import ARCHITECTURES, Tile
+
+if TYPE_CHECKING:
+    from ._launch import Launch
+
+SHARED = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
+    "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
+"""KiB of shared memory that one program may have. Source: CUDA C++ Programming Guide, table of
+technical specifications; AMD CDNA 3 and CDNA 4 ISA documents (LDS)."""
+
+SPILLS = {"forward": 0, "backward": 256}
+"""Bytes a thread that a chosen tile may spill."""
+
+SECONDS = 600.0
+"""After so long without a sign a compiler is taken to hang."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target, and what is wrong with it."""
+
+    op: str
+    kernel: str
+    target: str
+    call: str
+    """The operator's call that launched it, in a few words."""
+    tile: str
+    chosen: bool
+    """True if the table's first tile (or none) was compiled: what a user gets."""
+    registers: int = 0
+    spills: int = 0
+    """Bytes of a thread's stack."""
+    shared: int = 0
+    """Bytes of a program."""
+    wide: int = 0
+    """Loads of 16 bytes in the text, of all loads from device memory the widest."""
+    product: str = ""
+    """The instruction that products run on, or empty."""
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What compiling came to."""
+
+    targets: tuple[str, ...]
+    ops: tuple[str, ...]
+    kernels: list[Compiled] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> list[Compiled]:
+        """Those with faults."""
+        return [k for k in self.kernels if k.faults]
+
+    @property
+    def passed(self) -> bool:
+        """Something was compiled, and nothing has a fault."""
+        return bool(self.kernels) and not self.failed
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def offered() -> list[str]:
+    """The operators that this backend has kernels for."""
+    here = Path(__file__).parent
+    return [name for name, op in transom.ops().items() if (here / f"{op.path}.py").exists()]
+
+
+def targets(text: str) -> tuple[str, ...]:
+    """`all`, or names separated by commas; ValueError for one that is not known."""
+    if text == "all":
+        return ARCHITECTURES
+    names = tuple(n.strip() for n in text.split(","))
+    for name in names:
+        if name not in SHARED:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"target is {name!r}; expected all, or some of {known}")
+    return names
+
+
+# The process that asks --------------------------------------------------------------------------
+
+
+def compile_all(
+    wanted: tuple[str, ...], ops: list[str] | None = None, *, every: bool = True, jobs: int = 1,
+    seconds: float = SECONDS, progress: Callable[[int, int], None] = lambda *_: None,
+) -> Outcome:  # fmt: skip
+    """Compile what the operators launch, for each target, in `jobs` processes at a time.
+
+    every   all examples, dtypes, formats and tiles; else the first tile of bfloat16 and, if it has
+            quantised weights, of mxfp4
+    """
+    began = time.monotonic()
+    names = [n for n in offered() if ops is None or n in ops]
+    outcome = Outcome(wanted, tuple(names))
+    done = 0
+
+    def one(op: str) -> list[Compiled]:
+        nonlocal done
+        found = list(_batch(op, wanted, every, seconds))
+        done += 1
+        progress(done, len(names))
+        return found
+
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        for found in pool.map(one, names):
+            outcome.kernels += found
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _batch(op: str, wanted: tuple[str, ...], every: bool, seconds: float) -> Iterator[Compiled]:
+    """One operator; after a crash a new process goes on behind the kernel that crashed."""
+    first = 0
+    while True:
+        request = {"op": op, "targets": wanted, "every": every, "first": first}
+        now: dict[str, Any] | None = None
+        with tempfile.TemporaryDirectory() as cache:
+            child = subprocess.Popen(
+                [sys.executable, "-m", __name__, json.dumps(request)], stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True,
+                env={**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"},
+            )  # fmt: skip
+            timer = _Silence(child, seconds)
+            assert child.stdout is not None and child.stderr is not None
+            for line in child.stdout:
+                timer.again()
+                event = json.loads(line) if line.startswith("{") else {}
+                if "start" in event:
+                    now, first = event["start"], event["number"] + 1
+                elif "done" in event:
+                    now = None
+                    yield Compiled(**event["done"])
+            errors = child.stderr.read()
+            code = child.wait()
+            timer.stop()
+        if code == 0:
+            return
+        last = next((x for x in reversed(errors.splitlines()) if x.strip()), "")
+        how = f"the compiler's process ended with status {code}: {' '.join(last.split())[:300]}"
+        if now is None:  # not at a kernel: nothing to go on behind
+            yield Compiled(op, "", ",".join(wanted), "", "", True, faults=[how])
+            return
+        yield Compiled(**{**now, "faults": [how]})
+
+
+class _Silence:
+    """Ends a process that has been silent for too long."""
+
+    def __init__(self, child: subprocess.Popen[str], seconds: float) -> None:
+        self.child, self.seconds, self.timer = child, seconds, None
+        self.again()
+
+    def again(self) -> None:
+        import threading
+
+        self.stop()
+        self.timer = threading.Timer(self.seconds, self.child.kill)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+# The process that compiles ----------------------------------------------------------------------
+
+
+def main(request: dict[str, Any]) -> None:
+    """Compile one operator's kernels; a line of JSON before and after each."""
+    op = transom.ops()[request["op"]]
+    jobs = launches(op, request["targets"], request["every"])
+    for number, (target, launch, call, chosen) in enumerate(jobs):
+        if number < request["first"]:
+            continue
+        about = {
+            "op": op.name, "kernel": launch.name, "target": target, "call": call,
+            "tile": str(launch.tile), "chosen": chosen,
+        }  # fmt: skip
+        print(json.dumps({"start": about, "number": number}), flush=True)
+        found = compiled(launch, target, Compiled(**about))
+        print(json.dumps({"done": asdict(found)}), flush=True)
+
+
+def launches(
+    op: Op[..., Any], wanted: tuple[str, ...], every: bool
+) -> Iterator[tuple[str, Launch, str, bool]]:
+    """(target, launch, call, True for the table's first tile) of every kernel that differs."""
+    from ._launch import record
+
+    function = implementation(op)
+    for target in wanted:
+        seen = set()
+        for call, values in calls(op, every):
+            nth = more = 0
+            while nth <= more:
+                listed: list[int] = []
+
+                def choose(
+                    entry: str, tiles: tuple[Tile, ...], nth: int = nth, listed: list[int] = listed
+                ) -> Tile:
+                    listed.append(len(tiles))
+                    return tiles[min(nth, len(tiles) - 1)]
+
+                with record(target, choose) as noted:
+                    op._invoke(function, *values)
+                for launch in noted:
+                    key = identity(launch)
+                    if key not in seen:
+                        seen.add(key)
+                        yield target, launch, call, nth == 0
+                more = max(listed, default=1) - 1 if every else 0
+                nth += 1
+
+
+def identity(launch: Launch) -> str:
+    """What decides the machine code of a launch."""
+    return repr((
+        launch.name, launch.signature(), launch.constexprs(), launch.divisible(),
+        launch.tile.warps, launch.tile.stages,
+    ))  # fmt: skip
+
+
+def implementation(op: Op[..., Any]) -> Callable[..., Any]:
+    """The operator's host function, whether or not this machine has a device for it."""
+    importlib.import_module(f"{__package__}.{op.path.replace('/', '.')}")
+    return op.impls["triton"].function
+
+
+def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(in a few words, values on the meta device) of the operator's examples, in every dtype and
+    every format of weights that the implementation accepts."""
+    from transom.cli.calls import declared_call
+    from transom.cli.console import Refusal
+
+    function = implementation(op)
+    assert function is op.impls["triton"].function
+    weights = [p.name for p in op.parameters if p.role == "weight"]
+    formats = ("", *QUANTIZED) if weights else ("",)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if every else (torch.bfloat16,)
+    examples = op.examples if every else op.examples[-1:]
+    for example in examples:
+        for dtype in dtypes:
+            for name in formats if every else formats[:: len(QUANTIZED)]:
+                settings = dict.fromkeys(weights, name) if name else {}
+                try:
+                    call = declared_call(op, {}, dtype, settings, example)
+                    facts = call.facts("cuda", ARCHITECTURES[0])
+                except (ValueError, TypeError, Refusal):
+                    continue  # the declaration has no such call
+                if op.impls["triton"].reasons(facts):
+                    continue
+                values = tuple(_without_memory(v) for v in call.values)
+                short = str(dtype).removeprefix("torch.")
+                text = " ".join(f"{k}={v}" for k, v in example.items())
+                yield f"{short} {name} {text}".replace("  ", " "), values
+
+
+def _without_memory(value: Any) -> Any:
+    shape, kind = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None:
+        return value
+    if not isinstance(kind, str):
+        return torch.empty(shape, dtype=kind, device="meta")
+    rows, columns = checked_group(kind, None)
+    *lead, n, k = shape
+    grid = (*lead, grid_size(n, rows), grid_size(k, columns))
+    packed = kind in ("int4", "mxfp4")
+    stored = torch.int8 if kind == "int8" else torch.uint8
+    values = torch.empty((*lead, n, k // 2 if packed else k), dtype=stored, device="meta")
+    scales = torch.uint8 if kind == "mxfp4" else torch.float32
+    zeros = torch.empty(grid, dtype=torch.uint8, device="meta") if kind == "int4" else None
+    return weight_from(
+        values, torch.empty(grid, dtype=scales, device="meta"), zeros, f"{kind}:{rows}x{columns}"
+    )
+
+
+def compiled(launch: Launch, target: str, about: Compiled) -> Compiled:
+    """`about` with what the compiler says of the kernel; an error of the compiler is a fault."""
+    began = time.monotonic()
+    try:
+        binary = compile_launch(launch, target)
+    except Exception as error:  # compilers raise what they like
+        fault = " ".join(str(error).split())[-400:] or type(error).__name__
+        return Compiled(**{**asdict(about), "faults": [fault]})
+    read = _nvidia if target.startswith("sm_") else _amd
+    figures = {**read(binary.asm), "shared": int(binary.metadata.shared)}
+    figures["seconds"] = round(time.monotonic() - began, 2)
+    done = Compiled(**{**asdict(about), **figures})
+    done.faults.extend(faults(done, launch, binary.asm["ttir"]))
+    return done
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Triton's compiled kernel for a target, as a launch there would compile it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    source = ASTSource(
+        launch.kernel, launch.signature(),
+        constexprs={(names.index(n),): value for n, value in launch.constexprs().items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in launch.divisible()},
+    )  # fmt: skip
+    to = (
+        GPUTarget("cuda", int(target[3:]), 32)
+        if target.startswith("sm_")
+        else GPUTarget("hip", target, 64)
+    )
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+    return triton.compile(source, target=to, options=options)
+
+
+def faults(kernel: Compiled, launch: Launch, ttir: str) -> Iterator[str]:
+    """What a compiled kernel must not be."""
+    limit = SHARED[kernel.target] * 1024
+    if kernel.shared > limit:
+        yield f"shared memory is {kernel.shared} bytes; {kernel.target} has {limit}"
+    way = "backward" if "backward" in kernel.op or kernel.op.endswith(("_dx", "_dw")) else "forward"
+    # What is listed beside the chosen tile is for tuning: it is measured, not judged.
+    if kernel.chosen and kernel.spills > SPILLS[way]:
+        yield f"a thread spills {kernel.spills} bytes; {SPILLS[way]} are allowed ({way})"
+    if not kernel.product and re.search(_PRODUCT, ttir):
+        yield "its products do not run on matrix instructions"
+    if launch.constants.get("EVEN") and not kernel.wide:
+        yield "no load of 16 bytes; its rows are aligned and allow them"
+
+
+# A product of narrow elements, or of float32 that need not be multiplied as float32.
+_PRODUCT = r"tt\.dot [^\n]*(inputPrecision = 0|inputPrecision = 1|x(bf16|f16)>)"
+
+
+def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
+    ptx = asm["ptx"]
+    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(tools / "cuobjdump"), "--dump-resource-usage", file.name], capture_output=True,
+            text=True, check=True,
+        ).stdout  # fmt: skip
+    product = re.search(r"(tcgen05\.mma|wgmma\.mma_async|mma\.sync)", ptx)
+    wide = r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.c[ag][.\w:]*[^\n]*, (0x10|16)[,; ]|ld\.global[.\w:]*\.v2\.b64|cp\.async\.bulk"
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "wide": len(re.findall(wide, ptx)),
+        "product": product[1] if product else "",
+    }
+
+
+def _amd(asm: dict[str, Any]) -> dict[str, Any]:
+    text = asm["amdgcn"]
+    product = re.search(r"v_mfma_\w+", text)
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": 4 * (number("vgpr_spill_count")),
+        "wide": len(re.findall(r"(global|buffer)_load_dwordx4", text)),
+        "product": product[0] if product else "",
+    }
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
