@@ -29,6 +29,9 @@ from ._choice import CORES, INTERPRETER, Tile, chosen, tiles
 MOST_PROGRAMS = 65535
 """Of a launch, on the device that allows the fewest (Ascend)."""
 
+STREAMING = Tile((), each=8)
+"""For kernels that move memory and do little else: programs enough to keep it busy."""
+
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
     torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",

@@ -382,7 +382,10 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
             text=True, check=True,
         ).stdout  # fmt: skip
     product = re.search(r"(tcgen05\.mma|wgmma\.mma_async|mma\.sync)", ptx)
-    wide = r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.c[ag][.\w:]*[^\n]*, (0x10|16)[,; ]|ld\.global[.\w:]*\.v2\.b64|cp\.async\.bulk"
+    wide = (
+        r"ld\.global[.\w:]*\.(v4\.b32|v2\.b64)"
+        r"|cp\.async\.c[ag][.\w:]*[^\n]*, (0x10|16)[,; ]|cp\.async\.bulk"
+    )
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": int(re.search(r"STACK:(\d+)", usage)[1]),

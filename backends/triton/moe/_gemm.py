@@ -8,7 +8,7 @@ tile and finds its expert in the table.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -165,7 +165,9 @@ def _outer(
                 )
                 acc = dot(tl.trans(left), right, acc, PRECISION)
         into = out + (e.to(tl.int64) * N + n[:, None]) * K + k[None, :]
-        tl.store(into, narrow(acc, out.dtype.element_ty), mask=inside_n[:, None] & inside_k[None, :])
+        tl.store(
+            into, narrow(acc, out.dtype.element_ty), mask=inside_n[:, None] & inside_k[None, :]
+        )
 
 
 class Rows(NamedTuple):
@@ -194,7 +196,7 @@ class Rows(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which rows are whose: offsets [E], inclusive ends, and tables of row tiles by their height."""
+    """Which rows are whose: offsets [E], inclusive ends, and tables of row tiles by height."""
 
     offsets: Tensor
     rows: int
@@ -245,7 +247,7 @@ def rows_times(
     (M, K), E = x.size, weight.shape[0]
     N = weight.shape[2 if transposed else 1]
     y = torch.empty(M, N, dtype=dtype, device=x.x.device)
-    if 0 in (M, K, N, E):
+    if 0 in (M, N, E):
         return y.zero_()
     tile = tile_for(entry := f"grouped_gemm.{case(M, E)}", x.x)
     how = read(weight, x.x, tile["BK"], transposed=transposed)

@@ -83,7 +83,7 @@ def read(weight: Weight, x: Tensor, depth: int, *, transposed: bool = False) -> 
     exact = x.dtype == torch.bfloat16 and scales.dtype == torch.uint8
     after = block_d % depth == 0 and not exact
     return Read(
-        (values, scales, zeros, *(values.stride(i) for i in turn), *(scales.stride(i) for i in turn)),
+        (values, scales, zeros, *(t.stride(i) for t in (values, scales) for i in turn)),
         name, block_o, block_d, "after" if after else "before",
         DTYPES[x.dtype] if after or exact else tl.float32,
         ("out" if transposed else "depth") if name in ("int4", "mxfp4") else "none",
