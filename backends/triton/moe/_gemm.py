@@ -230,11 +230,20 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << max(0, n - 1).bit_length())
 
 
-def case(M: int, E: int) -> str:
-    """Which tiles a product of M rows takes: low ones for few rows an expert. Under deterministic
-    algorithms never: they sum in another order, and a row's bits must not depend on the others."""
+def case(M: int, E: int, x: Tensor, *weights: Weight) -> str:
+    """Which tiles a product of M rows takes: low ones for few rows an expert, others for codes and
+    for float32. Under deterministic algorithms never low ones: they sum in another order, and a
+    row's bits must not depend on the others."""
     few = M <= FEW * E and not torch.are_deterministic_algorithms_enabled()
-    return "few" if few else "many"
+    return ("few" if few else "many") + kind_of(x, *weights)
+
+
+def kind_of(x: Tensor, *weights: Weight) -> str:
+    """What is multiplied, as the tables' names end."""
+    if not all(isinstance(weight, Tensor) for weight in weights):
+        return "_codes"
+    narrow = x.dtype != torch.float32 and all(weight.dtype == x.dtype for weight in weights)
+    return "" if narrow else "_f32"
 
 
 def rows_times(
@@ -249,7 +258,7 @@ def rows_times(
     y = torch.empty(M, N, dtype=dtype, device=x.x.device)
     if 0 in (M, N, E):
         return y.zero_()
-    tile = tile_for(entry := f"grouped_gemm.{case(M, E)}", x.x)
+    tile = tile_for(entry := f"grouped_gemm.{case(M, E, x.x, weight)}", x.x)
     how = read(weight, x.x, tile["BK"], transposed=transposed)
     launch(
         _rows, groups.grid(tile, -(-N // tile["BN"])), x.x, x.low, y, order, bias, scale,
@@ -268,7 +277,7 @@ def outer_sums(
     out = torch.empty(E, N, K, dtype=dtype, device=a.x.device)
     if 0 in (M, N, K, E):
         return out.zero_()
-    tile = tile_for(entry := "grouped_gemm.dw", a.x)
+    tile = tile_for(entry := f"grouped_gemm.dw{kind_of(a.x, b.x)}", a.x)
     same = a.x.dtype == b.x.dtype
     launch(
         _outer, programs(a.x, E * -(-N // tile["BN"]) * -(-K // tile["BK"]), tile), a.x, b.x, a.low,

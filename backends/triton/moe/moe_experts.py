@@ -257,7 +257,7 @@ def forward(
         return x.new_zeros(T, D)
     before, weights = weight_position == "before", weights.contiguous()
     rows = sort(ids, E)
-    tile = tile_for(entry := f"moe_experts.{case(T * K, E)}", x)
+    tile = tile_for(entry := f"moe_experts.{case(T * K, E, x, gate_up)}", x)
     how = read(gate_up, x, tile["BK"])
     h = _between(x, T * K, width, read(down, x, tile["BK"]).narrow)
     if width:
@@ -341,7 +341,7 @@ def _gradients(
 ) -> tuple[Rows, Rows, Tensor]:  # fmt: skip
     """The gradient of gate and up, weights * h (if `keep`), and parts of dh . h [blocks, slots]."""
     (T, D), (E, width) = x.shape, (gate_up.shape[0], gate_up.shape[1] // 2)
-    tile = tile_for(entry := f"moe_experts.backward_{case(T * K, E)}", x)
+    tile = tile_for(entry := f"moe_experts.backward_{case(T * K, E, x, gate_up, down)}", x)
     how, other = read(gate_up, x, tile["BK"]), read(down, dy, tile["BK"], transposed=True)
     # With `keep` they meet x and dy in outer products, else gate_up.
     narrow = keep or read(gate_up, x, tile["BK"], transposed=True).narrow
