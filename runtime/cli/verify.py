@@ -16,6 +16,7 @@ from .. import device as _device
 from ..op import lookup
 from ..plugins import backends, plugins
 from . import machine
+from .compiled import compiled
 from .console import Refusal, check_writable, out, steps, table, write, write_json
 
 EPILOG = """
@@ -26,6 +27,8 @@ Examples:
     transom verify --backend acme --device npu --report acme.html
 
     transom verify --backend native --ops grouped_gemm,route --examples 100
+
+    transom verify --compile --target sm_90,gfx942 --ops moe_experts
 
 Levels: 0 load, 1 requirements, 2 numbers, 3 manners, 4 torch, 5 speed. Exceptions
 stand in a file, one reason a line: `operator implementation check: reason`.
@@ -60,20 +63,34 @@ def verify(
     seconds: Annotated[
         float, typer.Option(help="A process that is silent for so long is taken to hang.")
     ] = 300.0,
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile every Triton kernel and tile ahead of time instead, without a device; "
+            "--quick: the tiles that are taken, in bfloat16.",
+        ),
+    ] = False,
+    target: Annotated[
+        str, typer.Option(help="With --compile: all, or sm_90,gfx942 and others.")
+    ] = "all",
+    jobs: Annotated[int, typer.Option(min=1, help="With --compile: processes at a time.")] = 1,
 ) -> int:
     """Asks implementations what the conformance kit asks, in a process of their own: a crash is a
     finding."""
     for path in (report, json_):
         if path is not None:
             check_writable(path)
-    if importlib.util.find_spec("hypothesis") is None:
-        raise Refusal("hypothesis is not installed; pip install 'transom[conformance]'")
-    kit = importlib.import_module("transom.conformance.verify")
     try:
         names = [lookup(n.strip()).name for n in ops_.split(",")] if ops_ else None
+        if compile_:
+            return compiled(target, names, not quick, jobs, seconds, report, json_)
         excused = _exceptions(exceptions)
     except ValueError as error:
         raise Refusal(str(error)) from None
+    if importlib.util.find_spec("hypothesis") is None:
+        raise Refusal("hypothesis is not installed; pip install 'transom[conformance]'")
+    kit = importlib.import_module("transom.conformance.verify")
     if quick:
         level, examples = QUICK
     with steps() as progress:

@@ -29,15 +29,27 @@ OPS = {
 }
 
 
+def in_the_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A pytest in a process that runs kernels in the interpreter."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
+         *arguments],
+        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
+        cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_the_kit_catches_wrong_kernels():
+    done = in_the_interpreter(str(ROOT / "tests/triton/wrong_kernels.py"))
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
 @pytest.mark.parametrize("family", sorted({op.family for op in OPS.values()}))
 def test_every_operator_conforms(family):
     asked = [name for name, op in OPS.items() if op.family == family]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
-         str(ROOT / "tests/conformance"), "--transom-impl", "triton", "--transom-ops",
-         ",".join(asked), "--transom-examples", EXAMPLES, "-k", f"not ({' or '.join(LEFT_OUT)})"],
-        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
-        cwd=ROOT,
+    done = in_the_interpreter(
+        str(ROOT / "tests/conformance"), "--transom-impl", "triton", "--transom-ops",
+        ",".join(asked), "--transom-examples", EXAMPLES, "-k", f"not ({' or '.join(LEFT_OUT)})",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
