@@ -1,5 +1,5 @@
-"""Deliberately wrong Triton kernels, in the interpreter: the kit must catch each, and pass the right
-one. Run by test_interpreted.py, in a process where TRITON_INTERPRET is set."""
+"""Deliberately wrong Triton kernels, in the interpreter: the kit must catch each, and pass the one
+that is right. Run by test_interpreted.py, in a process where TRITON_INTERPRET is set."""
 
 from __future__ import annotations
 
