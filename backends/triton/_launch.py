@@ -150,6 +150,17 @@ def record(
         yield launches
 
 
+@contextlib.contextmanager
+def forced(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Within the block, on this thread: these entries have these tiles, on the device too."""
+    before = getattr(_roads, "forced", {})
+    _roads.forced = {**before, **tiles}
+    try:
+        yield
+    finally:
+        _roads.forced = before
+
+
 def arch_of(tensor: Tensor) -> str:
     """The architecture whose tiles a call on this tensor takes."""
     if (now := _now()) is not None:
@@ -163,6 +174,8 @@ def tile_for(entry: str, tensor: Tensor) -> Tile:
     """The tile of an entry for the device that the tensor is on."""
     if (now := _now()) is not None:
         return now.choose(entry, tiles(entry, now.arch))
+    if (tile := getattr(_roads, "forced", {}).get(entry)) is not None:
+        return tile
     return chosen(entry, arch_of(tensor), tensor.device.type)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +14,7 @@ from .. import config, dispatch, dtypes
 from .. import device as _device
 from ..explain import ops
 from ..op import Op, lookup
-from ..plugins import load
+from ..plugins import backends, load
 from ..tune import measure
 from . import units
 from .calls import DeclaredCall, declared_call, materialise
@@ -30,6 +32,8 @@ Examples:
     transom tune --model v4-flash --dtype bf16 --tokens 1,64,1k
 
     transom tune moe_experts --model ./Qwen3-30B-A3B --format int4
+
+    transom tune --tiles --device cuda --dtype bf16
 
 Without --model the calls are the operators' examples; with it they have the
 shapes of the model, and the choice is stored for these. Each candidate is
@@ -73,6 +77,10 @@ def tune(
         str,
         typer.Option(help="With --model: of weights, plain, int8, int4, fp8 or mxfp4."),
     ] = "plain",
+    tiles: Annotated[
+        bool,
+        typer.Option("--tiles", help="Choose among the tiles of the Triton kernels instead."),
+    ] = False,
 ) -> int:
     """Times every implementation that can run each operator's examples, or a model's calls, and
     stores the fastest."""
@@ -90,6 +98,8 @@ def tune(
             raise Refusal(f"--model measures on the CPU; device is {device!r}")
         names_ = [op.name for op in chosen] if names else []
         return _model(model, names_, dtype, tokens, context, format, memory, repeats)
+    if tiles:
+        return _tiles(chosen, primary, device, memory * 2**20, repeats)
     console = out()
     single, jobs, left = _plan(chosen, primary, device, memory * 2**20)
     rows = table("operator", "call", "fastest", "medians, fastest first")
@@ -115,6 +125,38 @@ def tune(
     if left:
         console.print(Text(f"left out: {'; '.join(left)}", style="dim"))
     return 1 if failed else 0
+
+
+def _tiles(
+    chosen: list[Op[..., Any]], dtype: torch.dtype, device: str, limit: int, repeats: int
+) -> int:
+    """The fastest tile of each kernel, over the examples of the operators that launch it."""
+    if reason := backends()["triton"].unavailable:
+        raise Refusal(reason)
+    kit = importlib.import_module("transom.backends.triton._tune")
+    rows = table("entry", "fastest", "medians, fastest first")
+    for op in chosen:
+        calls, values = [], ()
+        for _, call, able in _plan([op], dtype, device, limit)[1]:
+            if "triton" in able:
+                values = materialise(call, torch.device(device))
+                function = op.impls["triton"].function
+                calls.append(functools.partial(op._invoke, function, *values))
+        if not calls:
+            continue
+        like = next(iter(op.tensors(values).values()))
+        with torch.no_grad():
+            found = kit.measure(calls, like, repeats)
+        kit.keep(found, like)
+        for entry, tiles in found.items():
+            medians = ", ".join(f"{tile}: {units.seconds(s)}" for tile, s in tiles.items())
+            rows.add_row(entry, Text(str(next(iter(tiles))), style="green"), Text(medians))
+    console = out()
+    console.print(rows)
+    console.print()
+    text = f"stored in {config.cache_folder()} for {_device.describe(device)}"
+    console.print(Text(text, style="dim"))
+    return 0
 
 
 def _model(

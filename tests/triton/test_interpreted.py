@@ -39,8 +39,9 @@ def in_the_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_the_kit_catches_wrong_kernels():
-    done = in_the_interpreter(str(ROOT / "tests/triton/wrong_kernels.py"))
+def test_the_kit_catches_wrong_kernels_and_tiles_are_measured():
+    here = ROOT / "tests/triton"
+    done = in_the_interpreter(str(here / "wrong_kernels.py"), str(here / "interpreted_tiles.py"))
     assert done.returncode == 0, done.stdout[-6000:]
 
 
