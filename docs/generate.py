@@ -162,7 +162,8 @@ def _written(backend: str, op: Op) -> bool:
     if backend == "native":
         return (HERE.parent / f"csrc/cpu/{op.family}/{op.name}.cpp").exists()
     twin = HERE.parent / f"backends/{backend}/{op.path}.py"
-    return twin.exists() and re.search(rf"\b{op.name}\.impl\(", twin.read_text("utf-8")) is not None
+    registered = rf"\b{op.name}\.impl\(|@offer\(\s*{op.name}\b"
+    return twin.exists() and re.search(registered, twin.read_text("utf-8")) is not None
 
 
 def _some(have: int, wanted: int) -> str:
