@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 EXAMPLES = os.environ.get("TRANSOM_TEST_EXAMPLES", "1")
-LEFT_OUT = ("memory", "threads", "opcheck", "compile", "vmap", "autocast", "requirements")
+LEFT_OUT = ("memory", "threads", "opcheck", "compile", "vmap", "autocast")
 """What asks little of a kernel and takes the interpreter minutes: many calls, and what is the
 operator's, not the implementation's. `transom verify` asks it all."""
 OPS = {

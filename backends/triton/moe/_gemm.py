@@ -240,8 +240,11 @@ def case(M: int, E: int, x: Tensor, *weights: Weight) -> str:
 
 def kind_of(x: Tensor, *weights: Weight) -> str:
     """What is multiplied, as the tables' names end."""
-    if not all(isinstance(weight, Tensor) for weight in weights):
-        return "_codes"
+    codes = [weight for weight in weights if not isinstance(weight, Tensor)]
+    if codes:
+        # In float16 a scale of 32 neighbours is multiplied with the sum of as many.
+        short = x.dtype == torch.float16 and any(w.format == "mxfp4" for w in codes)
+        return "_codes_f32" if short or x.dtype == torch.float32 else "_codes"
     narrow = x.dtype != torch.float32 and all(weight.dtype == x.dtype for weight in weights)
     return "" if narrow else "_f32"
 

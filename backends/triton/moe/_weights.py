@@ -54,11 +54,14 @@ class Read(NamedTuple):
 
 
 def precision(a: torch.dtype, b: torch.dtype, like: Tensor) -> str:
-    """How float32 is multiplied. Two float32 inputs: as torch.set_float32_matmul_precision asks. A
-    narrow one that meets float32 loses nothing: by three tf32 products where there are such."""
+    """How float32 is multiplied, where there is tf32. Two float32 inputs: as
+    torch.set_float32_matmul_precision asks. A narrow one that meets float32 loses nothing: by three
+    products of tf32."""
+    if not arch_of(like).startswith("sm_"):
+        return "ieee"
     if a == b == torch.float32:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "tf32x3" if arch_of(like).startswith("sm_") else "ieee"
+    return "tf32x3"
 
 
 def read(weight: Weight, x: Tensor, depth: int, *, transposed: bool = False) -> Read:
