@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,7 @@ class Compiled:
     shared: int = 0
     """Bytes of a program."""
     wide: int = 0
-    """Loads of 16 bytes in the text, of all loads from device memory the widest."""
+    """Loads of 16 bytes, the widest, in the text."""
     product: str = ""
     """The instruction that products run on, or empty."""
     seconds: float = 0.0
@@ -187,12 +188,11 @@ class _Silence:
     """Ends a process that has been silent for too long."""
 
     def __init__(self, child: subprocess.Popen[str], seconds: float) -> None:
-        self.child, self.seconds, self.timer = child, seconds, None
+        self.child, self.seconds = child, seconds
+        self.timer: threading.Timer | None = None
         self.again()
 
     def again(self) -> None:
-        import threading
-
         self.stop()
         self.timer = threading.Timer(self.seconds, self.child.kill)
         self.timer.daemon = True
@@ -271,16 +271,19 @@ def implementation(op: Op[..., Any]) -> Callable[..., Any]:
 
 def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(in a few words, values on the meta device) of the operator's examples, in every dtype and
-    every format of weights that the implementation accepts."""
+    every format of weights that the implementation accepts; with `every` also of the first example
+    with each dim in turn 1, which Triton makes a constant of."""
     from transom.cli.calls import declared_call
     from transom.cli.console import Refusal
 
-    function = implementation(op)
-    assert function is op.impls["triton"].function
     weights = [p.name for p in op.parameters if p.role == "weight"]
     formats = ("", *QUANTIZED) if weights else ("",)
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if every else (torch.bfloat16,)
-    examples = op.examples if every else op.examples[-1:]
+    examples = op.examples[-1:]
+    if every:
+        first = op.examples[0]
+        ones = [{**first, s: 1} for s in op.signature.symbols() if type(first.get(s)) is int]
+        examples = [*op.examples, *ones]
     for example in examples:
         for dtype in dtypes:
             for name in formats if every else formats[:: len(QUANTIZED)]:
@@ -371,7 +374,7 @@ def faults(kernel: Compiled, launch: Launch, ttir: str) -> Iterator[str]:
 
 
 # A product of narrow elements, or of float32 that need not be multiplied as float32.
-_PRODUCT = r"tt\.dot [^\n]*(inputPrecision = 0|inputPrecision = 1|x(bf16|f16)>)"
+_PRODUCT = r"tt\.dot [^\n]*(inputPrecision = tf32|x(bf16|f16)>)"
 
 
 def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:

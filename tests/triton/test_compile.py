@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_products_run_on_matrix_instructions_and_rows_are_read_wide(found):
 def test_what_a_kernel_must_not_be_is_a_fault(found):
     kit = module("compile")
     good = next(k for k in found.kernels if k.target == "sm_90" and k.product)
-    launch = type("Launch", (), {"constants": {"EVEN": True}})
+    launch = SimpleNamespace(constants={"EVEN": True}, entry="grouped_gemm.few")
     ttir = "tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<16x16xbf16> * tensor<16x16xbf16>"
 
     def faults(**changed):
