@@ -277,6 +277,7 @@ def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]
     from transom.cli.console import Refusal
 
     weights = [p.name for p in op.parameters if p.role == "weight"]
+    at = [i for i, p in enumerate(op.parameters) if p.role == "weight"]
     formats = ("", *QUANTIZED) if weights else ("",)
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if every else (torch.bfloat16,)
     examples = op.examples[-1:]
@@ -293,7 +294,8 @@ def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]
                     facts = call.facts("cuda", ARCHITECTURES[0])
                 except (ValueError, TypeError, Refusal):
                     continue  # the declaration has no such call
-                if op.impls["triton"].reasons(facts):
+                odd = any(call.values[i].shape[-1] % 2 for i in at if name in ("int4", "mxfp4"))
+                if odd or op.impls["triton"].reasons(facts):
                     continue
                 values = tuple(_without_memory(v) for v in call.values)
                 short = str(dtype).removeprefix("torch.")
