@@ -47,6 +47,9 @@ technical specifications; AMD CDNA 3 and CDNA 4 ISA documents (LDS)."""
 SPILLS = {"forward": 0, "backward": 256}
 """Bytes a thread that a chosen tile may spill."""
 
+EDGE = "edge: "
+"""How the words for a call begin that is no example of the operator."""
+
 SECONDS = 600.0
 """After so long without a sign a compiler is taken to hang."""
 
@@ -62,7 +65,8 @@ class Compiled:
     """The operator's call that launched it, in a few words."""
     tile: str
     chosen: bool
-    """True if the table's first tile (or none) was compiled: what a user gets."""
+    """True for the table's first tile (or none) and an operator's example: what a user gets. Other
+    tiles are for tuning, and calls with a dim of 1 must compile: both are shown, spills allowed."""
     registers: int = 0
     spills: int = 0
     """Bytes of a thread's stack."""
@@ -225,7 +229,7 @@ def main(request: dict[str, Any]) -> None:
 def launches(
     op: Op[..., Any], wanted: tuple[str, ...], every: bool
 ) -> Iterator[tuple[str, Launch, str, bool]]:
-    """(target, launch, call, True for the table's first tile) of every kernel that differs."""
+    """(target, launch, call, Compiled.chosen) of every kernel that differs."""
     from ._launch import record
 
     function = implementation(op)
@@ -250,7 +254,7 @@ def launches(
                     key = identity(launch)
                     if key not in seen:
                         seen.add(key)
-                        yield target, launch, call, nth == 0
+                        yield target, launch, call, nth == 0 and not call.startswith(EDGE)
                 more = max(listed, default=1) - 1 if every else 0
                 nth += 1
 
@@ -300,7 +304,8 @@ def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]
                 values = tuple(_without_memory(v) for v in call.values)
                 short = str(dtype).removeprefix("torch.")
                 text = " ".join(f"{k}={v}" for k, v in example.items())
-                yield f"{short} {name} {text}".replace("  ", " "), values
+                edge = EDGE if example not in op.examples else ""
+                yield f"{edge}{short} {name} {text}".replace("  ", " "), values
 
 
 def _without_memory(value: Any) -> Any:
@@ -365,7 +370,6 @@ def faults(kernel: Compiled, launch: Launch, ttir: str) -> Iterator[str]:
     if kernel.shared > limit:
         yield f"shared memory is {kernel.shared} bytes; {kernel.target} has {limit}"
     way = "backward" if "backward" in kernel.op or kernel.op.endswith(("_dx", "_dw")) else "forward"
-    # What is listed beside the chosen tile is for tuning: it is measured, not judged.
     if kernel.chosen and kernel.spills > SPILLS[way]:
         yield f"a thread spills {kernel.spills} bytes; {SPILLS[way]} are allowed ({way})"
     if not kernel.product and re.search(_PRODUCT, ttir):

@@ -55,7 +55,7 @@ def _print(console: Console, outcome: Any) -> None:
     for k in outcome.kernels:
         sign = Text("fault", style="red") if k.faults else Text("ok", style="green")
         shown.add_row(
-            k.op, k.kernel, k.target, k.call, k.tile + ("" if k.chosen else " (listed)"),
+            k.op, k.kernel, k.target, k.call, k.tile + ("" if k.chosen else " (not judged)"),
             str(k.registers), str(k.spills), units.memory(k.shared), str(k.wide), k.product, sign,
         )  # fmt: skip
     console.print(shown)
