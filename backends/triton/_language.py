@@ -44,6 +44,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc)
 
 
+@jit
+def mixture(weights, values, acc, PRECISION: tl.constexpr):
+    """acc + weights @ values, weights float32.
+
+    Weights beside 16-bit values are taken as the sum of two 16-bit terms: one would round the
+    result a second time. Both products run on the tensor cores.
+    """
+    if values.dtype == tl.float32:
+        return dot(weights, values, acc, PRECISION)
+    high = narrow(weights, values.dtype)
+    low = narrow(weights - high.to(tl.float32), values.dtype)
+    return dot(low, values, dot(high, values, acc, PRECISION), PRECISION)
+
+
 # Both small floats have few exponents: a code moved to float32's place, with its bias added, is the
 # value t of a normal number; a subnormal code's is 2*t less its smallest normal. No step meets a
 # subnormal float32, which a processor may be set to flush.

@@ -96,6 +96,11 @@ def type_of(value: Any) -> str:
     return "fp32"
 
 
+def as_bytes(flags: Tensor | None) -> Tensor | None:
+    """Booleans as bytes, contiguous: not every compiler knows a pointer to booleans."""
+    return None if flags is None else flags.contiguous().view(torch.uint8)
+
+
 def _int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

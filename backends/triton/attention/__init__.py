@@ -1,0 +1,1 @@
+"""Attention on sparse keys, and the indexer that selects them."""
