@@ -52,10 +52,12 @@ def mixture(weights, values, acc, PRECISION: tl.constexpr):
     result a second time. Both products run on the tensor cores.
     """
     if values.dtype == tl.float32:
-        return dot(weights, values, acc, PRECISION)
-    high = narrow(weights, values.dtype)
-    low = narrow(weights - high.to(tl.float32), values.dtype)
-    return dot(low, values, dot(high, values, acc, PRECISION), PRECISION)
+        acc = dot(weights, values, acc, PRECISION)
+    else:
+        high = narrow(weights, values.dtype)
+        low = narrow(weights - high.to(tl.float32), values.dtype)
+        acc = dot(low, values, dot(high, values, acc, PRECISION), PRECISION)
+    return acc
 
 
 # Both small floats have few exponents: a code moved to float32's place, with its bias added, is the

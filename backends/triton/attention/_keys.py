@@ -37,8 +37,8 @@ def gathered(
     wanted = seen[:, None] & (FIRST + tl.arange(0, BLOCK) < D)[None, :]
     at = base + row[:, None]
     if BYTES == 0:
-        return tl.load(at + column[None, :], mask=wanted, other=0.0)
-    if BYTES == 584:
+        tile = tl.load(at + column[None, :], mask=wanted, other=0.0)
+    elif BYTES == 584:
         plain = tl.minimum(column, PLAIN - 1)
         value = e4m3(tl.load(at + plain[None, :], mask=wanted, other=0))
         value *= scale_of(tl.load(at + (576 + plain // 64)[None, :], mask=wanted, other=0))
@@ -49,11 +49,13 @@ def gathered(
             high = tl.load(at + place[None, :] + 1, mask=wanted, other=0).to(tl.int32)
             rotated = ((low << 16) | (high << 24)).to(tl.float32, bitcast=True)
             value = tl.where((column >= PLAIN)[None, :], rotated, value)
+        tile = narrow(tl.where(wanted, value, 0.0), DTYPE)
     else:
         code = tl.load(at + (column // 2)[None, :], mask=wanted, other=0).to(tl.int32)
         value = e2m1(code >> (column % 2 * 4)[None, :])
         value *= e4m3(tl.load(at + (256 + column // 16)[None, :], mask=wanted, other=0))
-    return narrow(tl.where(wanted, value, 0.0), DTYPE)
+        tile = narrow(tl.where(wanted, value, 0.0), DTYPE)
+    return tile
 
 
 @jit

@@ -7,7 +7,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, jit
 
-from transom.kernels.attention.sparse_attention import sparse_attention
+from transom.kernels.attention.sparse_attention import (
+    sparse_attention,
+    sparse_attention_backward,
+)
 from transom.requires import at_most, last_dim_contiguous
 
 from .._language import dot, mixture, narrow
@@ -16,6 +19,7 @@ from .._offer import floats, offer
 from ..moe._gemm import power_of_two
 from ..moe._weights import precision
 from ._keys import LN2, LOG2E, gathered, kept_share, softmax_step
+from ._sparse_backward import attend_backward
 
 FEWEST = 128
 """Keys that a part has at least, where a query's keys are shared out."""
@@ -201,7 +205,7 @@ def _splits(q: Tensor, work: int, keys: int, tile) -> int:
     sparse_attention, *floats("q"), last_dim_contiguous("kv", "local_kv"), at_most("N", 2**31 - 1),
     at_most("D", 1024),
 )  # fmt: skip
-def triton(
+def forward(
     q: Tensor, kv: Tensor, indices: Tensor | None = None, *, visible: Tensor | None = None,
     local_kv: Tensor | None = None, window: int = 0, sink: Tensor | None = None, scale: float,
     v_dim: int, local_valid: Tensor | None = None,
@@ -209,4 +213,19 @@ def triton(
     """o = sum_j softmax(scale * q . K)_j K_j[:v_dim] over entries, local tokens and sink; lse."""
     return attend(
         q, kv, indices, visible, local_kv, window, sink, scale, v_dim, local_valid
+    )  # fmt: skip
+
+
+@offer(
+    sparse_attention_backward, *floats("q"), last_dim_contiguous("kv", "local_kv"),
+    at_most("N", 2**31 - 1), at_most("D", 1024),
+)  # fmt: skip
+def backward(
+    do: Tensor, dlse: Tensor, q: Tensor, kv: Tensor, indices: Tensor | None,
+    visible: Tensor | None, local_kv: Tensor, sink: Tensor, local_valid: Tensor | None, o: Tensor,
+    lse: Tensor, *, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dkv, dlocal_kv and dsink."""
+    return attend_backward(
+        do, dlse, q, kv, indices, visible, local_kv, sink, local_valid, o, lse, window, scale
     )  # fmt: skip
