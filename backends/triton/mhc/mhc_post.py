@@ -33,12 +33,12 @@ def _forward(
         total = share[:, :, None] * part[:, None, :]
         for j in range(R):
             row = t * R + j
-            part = tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0)
-            share = tl.load(comb + row[:, None] * R + k[None, :], mask=streams, other=0.0)
-            total += share.to(tl.float32)[:, :, None] * part.to(tl.float32)[:, None, :]
+            stream = tl.load(x + row[:, None] * D + d[None, :], mask=inside, other=0.0)
+            mixed = tl.load(comb + row[:, None] * R + k[None, :], mask=streams, other=0.0)
+            total += mixed.to(tl.float32)[:, :, None] * stream.to(tl.float32)[:, None, :]
         at = y + (t[:, None] * R + k[None, :])[:, :, None] * D + d[None, None, :]
-        inside = streams[:, :, None] & (d < D)[None, None, :]
-        tl.store(at, narrow(total, y.dtype.element_ty), mask=inside)
+        cells = streams[:, :, None] & (d < D)[None, None, :]
+        tl.store(at, narrow(total, y.dtype.element_ty), mask=cells)
 
 
 @jit
@@ -57,26 +57,26 @@ def _backward(
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
             inside = (t < T)[:, None] & (d < D)[None, :]
-            at = dy + (t[:, None] * R + k[None, :])[:, :, None] * D + d[None, None, :]
-            slope = tl.load(at, mask=streams[:, :, None] & (d < D)[None, None, :], other=0.0)
-            slope = slope.to(tl.float32)
-            at = t[:, None] * D + d[None, :]
-            part = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
+            cells = (t[:, None] * R + k[None, :])[:, :, None] * D + d[None, None, :]
+            read = streams[:, :, None] & (d < D)[None, None, :]
+            slope = tl.load(dy + cells, mask=read, other=0.0).to(tl.float32)
+            token = t[:, None] * D + d[None, :]
+            part = tl.load(f + token, mask=inside, other=0.0).to(tl.float32)
             along_f += tl.sum(slope * part[:, None, :], 2)
             total = tl.sum(slope * share[:, :, None], 1)
-            tl.store(df + at, narrow(total, df.dtype.element_ty), mask=inside)
+            tl.store(df + token, narrow(total, df.dtype.element_ty), mask=inside)
             for j in range(R):
                 row = t * R + j
                 at = row[:, None] * D + d[None, :]
-                part = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-                mine = tl.sum(slope * part[:, None, :], 2)[:, None, :]
+                stream = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+                mine = tl.sum(slope * stream[:, None, :], 2)[:, None, :]
                 along_x += tl.where(k[None, :, None] == j, mine, 0.0)
                 mixed = tl.load(comb + row[:, None] * R + k[None, :], mask=streams, other=0.0)
-                total = tl.sum(slope * mixed.to(tl.float32)[:, :, None], 1)
-                tl.store(dx + at, narrow(total, dx.dtype.element_ty), mask=inside)
+                back = tl.sum(slope * mixed.to(tl.float32)[:, :, None], 1)
+                tl.store(dx + at, narrow(back, dx.dtype.element_ty), mask=inside)
         tl.store(dpost + t[:, None] * R + k[None, :], along_f, mask=streams)
-        at = dcomb + (t[:, None] * R + k[None, :])[:, :, None] * R + k[None, None, :]
-        tl.store(at, along_x, mask=streams[:, :, None] & (k < R)[None, None, :])
+        into = dcomb + (t[:, None] * R + k[None, :])[:, :, None] * R + k[None, None, :]
+        tl.store(into, along_x, mask=streams[:, :, None] & (k < R)[None, None, :])
 
 
 def _sizes(x: Tensor, entry: str):
