@@ -45,24 +45,27 @@ def _values(
     at += (column // 2 if packed else column)[None, :]
     value = tl.load(at, mask=inside, other=0)
     if FORMAT == "":
-        return value.to(tl.float32)
-    if packed:
-        value = (value.to(tl.int32) >> (column % 2 * 4)[None, :]) & 15
-    if FORMAT == "fp8":
-        number = e4m3(value)
-    elif FORMAT == "mxfp4":
-        number = e2m1(value)
-    else:
         number = value.to(tl.float32)
-    block = tl.zeros_like(row)
-    if ROWS > 0:
-        block = row // ROWS
-    place = (block * grid)[:, None] + tl.zeros_like(column)[None, :]
-    if COLUMNS > 0:
-        place += (column // COLUMNS)[None, :]
-    if FORMAT == "int4":
-        number -= tl.load(zeros + place).to(tl.float32)
-    return tl.where(inside, number * scale_of(tl.load(scales + place)), 0.0)
+    else:
+        if packed:
+            code = (value.to(tl.int32) >> (column % 2 * 4)[None, :]) & 15
+        else:
+            code = value
+        if FORMAT == "fp8":
+            number = e4m3(code)
+        elif FORMAT == "mxfp4":
+            number = e2m1(code)
+        else:
+            number = code.to(tl.float32)
+        place = tl.zeros((row.shape[0], column.shape[0]), tl.int64)
+        if ROWS > 0:
+            place += (row // ROWS * grid)[:, None]
+        if COLUMNS > 0:
+            place += (column // COLUMNS)[None, :]
+        if FORMAT == "int4":
+            number -= tl.load(zeros + place).to(tl.float32)
+        number = tl.where(inside, number * scale_of(tl.load(scales + place)), 0.0)
+    return number
 
 
 @jit

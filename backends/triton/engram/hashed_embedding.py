@@ -21,7 +21,7 @@ from .ngram_hash import hash_into
 
 
 @offer(hashed_embedding, *tables())
-def triton(
+def forward(
     tokens: Tensor, table: Weight, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor,
     pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),

@@ -13,7 +13,7 @@ from ._lookup import look_up, tables
 
 
 @offer(hashed_embedding_pooled, *tables())
-def triton(
+def forward(
     tokens: Tensor, table: Weight, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor,
     pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
     shard: tuple[int, ...] = (), mean: bool = False,

@@ -60,7 +60,7 @@ def hash_into(
 
 
 @offer(ngram_hash)
-def triton(
+def forward(
     tokens: Tensor, multipliers: Tensor, moduli: Tensor, *, offsets: Tensor | None = None,
     pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
