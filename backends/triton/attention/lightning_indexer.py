@@ -13,13 +13,18 @@ from torch import Tensor
 from triton import cdiv, jit
 
 from transom import config
-from transom.kernels.attention.lightning_indexer import lightning_indexer
+from transom.kernels.attention.lightning_indexer import (
+    lightning_indexer,
+    lightning_indexer_kl,
+    lightning_indexer_kl_backward,
+)
 from transom.requires import at_most, last_dim_contiguous
 
 from .._language import dot
 from .._launch import launch, programs, tile_for
 from .._offer import floats, offer
 from ..moe._gemm import power_of_two
+from ._indexer_kl import listed_scores, log_softmax, through_scores
 from ._keys import gathered
 
 LOWEST = tl.constexpr(-0x7F800001)
@@ -82,8 +87,8 @@ def _select(scores, visible, out, first, groups, each, S, N, top_k, BN: tl.const
         row, into = scores + tl.cast(i, tl.int64) * N, out + query * top_k
         order = tl.cast(-(2**31), tl.int32)
         digit = tl.arange(0, 16)
-        for place in range(0, 8):
-            step = tl.cast(1, tl.int32) << (28 - 4 * place)
+        for turn in range(0, 8):
+            step = tl.cast(1, tl.int32) << (28 - 4 * turn)
             candidate = _number(order + digit * step)
             count = tl.zeros((16,), tl.int32)
             for start in range(0, limit, BN):
@@ -108,8 +113,8 @@ def _select(scores, visible, out, first, groups, each, S, N, top_k, BN: tl.const
             # Of equal scores the first ones, as many as there is room for.
             kept = (score > threshold) | ((level > 0) & (tl.cumsum(level, 0) <= room))
             room -= tl.sum(level, 0)
-            place = written + tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(into + place, j, mask=kept)
+            at = written + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(into + at, j, mask=kept)
             written += tl.sum(kept.to(tl.int32), 0)
         for start in range(written, tl.where(here, top_k, 0), BN):
             place = start + tl.arange(0, BN)
@@ -120,7 +125,7 @@ def _select(scores, visible, out, first, groups, each, S, N, top_k, BN: tl.const
     lightning_indexer, *floats("q"), last_dim_contiguous("k"), at_most("N", 2**30),
     at_most("D", 512),
 )  # fmt: skip
-def triton(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor) -> Tensor:
+def forward(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor) -> Tensor:
     """The top_k keys j < visible[b,s] by sum_h weights[b,s,h] * relu(q[b,s,h] . k[b,j])."""
     (B, S, H, D), N = q.shape, k.shape[1]
     out = torch.empty((B, S, top_k), dtype=torch.int32, device=q.device)
@@ -147,3 +152,33 @@ def triton(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor
             N, top_k, tile=finder, entry="lightning_indexer.select",
         )  # fmt: skip
     return out
+
+
+_KL = (*floats("q"), last_dim_contiguous("k"), at_most("N", 2**30), at_most("D", 512))
+
+
+@offer(lightning_indexer_kl, *_KL)
+def kl(q: Tensor, k: Tensor, weights: Tensor, target: Tensor, indices: Tensor) -> Tensor:
+    """loss[b,s] = sum_l target_l * (log target_l - log softmax(I)_l)."""
+    q, weights, indices = q.contiguous(), weights.contiguous(), indices.contiguous()
+    scores = listed_scores(q, k, weights, indices)
+    goal = torch.where(scores == -torch.inf, 0.0, target.float())
+    # 0 * log 0 is 0 here, and what is not listed has target 0.
+    terms = goal * (goal.log() - log_softmax(scores))
+    return torch.where(goal == 0, 0.0, terms).sum(2)
+
+
+@offer(lightning_indexer_kl_backward, *_KL)
+def kl_backward(
+    q: Tensor, k: Tensor, weights: Tensor, target: Tensor, indices: Tensor, dloss: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dweights, dtarget), from dI = dloss * (softmax(I) * sum(target) - target)."""
+    q, weights, indices = q.contiguous(), weights.contiguous(), indices.contiguous()
+    scores = listed_scores(q, k, weights, indices)
+    listed, outer = scores != -torch.inf, dloss[..., None]
+    goal, log_p = torch.where(listed, target.float(), 0.0), log_softmax(scores)
+    share = torch.where(listed, log_p.exp(), 0.0)
+    dscores = outer * (share * goal.sum(2, keepdim=True) - goal)
+    dtarget = torch.where(goal == 0, 0.0, outer * (1 + goal.log() - log_p)).to(target.dtype)
+    dq, dk, dweights = through_scores(q, k, weights, indices, dscores)
+    return dq, dk, dweights, dtarget

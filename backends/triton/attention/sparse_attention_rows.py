@@ -15,7 +15,7 @@ from .sparse_attention import attend
     sparse_attention_rows, *floats("q"), last_dim_contiguous("rows", "local_kv"),
     at_most("N", 2**31 - 1),
 )  # fmt: skip
-def triton(
+def forward(
     q: Tensor, rows: Tensor, indices: Tensor | None = None, *, visible: Tensor | None = None,
     local_kv: Tensor | None = None, window: int = 0, sink: Tensor | None = None, scale: float,
     v_dim: int, local_valid: Tensor | None = None,
