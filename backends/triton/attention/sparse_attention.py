@@ -161,8 +161,10 @@ def attend(
     # Rows wider than what they hold of values: the rest is a tile of its own.
     wide = power_of_two(v_dim)
     tail = power_of_two(D - wide) if D > wide else 0
-    plain = q.dtype == torch.float32 or (row_bytes and q.dtype == torch.float16)
-    entry = "sparse_attention." + ("f32" if plain else "wide" if wide > 128 else "narrow")
+    case = "rows" if row_bytes else "wide" if wide > 128 else "narrow"
+    if q.dtype == torch.float32 or (row_bytes and q.dtype == torch.float16):
+        case = "f32"
+    entry = f"sparse_attention.{case}"
     tile = tile_for(entry, q)
     listed = indices is not None and N > 0
     length = indices.shape[2] if listed else N if indices is None else 0
