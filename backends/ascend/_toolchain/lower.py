@@ -1,0 +1,151 @@
+"""One kernel through the Ascend frontend, in the environment that holds triton-ascend.
+
+A script and no module: it runs under another Python environment, once a compile, since the frontend
+ends its whole process on some programs. It reads a task as JSON and leaves in the task's folder
+
+    ttir.mlir       the kernel in Triton's dialect
+    a2.mlir a5.mlir what the vendor's compiler gets: linalg on memrefs, for the 910 and 950 families
+    a2.ll a5.ll     the same, lowered to LLVM IR for this machine
+
+(a5.ll only where a5.mlir is another program). The stage being worked on stands in `stage`, so that
+whoever finds the process dead knows where it died; what a failed stage said is in `error`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TO_LLVM = (
+    "execution-engine-convert-hfusion-to-upstream",
+    "execution-engine-convert-hivm-to-upstream",
+    "convert-elementwise-to-linalg",
+    "eliminate-empty-tensors",
+    "empty-tensor-to-alloc-tensor",
+    "one-shot-bufferize=allow-return-allocs-from-loops=true",
+    "convert-linalg-to-loops",
+    "convert-scf-to-cf",
+    "expand-strided-metadata",
+    "lower-affine",
+    "convert-arith-to-llvm",
+    "convert-math-to-llvm",
+    "convert-math-to-libm",
+    "convert-cf-to-llvm",
+    "memref-expand",
+    "finalize-memref-to-llvm",
+    "convert-func-to-llvm",
+    "convert-index-to-llvm",
+    "reconcile-unrealized-casts",
+)
+"""Passes from the vendor's linalg form to the LLVM dialect, in order."""
+
+
+class Rejected(Exception):
+    """A tool refused the program; what it said."""
+
+
+def main(folder: Path) -> None:
+    task = json.loads((folder / "task.json").read_text())
+
+    def reach(stage: str) -> None:
+        (folder / "stage").write_text(stage)
+
+    try:
+        reach("frontend")
+        texts = linalg(folder, task)
+        for name, text in texts.items():
+            (folder / f"{name}.mlir").write_text(text)
+        reach("to LLVM IR")
+        same = texts["a2"] == texts["a5"]
+        for name in ("a2",) if same else ("a2", "a5"):
+            (folder / f"{name}.ll").write_text(llvm_ir(folder, name))
+    except Exception as error:
+        (folder / "error").write_text(_sentence(error))
+        return
+    reach("done")
+
+
+def linalg(folder: Path, task: dict[str, Any]) -> dict[str, str]:
+    """The kernel as each chip family's compiler takes it."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+
+    compiler = importlib.import_module("triton.backends.ascend.compiler")
+    spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel"] = module
+    spec.loader.exec_module(module)
+    kernel = getattr(module, task["name"])
+    attributes = compiler.AscendAttrsDescriptor()
+    attributes.arg_properties["tt.divisibility"] = task["divisible"]
+    attributes._init_slots()
+    constants = {name: _constant(value) for name, value in task["constants"].items()}
+    texts = {}
+    for family, newer in (("a2", False), ("a5", True)):
+        target = GPUTarget("npu", "Ascend910B3", 0)
+        backend = make_backend(target)
+        options = backend.parse_options({"compile_on_910_95": newer})
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        about = {**options.__dict__, "target": target, "hash": "0", "name": task["name"]}
+        source = ASTSource(kernel, task["signature"], constants, attributes)
+        lowered = source.make_ir(
+            options, backend.get_codegen_implementation(), backend.get_module_map(), context
+        )
+        lowered = compiler.make_ttir(lowered, about, options)
+        (folder / "ttir.mlir").write_text(str(lowered))
+        texts[family] = compiler.ttir_to_linalg(lowered, about, options, named_ops=True)
+    return texts
+
+
+def llvm_ir(folder: Path, family: str) -> str:
+    """LLVM IR of a program, by the vendor's own optimizer tool and Triton's translation."""
+    from triton._C.libtriton import ir, llvm
+
+    dialect = folder / f"{family}.llvm.mlir"
+    command = [_tool("bishengir-opt"), folder / f"{family}.mlir", "-o", dialect]
+    done = subprocess.run(
+        [*command, *(f"--{name}" for name in TO_LLVM)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise Rejected(done.stderr or f"bishengir-opt ended with status {done.returncode}")
+    context = ir.context()
+    ir.load_dialects(context)
+    module = ir.parse_mlir_module(str(dialect), context)
+    module.context = context
+    return str(llvm.to_module(module, llvm.context()))
+
+
+def _tool(name: str) -> Path:
+    package = importlib.util.find_spec("ascendnpuir")
+    return Path(package.submodule_search_locations[0]) / "bin" / name
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, dict):  # {"dtype": "fp32"}
+        import triton.language as tl
+
+        return tl.dtype(value["dtype"])
+    return value
+
+
+def _sentence(error: Exception) -> str:
+    """What a tool said, without the program it printed."""
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    if isinstance(text, bytes):
+        text = text.decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if "error:" in line] or lines[-3:]
+    return f"{type(error).__name__}: {' | '.join(told[:4])}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
