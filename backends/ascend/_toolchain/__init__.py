@@ -1,4 +1,6 @@
-"""The Triton kernels on Ascend as far as that goes without a device: `transom verify --target ascend`.
+"""The Triton kernels on Ascend, as far as that goes without a device.
+
+What `transom verify --target ascend` runs:
 
 L1  the vendor's frontend (triton-ascend) lowers each kernel, with the arguments and tiles of a call
 L2  what it made is run on this processor, every tensor between unreadable pages, and the operator's

@@ -30,7 +30,9 @@ UB_LINE = re.compile(r"UB size = (\d+) bits")
 CAPACITY = re.compile(r'"(UB|L1|L0C)_SIZE", (\d+)')
 CORES = re.compile(r'"(AI|VECTOR)_CORE_COUNT", (\d+)')
 CONSTANT = re.compile(r"(%[\w$]+) = (?:llvm\.mlir\.constant\(|arith\.constant )(\d+) : i64")
-BUFFER = re.compile(r"pointer_cast\(([^)]*)\)[^:]*: memref<([^#]*?)[,>]?\s*#hivm\.address_space<(\w+)>")
+BUFFER = re.compile(
+    r"pointer_cast\(([^)]*)\)[^:]*: memref<([^#]*?)[,>]?\s*#hivm\.address_space<(\w+)>"
+)
 BITS = {"bf16": 16, "index": 64}
 
 
@@ -68,8 +70,10 @@ def compile_for(environment: Environment, program: Program, target: str) -> Plan
         report = "--enable-print-memory-allocated-size" if newer else "--enable-memory-display"
         command = [
             environment.compiler(newer), "kernel.mlir", f"--target={target}", report,
-            "--enable-auto-multi-buffer=true", "--enable-hfusion-compile=true",
-            "--enable-hivm-compile=true", "--enable-triton-kernel-compile=true", "-o", "kernel",
+            # with threads it loses messages, and crashes now and then
+            "--mlir-disable-threading", "--enable-auto-multi-buffer=true",
+            "--enable-hfusion-compile=true", "--enable-hivm-compile=true",
+            "--enable-triton-kernel-compile=true", "-o", "kernel",
         ]  # fmt: skip
         status = run_child(command, folder, environment)
         printed = (folder / "printed").read_text(errors="replace")
@@ -134,7 +138,7 @@ def _addresses(final: str) -> dict[str, int]:
 
 
 def _refusal(status: int | None, printed: str) -> str:
-    """One sentence of what a compiler said before it ended, without paths of its build or of ours."""
+    """One sentence of what a compiler said before it ended, without paths."""
     lines = [line.strip() for line in printed.splitlines()]
     told = [x.partition("error: ")[2] for x in lines if "error: " in x]
     told = [x for x in told if "Failed to run" not in x] or told

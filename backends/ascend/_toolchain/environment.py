@@ -117,13 +117,18 @@ def _install(environment: Environment) -> None:
     except subprocess.TimeoutExpired:
         raise Unavailable(f"pip install did not end within {SECONDS:.0f} s") from None
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        why = (told or done.stderr.splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
         raise Unavailable(
             f"pip cannot install {', '.join(PINS[:2])} for Python "
-            f"{sysconfig.get_python_version()} on {sysconfig.get_platform()}: {why}; the wheels "
-            "need the package index, Linux and Python 3.10 or 3.11"
+            f"{sysconfig.get_python_version()} on {sysconfig.get_platform()}: "
+            f"{reason_of(done.stderr)}; expected a package index that has their wheels"
         )
+
+
+def reason_of(errors: str) -> str:
+    """The last error that pip printed."""
+    lines = errors.splitlines()
+    told = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+    return (told or lines or ["it said nothing"])[-1]
 
 
 def _compile_symbols(environment: Environment) -> None:

@@ -24,6 +24,7 @@ from .source import name_of, standalone
 SECONDS = 240.0
 """A child that takes longer is taken to hang."""
 
+
 class Failed(Exception):
     """A stage refused a kernel, or died of it; one sentence, and which stage."""
 
@@ -80,17 +81,23 @@ def lower(environment: Environment, launch: Launch) -> Program:
                 folder.rename(place)
             except OSError:  # another process was faster
                 pass
-    stage = (place / "stage").read_text()
-    if stage != "done":
-        raise Failed(stage, (place / "error").read_text())
+    if not (place / "a5.mlir").exists():
+        raise Failed((place / "stage").read_text(), _told(place))
     return Program(task["name"], place)
 
 
 def execute(
-    environment: Environment, launch: Launch, program: Program, *, newer: bool = False, seed: int = 0
+    environment: Environment,
+    launch: Launch,
+    program: Program,
+    *,
+    newer: bool = False,
+    seed: int = 0,
 ) -> None:
     """L2: run the lowered kernel over the launch's tensors, which hold the results afterwards.
     Failed says what it did wrong."""
+    if (stage := (program.folder / "stage").read_text()) != "done":
+        raise Failed(stage, _told(program.folder))
     types, constants = launch.signature(), launch.constexprs()
     storages: dict[int, torch.UntypedStorage] = {}
     names: dict[str, str] = {}
@@ -151,6 +158,13 @@ def how_it_died(status: int | None) -> str | None:
     if status is None:
         return f"did not end within {SECONDS:.0f} s"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else None
+
+
+def _told(folder: Path) -> str:
+    """Why lowering failed: what was raised, and the compiler's own diagnosis."""
+    lines = (folder / "printed").read_text(errors="replace").splitlines()
+    errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    return ": ".join([(folder / "error").read_text(), *errors[:1]])
 
 
 def _fault(folder: Path, status: int | None) -> str:

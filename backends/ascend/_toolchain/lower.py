@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,10 +112,13 @@ def llvm_ir(folder: Path, family: str) -> str:
     from triton._C.libtriton import ir, llvm
 
     dialect = folder / f"{family}.llvm.mlir"
-    command = [_tool("bishengir-opt"), folder / f"{family}.mlir", "-o", dialect]
-    done = subprocess.run(
-        [*command, *(f"--{name}" for name in TO_LLVM)], capture_output=True, text=True
-    )
+    plain = folder / f"{family}.plain.mlir"
+    text = (folder / f"{family}.mlir").read_text()
+    # hints for the vendor's compiler: no pass turns them into anything
+    plain.write_text(re.sub(r"(?m)^\s*annotation\.mark .*$", "", text))
+    command = [_tool("bishengir-opt"), plain, "-o", dialect]
+    passes = [f"--{name}" for name in TO_LLVM]
+    done = subprocess.run([*command, *passes], capture_output=True, text=True)
     if done.returncode:
         raise Rejected(done.stderr or f"bishengir-opt ended with status {done.returncode}")
     context = ir.context()

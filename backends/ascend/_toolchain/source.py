@@ -1,8 +1,8 @@
 """A Triton kernel as the text of a module that needs nothing but Triton.
 
 The frontend that lowers it lives in an environment without torch and without transom, and reads a
-kernel's source from its file. So a kernel is sent as text: its function, the functions and constants
-that it names, and theirs.
+kernel's source from its file. So a kernel is sent as text: its function, the functions and
+constants that it names, and theirs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _collect(kernel: Any, found: dict[str, str], seen: dict[str, Any]) -> None:
             if name != name_of(value):
                 raise NotPortable(f"{name} is another name of {name_of(value)}")
             _collect(value, found, seen)
-        elif callable(value) and getattr(value, "__module__", "").startswith("triton"):
+        elif callable(value) and hasattr(value, "__name__"):
+            if not value.__module__.startswith("triton"):
+                raise NotPortable(f"{name} is a function that Triton does not compile")
             found[name] = f"from {value.__module__} import {value.__name__} as {name}"
         else:
             found[name] = _constant(name, value)

@@ -1,0 +1,1 @@
+"""Mixture of experts, compiled by numba."""
