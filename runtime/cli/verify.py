@@ -15,7 +15,7 @@ from rich.text import Text
 from .. import device as _device
 from ..op import lookup
 from ..plugins import backends, plugins
-from . import machine
+from . import ascend, machine
 from .compiled import compiled
 from .console import Refusal, check_writable, out, steps, table, write, write_json
 
@@ -29,6 +29,8 @@ Examples:
     transom verify --backend native --ops grouped_gemm,route --examples 100
 
     transom verify --compile --target sm_90,gfx942 --ops moe_experts
+
+    transom verify --target ascend --html ascend.html
 
 Levels: 0 load, 1 requirements, 2 numbers, 3 manners, 4 torch, 5 speed. Exceptions
 stand in a file, one reason a line: `operator implementation check: reason`.
@@ -72,9 +74,19 @@ def verify(
         ),
     ] = False,
     target: Annotated[
-        str, typer.Option(help="With --compile: all, or sm_90,gfx942 and others.")
+        str,
+        typer.Option(
+            help="With --compile: all, or sm_90,gfx942 and others. ascend, by itself: the Triton "
+            "kernels through Ascend's compilers, without a device."
+        ),
     ] = "all",
-    jobs: Annotated[int, typer.Option(min=1, help="With --compile: processes at a time.")] = 1,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="With --target ascend: find and store the largest tiles first."),
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="With --compile or --target: processes at a time.")
+    ] = 1,
 ) -> int:
     """Asks implementations what the conformance kit asks, in a process of their own: a crash is a
     finding."""
@@ -85,12 +97,19 @@ def verify(
         names = [lookup(n.strip()).name for n in ops_.split(",")] if ops_ else None
         if compile_:
             return compiled(target, names, not quick, jobs, seconds, report, json_)
+        if target not in ("all", "ascend"):
+            raise Refusal(f"target is {target!r}; expected ascend, or --compile with it")
         excused = _exceptions(exceptions)
     except ValueError as error:
         raise Refusal(str(error)) from None
     if importlib.util.find_spec("hypothesis") is None:
         raise Refusal("hypothesis is not installed; pip install 'transom[conformance]'")
     kit = importlib.import_module("transom.conformance.verify")
+    if target == "ascend":
+        return ascend.verify(
+            names, examples=examples, quick=quick, fit=fit, jobs=jobs, report=report, json_=json_,
+            about=_about(),
+        )  # fmt: skip
     if quick:
         level, examples = QUICK
     with steps() as progress:
