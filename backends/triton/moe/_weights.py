@@ -170,6 +170,17 @@ def _rows_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.conste
 
 
 @jit
+def _every_other_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr):
+    """`_rows_at` of every other d. A mask on these is not enough: Ascend's lowering of it reads as
+    many elements as there are to K, not half as many. So places are clamped, and values selected.
+    """
+    if EVEN:
+        return _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+    at = x + tl.where(inside_r, row, 0)[:, None] + tl.minimum(d, K - 1)[None, :] * x_k
+    return tl.where(inside_r[:, None] & (d < K)[None, :], tl.load(at).to(COMPUTE), 0.0)
+
+
+@jit
 def _add_codes(
     acc, x, low, row, inside_r, x_k, weight, scales, zeros, s_at, o, k0, K, last_o, w_o, w_d, s_o,
     s_d,
@@ -201,10 +212,10 @@ def _add_codes(
                 codes >> (4 * odd), scales, here, o, kept, k0, s_o, s_d,
                 FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
             )  # fmt: skip
-            a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+            a = _every_other_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
             total = dot(a, b, total, PRECISION)
             if SPLIT:
-                a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+                a = _every_other_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
                 total = dot(a, b, total, PRECISION)
     else:
         d = k0 + tl.arange(0, BK)
