@@ -76,7 +76,7 @@ def _forward(
         bound = N
         if visible is not None:
             bound = tl.minimum(tl.maximum(tl.load(visible + query), 0), N).to(tl.int32)
-        part = tl.cdiv(tl.cdiv(L, splits), BK) * BK
+        part = (L + splits * BK - 1) // (splits * BK) * BK  # also where L and splits are constants
         stop = tl.minimum((split + 1) * part, L)
         if not LISTED:
             stop = tl.minimum(stop, bound)
