@@ -194,6 +194,10 @@ def programs(tensor: Tensor, most: int, tile: Tile | None = None) -> tuple[int]:
 def _cores(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    if device.type == "npu":  # its cores with a cube unit; each has two vector cores
+        from triton.runtime.driver import driver
+
+        return int(driver.active.utils.get_device_properties(device.index or 0)["num_aicore"])
     return CORES[INTERPRETER]
 
 
@@ -216,6 +220,8 @@ def launch(
         with _one:
             kernel[grid](*args, **constants)
         return
-    index = next(a for a in args if isinstance(a, Tensor)).device.index
-    with torch.cuda.device(index):  # torch does nothing where it is the current one
-        kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages, **constants)
+    device = next(a for a in args if isinstance(a, Tensor)).device
+    # Ascend's compiler has neither warps nor stages, and warns of them.
+    how = {"num_warps": tile.warps, "num_stages": tile.stages} if device.type == "cuda" else {}
+    with getattr(torch, device.type).device(device.index):  # nothing where it is the current one
+        kernel[grid](*args, **how, **constants)

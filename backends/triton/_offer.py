@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from transom.backends.ascend._refused import REFUSED
 from transom.dispatch import Facts
 from transom.op import Op
 from transom.requires import Requirement, condition, device, dtype
@@ -30,8 +31,8 @@ def offer(op: Op[..., Any], *requires: Requirement, tier: str = "portable") -> C
     def register(function: F) -> F:
         function.__name__ = "triton"
         op.impl(
-            requires=(device(*DEVICES), NEW_ENOUGH, *requires), tier=tier, deterministic=True,
-            capturable=True,
+            requires=(device(*DEVICES), NEW_ENOUGH, *requires, *REFUSED.get(op.name, ())),
+            tier=tier, deterministic=True, capturable=True,
         )(function)  # fmt: skip
         return function
 

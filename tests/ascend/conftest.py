@@ -29,3 +29,9 @@ def vendor():
     played.library = played.define()
     yield played
     played.library._destroy()
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """Small kernels, right and wrong."""
+    return _load("kernels")

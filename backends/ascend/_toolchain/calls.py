@@ -15,6 +15,9 @@ from transom.backends.triton import compile as triton
 from transom.backends.triton._launch import Launch, record
 from transom.op import Impl, Op
 
+SOME, MANY, WIDE = 5, 24, 128
+"""Sizes of a shrunk example: of leading dims, of those that vary from call to call, of others."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -22,21 +25,22 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def implementations(names: list[str] | None = None) -> Iterator[dict[str, Impl]]:
     """The Triton implementation of each operator that has one, registered within the block whether
     or not a device is here."""
-    found, hidden = {}, {}
+    every, hidden = transom.ops(), {}
     for name in triton.offered():
-        if names is None or name in names:
-            op = transom.ops()[name]
-            kept = op.impls.get("triton")
-            if kept is not None and kept.unavailable:  # what stands there without a device
-                hidden[name] = op.impls.pop("triton")
-            triton.implementation(op)
-            found[name] = op.impls["triton"] = op.impls.get("triton") or _KNOWN[name]
-            _KNOWN[name] = found[name]
+        kept = every[name].impls.get("triton")
+        if kept is not None and kept.unavailable:  # what stands there without a device
+            hidden[name] = every[name].impls.pop("triton")
+        if name in _KNOWN:
+            every[name].impls["triton"] = _KNOWN[name]
+    for name in triton.offered():
+        importlib.import_module(f"{triton.__package__}.{every[name].path.replace('/', '.')}")
+    found = {name: op.impls["triton"] for name, op in every.items() if "triton" in op.impls}
+    _KNOWN.update(found)
     try:
-        yield found
+        yield {name: impl for name, impl in found.items() if names is None or name in names}
     finally:
         for name, impl in hidden.items():
-            transom.ops()[name].impls["triton"] = impl
+            every[name].impls["triton"] = impl
 
 
 _KNOWN: dict[str, Impl] = {}
@@ -44,8 +48,8 @@ _KNOWN: dict[str, Impl] = {}
 
 
 def small(op: Op[..., Any], drawn: int = 0) -> Iterator[Any]:
-    """Calls of the conformance kit: the small examples in three dtypes, sizes 0 and 1, and `drawn`
-    more with other layouts, formats and numbers."""
+    """Calls of the conformance kit: the small examples in three dtypes, sizes 0 and 1, all
+    examples shrunk, and `drawn` more with other layouts, formats and numbers."""
     cases = importlib.import_module("transom.conformance.cases")
     few = [e for e in op.examples if cases._elements(op, e) <= cases.LARGEST] or op.examples[:1]
     made: dict[str, Any] = {}
@@ -55,6 +59,10 @@ def small(op: Op[..., Any], drawn: int = 0) -> Iterator[Any]:
             made.setdefault(repr(case), case)
     for case in cases.edges(op):
         made.setdefault(repr(case), case)
+    for example in op.examples:
+        case = _shrunk(op, example)
+        if case is not None:
+            made.setdefault(repr(case), case)
     for seed in range(1, drawn + 1):
         names = enumerate(op.signature.inputs)
         layouts = {n: cases.LAYOUTS[(seed + at) % len(cases.LAYOUTS)] for at, n in names}
@@ -62,6 +70,22 @@ def small(op: Op[..., Any], drawn: int = 0) -> Iterator[Any]:
         case = cases.build(op, dict(example), dtype, seed, layouts=layouts)
         made.setdefault(repr(case), case)
     yield from made.values()
+
+
+def _shrunk(op: Op[..., Any], example: dict[str, Any]) -> Any:
+    """The example with its sizes cut to some that can be executed, so that the kernels' ways for
+    sizes which tiles divide are taken; None if the declaration refuses that."""
+    cases = importlib.import_module("transom.conformance.cases")
+    sizes = {
+        name: min(size, MANY if name in op.varying else WIDE)
+        for name, size in example.items()
+        if type(size) is int and name in op.signature.symbols()
+    }
+    lead = {name: (SOME,) for name, size in example.items() if isinstance(size, tuple) and size}
+    try:
+        return cases.build(op, {**example, **sizes, **lead}, torch.bfloat16, 1)
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def refused(op: Op[..., Any], impl: Impl, values: tuple[Any, ...], chip: str) -> bool:

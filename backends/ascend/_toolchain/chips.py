@@ -92,7 +92,7 @@ def read_plan(
     cores = {kind: int(n) for kind, n in CORES.findall(final)}
     # a message may be lost when the compiler ends, its record isn't
     records = list(records)
-    printed += "".join(p["error_info"] for r in records for p in r["Record"])
+    printed += "".join("\n" + p["error_info"] for r in records for p in r["Record"])
     if status != 0 and (overflow := list(OVERFLOW.finditer(printed))):
         space, needed, available = overflow[-1].groups()
         memory = SPACES.get(space, space)

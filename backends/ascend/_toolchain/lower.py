@@ -113,9 +113,7 @@ def llvm_ir(folder: Path, family: str) -> str:
 
     dialect = folder / f"{family}.llvm.mlir"
     plain = folder / f"{family}.plain.mlir"
-    text = (folder / f"{family}.mlir").read_text()
-    # hints for the vendor's compiler: no pass turns them into anything
-    plain.write_text(re.sub(r"(?m)^\s*annotation\.mark .*$", "", text))
+    plain.write_text(plain_of((folder / f"{family}.mlir").read_text()))
     command = [_tool("bishengir-opt"), plain, "-o", dialect]
     passes = [f"--{name}" for name in TO_LLVM]
     done = subprocess.run([*command, *passes], capture_output=True, text=True)
@@ -126,6 +124,39 @@ def llvm_ir(folder: Path, family: str) -> str:
     module = ir.parse_mlir_module(str(dialect), context)
     module.context = context
     return str(llvm.to_module(module, llvm.context()))
+
+
+def plain_of(text: str) -> str:
+    """A program without what only the vendor's compiler understands: hints, which no pass turns
+    into anything, and calls of its running sum, of which the meaning is written out."""
+    text = re.sub(r"(?m)^\s*annotation\.mark .*$", "", text)
+    text = re.sub(r"(?m)^\s*func\.func private @triton_cumsum\w*\(.*$", "", text)
+    return RUNNING_SUM.sub(_running_sum, text)
+
+
+RUNNING_SUM = re.compile(
+    r"(?m)^\s*%(\w+) = call @triton_cumsum\w*\(%(\w+), .*-> (tensor<(\d+)x(\w+)>)$"
+)
+"""Of one dimension, from its beginning: all that the kernels use."""
+
+
+def _running_sum(call: re.Match[str]) -> str:
+    result, source, type_, length, element = call.groups()
+    add = "arith.addf" if "f" in element else "arith.addi"
+    zero = "0.0" if "f" in element else "0"
+    n = f"%sum_{result}"
+    return f"""
+    {n}_0 = arith.constant 0 : index
+    {n}_1 = arith.constant 1 : index
+    {n}_n = arith.constant {length} : index
+    {n}_z = arith.constant {zero} : {element}
+    %{result}, {n}_all = scf.for {n}_i = {n}_0 to {n}_n step {n}_1
+        iter_args({n}_t = %{source}, {n}_s = {n}_z) -> ({type_}, {element}) {{
+      {n}_v = tensor.extract %{source}[{n}_i] : {type_}
+      {n}_w = {add} {n}_s, {n}_v : {element}
+      {n}_u = tensor.insert {n}_w into {n}_t[{n}_i] : {type_}
+      scf.yield {n}_u, {n}_w : {type_}, {element}
+    }}"""
 
 
 def _tool(name: str) -> Path:

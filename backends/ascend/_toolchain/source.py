@@ -25,7 +25,7 @@ def standalone(kernel: Any) -> str:
     found: dict[str, str] = {}
     seen: dict[str, Any] = {}
     _collect(kernel, found, seen)
-    return "import triton\nimport triton.language as tl\n\n" + "\n\n".join(found.values()) + "\n"
+    return "\n\n".join(("import triton", *found.values())) + "\n"
 
 
 def function_of(kernel: Any) -> FunctionType:
@@ -89,4 +89,4 @@ def _constant(name: str, value: Any) -> str:
     if not isinstance(plain, (int, float, str, bool, tuple)):
         raise NotPortable(f"{name} is a {type(value).__name__}; expected a function or a constant")
     text = f'float("{plain}")' if isinstance(plain, float) else repr(plain)
-    return f"{name} = tl.constexpr({text})"
+    return f"{name} = triton.language.constexpr({text})"

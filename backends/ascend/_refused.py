@@ -1,0 +1,37 @@
+"""What the Triton kernels do not take on Ascend: found by `transom verify --target ascend`.
+
+A requirement here holds for device type npu alone; elsewhere the same kernels take the call.
+"""
+
+from __future__ import annotations
+
+from transom.dispatch import Facts
+from transom.requires import Requirement, condition
+
+from . import DEVICES
+
+
+def on_ascend(requirement: Requirement) -> Requirement:
+    """The requirement, asked of calls on an Ascend device only."""
+
+    def test(f: Facts) -> str | None:
+        return requirement(f) if f.device in DEVICES else None
+
+    reads = ("device", *requirement.reads)
+    return condition(f"on Ascend: {requirement.text}", reads, test)
+
+
+def _some(argument: str) -> Requirement:
+    def test(f: Facts) -> str | None:
+        none = f.arguments[argument] == 0
+        return f"{argument} = 0; supported by Ascend's compiler: 1 or more" if none else None
+
+    return condition(f"{argument} > 0", (argument,), test)
+
+
+REFUSED: dict[str, tuple[Requirement, ...]] = {
+    # "strides must not be zero", of an output without elements
+    "sparse_attention": (on_ascend(_some("v_dim")),),
+    "sparse_attention_rows": (on_ascend(_some("v_dim")),),
+}
+"""By operator."""
