@@ -239,6 +239,7 @@ setup(
     },  # fmt: skip
     package_data={
         "": ["py.typed", "*.h", "*.pyi", "*.html", "*.json"],
+        "transom.backends.ascend._toolchain": ["*.c"],
         "transom.cli": ["templates/**/*.jinja"],
     },  # fmt: skip
     include_package_data=False,
