@@ -35,7 +35,7 @@ def verify(
             if fit:
                 tiles = importlib.import_module(f"{tools}.tiles")
                 progress.start("the largest tiles that fit")
-                tiles.refit(environment, names, every=not quick, tell=_tell)
+                tiles.refit(environment, names, every=not quick, workers=jobs, tell=_tell)
             progress.start("kernels on Ascend", 100)
             outcome = work.verify(
                 environment, names, examples=0 if quick else examples // 5, every=not quick,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import transom
@@ -33,26 +34,37 @@ FAMILIES = {
 """What the tables call the generation of each chip that is compiled for."""
 
 
-def largest(
-    environment: Environment, op: Op[..., Any], entry: str, chip: str, every: bool = True
-) -> Tile | None:
-    """The largest tile of an entry with which all of the operator's kernels fit the chip, in
-    models' sizes; None if none does.
+Call = tuple[Op[..., Any], tuple[Any, ...]]
+"""An operator and its arguments, without memory."""
+
+
+def launchers(names: Iterable[str], every: bool = True) -> dict[str, list[Call]]:
+    """By entry: the calls, of these operators in models' sizes, that launch a kernel with it."""
+    found: dict[str, list[Call]] = {}
+    for op in map(transom.ops().__getitem__, names):
+        for _, values in triton.calls(op, every):
+            entries = {n.entry for n in calls.recorded(op, op.impls["triton"], values, TARGETS[0])}
+            for entry in entries - {""}:
+                found.setdefault(entry, []).append((op, values))
+    return found
+
+
+def largest(environment: Environment, entry: str, shown: list[Call], chip: str) -> Tile | None:
+    """The largest tile of an entry with which every kernel of these calls that takes it fits the
+    chip; None if none does.
 
     From the listed tile: the largest size halved until it fits, then each size doubled, the
     smallest first, while it does.
     """
-    shown = [values for _, values in triton.calls(op, every)]
-    impl = op.impls["triton"]
 
     def fits(sizes: dict[str, int]) -> bool:
         tile = Tile(tuple(sizes.items()))
         seen = set()
-        for values in shown:
+        for op, values in shown:
             with record(
                 chip.lower(), lambda name, listed: tile if name == entry else listed[0]
             ) as launches:
-                op._invoke(impl.function, *values)
+                op._invoke(op.impls["triton"].function, *values)
             for launch in launches:
                 if launch.entry == entry and (key := triton.identity(launch)) not in seen:
                     seen.add(key)
@@ -90,23 +102,25 @@ def climb(sizes: dict[str, int], fits: Callable[[dict[str, int]], bool]) -> Tile
 
 def refit(
     environment: Environment, names: list[str] | None = None, *, every: bool = True,
-    targets: Iterable[str] = TARGETS, tell: Callable[[str, str, Tile | None], None],
+    targets: Iterable[str] = TARGETS, workers: int = 1,
+    tell: Callable[[str, str, Tile | None], None],
 ) -> None:  # fmt: skip
-    """Find and store the tile of every entry of these operators; `tell` hears each."""
-    with calls.implementations(names) as impls:
-        for name in impls:
-            op = transom.ops()[name]
-            for entry in entries_of(op):
-                for chip in targets:
-                    tile = largest(environment, op, entry, chip, every)
-                    tell(entry, chip, tile)
-                    if tile is not None:
-                        store(entry, FAMILIES[chip], tile)
+    """Find and store the tile of every entry that these operators (None: all) take; `tell` hears
+    each. An entry that several operators take is fitted to all of them."""
+    with calls.implementations() as impls:
+        known = launchers(impls, every)
+        mine = {e for e, c in known.items() if names is None or any(o.name in names for o, _ in c)}
+        jobs = [(entry, chip) for entry in sorted(mine) for chip in targets]
 
+        def find(job: tuple[str, str]) -> Tile | None:
+            tile = largest(environment, job[0], known[job[0]], job[1])
+            tell(*job, tile)
+            return tile
 
-def entries_of(op: Op[..., Any]) -> list[str]:
-    """The entries whose tiles the operator's own table holds."""
-    return [e for e in _choice.entries() if e.partition(".")[0] == op.name]
+        with ThreadPoolExecutor(workers) as pool:
+            for (entry, chip), tile in zip(jobs, pool.map(find, jobs), strict=True):
+                if tile is not None:
+                    store(entry, FAMILIES[chip], tile)
 
 
 def store(entry: str, family: str, tile: Tile) -> None:
