@@ -169,3 +169,16 @@ def test_a_found_tile_is_stored_beside_the_others(tmp_path, monkeypatch):
     assert after == before
     assert _choice.tiles("grouped_gemm.many", "ascend910b3")[0]["BM"] == 32
     _choice._file.cache_clear()
+
+
+def test_a_running_sum_is_written_out():
+    from transom.backends.ascend._toolchain.lower import plain_of
+
+    text = plain_of(
+        "  func.func private @triton_cumsum_0(tensor<8xi32>, i32, i1) -> tensor<8xi32>\n"
+        "    annotation.mark %4 {hint} : tensor<8xi32>\n"
+        "    %9 = func.call @triton_cumsum_0(%7, %c0, %f) : (tensor<8xi32>, i32, i1)"
+        " -> tensor<8xi32>\n"
+    )
+    assert "triton_cumsum" not in text and "annotation" not in text
+    assert "%9, %sum_9_all = scf.for" in text and "arith.addi" in text

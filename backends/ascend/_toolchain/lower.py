@@ -135,7 +135,7 @@ def plain_of(text: str) -> str:
 
 
 RUNNING_SUM = re.compile(
-    r"(?m)^\s*%(\w+) = call @triton_cumsum\w*\(%(\w+), .*-> (tensor<(\d+)x(\w+)>)$"
+    r"(?m)^\s*%(\w+) = (?:func\.)?call @triton_cumsum\w*\(%(\w+), .*-> (tensor<(\d+)x(\w+)>)$"
 )
 """Of one dimension, from its beginning: all that the kernels use."""
 
@@ -178,7 +178,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(text, bytes):
         text = text.decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "error:" in line] or lines[-3:]
+    told = [line.partition("error: ")[2] for line in lines if "error: " in line] or lines[-3:]
     return f"{type(error).__name__}: {' | '.join(told[:4])}"
 
 

@@ -162,8 +162,11 @@ def run(
     def do(launch: _launch.Launch) -> None:
         nonlocal count
         count += 1
-        program = lower(environment, launch)
-        execute(environment, launch, program, newer="950" in chip, seed=count)
+        try:
+            program = lower(environment, launch)
+            execute(environment, launch, program, newer="950" in chip, seed=count)
+        except Failed as error:
+            raise Failed(error.stage, f"{launch.name} {error}") from None
 
     with _launch.road(do, arch=chip.lower(), cores=CORES):
         out = op._invoke(impl.function, *values)
