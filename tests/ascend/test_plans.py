@@ -115,7 +115,7 @@ def _names_a_path(x):
 @pytest.mark.parametrize(
     "room, found",
     [(64 * 128 * 64, dict(BM=64, BN=128, BK=64)), (16**3 - 1, None),
-     (10**9, dict(BM=256, BN=256, BK=256)), (16 * 16 * 32, dict(BM=16, BN=32, BK=16))],
+     (10**9, dict(BM=256, BN=256, BK=128)), (16 * 16 * 32, dict(BM=16, BN=32, BK=16))],
 )  # fmt: skip
 def test_the_largest_tile_is_found(room, found):
     from transom.backends.ascend._toolchain.tiles import climb

@@ -23,8 +23,9 @@ from .chips import TARGETS
 from .environment import Environment
 from .verify import plan
 
-LEAST, MOST = 16, 256
-"""Of each size: below, the cube unit idles; above, no kernel gains."""
+LEAST, MOST, STEP = 16, 256, 128
+"""Of each size: below, the cube unit idles; above, no kernel gains. STEP bounds BK, by which rows
+that are gathered must be divisible (_refused.py)."""
 
 FAMILIES = {
     "Ascend910B3": "ascend910b",
@@ -95,7 +96,7 @@ def climb(sizes: dict[str, int], fits: Callable[[dict[str, int]], bool]) -> Tile
         grown = False
         for name in sorted(sizes, key=sizes.__getitem__):
             larger = {**sizes, name: sizes[name] * 2}
-            if larger[name] <= MOST and known_to_fit(larger):
+            if larger[name] <= (STEP if name == "BK" else MOST) and known_to_fit(larger):
                 sizes, grown = larger, True
     return Tile(tuple(sizes.items()), warps=1, stages=1)
 
