@@ -41,10 +41,13 @@ def verify(
                 environment, names, examples=0 if quick else examples // 5, every=not quick,
                 workers=jobs, progress=progress.reach,
             )  # fmt: skip
-            progress.start("the vendor's schemas")
-            outcome.contract = contract.changed(environment)
         except environments.Unavailable as error:
             raise Refusal(str(error)) from None
+        progress.start("the vendor's schemas")
+        try:
+            outcome.contract = contract.changed(environment)
+        except environments.Unavailable as error:  # what was found so far stands without them
+            outcome.unasked = str(error)
     if report is not None:
         write(report, render(outcome, work.NOTE, about))
     if json_ is not None:
@@ -80,8 +83,9 @@ def show(console: Console, outcome: Any, note: str) -> None:
     for f in (f for f in outcome.fits if not f.plan.fits):
         console.print(Text(f"\n{f.kernel} {f.tile} on {f.plan.target}: {f.plan.why}"))
         console.print(Text(f"  {f.op}: {f.call}", style="dim"))
-    for sentence in outcome.contract:
-        console.print(Text(f"\n{sentence}"))
+    for sentence in (*outcome.contract, outcome.unasked):
+        if sentence:
+            console.print(Text(f"\n{sentence}"))
     console.print()
     console.print(Text(note, style="dim"))
     style = "green" if outcome.passed else "red"
@@ -108,7 +112,10 @@ def summary(outcome: Any) -> str:
     return (
         f"{ran} calls executed, {kernels} kernels planned for "
         f"{len({f.plan.target for f in outcome.fits})} chips, {len(outcome.failed)} failed; "
-        f"{len(outcome.contract)} of the vendor's schemas have changed"
+    ) + (
+        "the vendor's schemas were not compared"
+        if outcome.unasked
+        else f"{len(outcome.contract)} of the vendor's schemas have changed"
     )
 
 

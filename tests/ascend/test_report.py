@@ -94,3 +94,9 @@ def test_pip_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(environment.subprocess, "run", refused)
     with pytest.raises(environment.Unavailable, match="No matching distribution found for triton"):
         environment._install(environment.Environment(tmp_path))
+
+
+def test_schemas_that_could_not_be_read_are_said(outcome):
+    outcome.contract, outcome.unasked = [], "pip cannot fetch torch-npu==2.14.0: no index"
+    assert "the vendor's schemas were not compared" in ascend.summary(outcome)
+    assert "torch-npu==2.14.0: no index" in ascend.render(outcome, note(), ABOUT)

@@ -66,6 +66,8 @@ class Outcome:
     fits: list[Fit] = field(default_factory=list)
     contract: list[str] = field(default_factory=list)
     """L4: where the vendor's schemas differ from those that the adapter is written for."""
+    unasked: str = ""
+    """Why the schemas could not be compared, or empty."""
 
     @property
     def failed(self) -> list[Ran | Fit]:
