@@ -130,7 +130,9 @@ def store(entry: str, family: str, tile: Tile) -> None:
     path = _choice.FOLDER / f"{operator}.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     table[case][family] = [dict(tile.sizes)]
-    path.write_text(rendered(table), encoding="utf-8")
+    new = path.with_suffix(".new")  # others read the table meanwhile
+    new.write_text(rendered(table), encoding="utf-8")
+    new.replace(path)
     _choice._file.cache_clear()
 
 
@@ -140,7 +142,7 @@ def rendered(table: dict[str, Any]) -> str:
     for case, archs in table.items():
         lines = []
         for arch, tiles in archs.items():
-            indent = ",\n" + " " * (len(json.dumps(arch)) + 7)
+            indent = ",\n" + " " * (len(json.dumps(arch)) + 6)
             lines.append(f"    {json.dumps(arch)}: [{indent.join(map(json.dumps, tiles))}]")
         cases.append(f"  {json.dumps(case)}: {{\n" + ",\n".join(lines) + "\n  }")
     return "{\n" + ",\n".join(cases) + "\n}\n"
