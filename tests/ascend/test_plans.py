@@ -120,7 +120,8 @@ def _names_a_path(x):
 def test_the_largest_tile_is_found(room, found):
     from transom.backends.ascend._toolchain.tiles import climb
 
-    tile = climb(dict(BM=32, BN=64, BK=32), lambda t: t["BM"] * t["BN"] * t["BK"] <= room)
+    most = dict(BM=256, BN=256, BK=128)
+    tile = climb(dict(BM=32, BN=64, BK=32), lambda t: t["BM"] * t["BN"] * t["BK"] <= room, most)
     if found is None:
         assert tile is None
     else:

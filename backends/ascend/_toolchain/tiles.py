@@ -7,7 +7,7 @@ can time a kernel. `transom tune --tiles` may measure another one faster on a de
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,11 +73,25 @@ def largest(environment: Environment, entry: str, shown: list[Call], chip: str) 
                         return False
         return True
 
-    return climb(dict(_choice.tiles(entry, chip.lower())[0].sizes), fits)
+    sizes = dict(_choice.tiles(entry, chip.lower())[0].sizes)
+    return climb(sizes, fits, {name: bound(name, shown) for name in sizes})
 
 
-def climb(sizes: dict[str, int], fits: Callable[[dict[str, int]], bool]) -> Tile | None:
-    """The search itself, for whatever `fits`."""
+def bound(name: str, shown: list[Call]) -> int:
+    """What a size need not exceed: BH tiles H, and there is nothing to gain beyond it."""
+    most = STEP if name == "BK" else MOST
+    seen = []
+    for op, values in shown:
+        shapes = {n: t.shape for n, t in op.tensors(values).items()}
+        seen.append(op.signature.bind(op.name, shapes, op.arguments(values)).get(name[1:]))
+    dims = [d for d in seen if type(d) is int and name != "BK"]
+    return min(most, max(LEAST, 1 << (max(dims) - 1).bit_length())) if dims else most
+
+
+def climb(
+    sizes: dict[str, int], fits: Callable[[dict[str, int]], bool], most: Mapping[str, int]
+) -> Tile | None:
+    """The search itself, for whatever `fits`, each size up to its bound."""
     known: dict[tuple[int, ...], bool] = {}
 
     def known_to_fit(sizes: dict[str, int]) -> bool:
@@ -89,14 +103,20 @@ def climb(sizes: dict[str, int], fits: Callable[[dict[str, int]], bool]) -> Tile
     while not known_to_fit(sizes):
         widest = max(sizes, key=sizes.__getitem__)
         if sizes[widest] <= LEAST:
-            return None
-        sizes = {**sizes, widest: sizes[widest] // 2}
+            # The least of all may be what a compiler fails at: the 950's does at 16 columns.
+            near = ({**sizes, name: sizes[name] * 2} for name in sizes)
+            found = next((n for n in near if known_to_fit(n)), None)
+            if found is None:
+                return None
+            sizes = found
+        else:
+            sizes = {**sizes, widest: sizes[widest] // 2}
     grown = True
     while grown:
         grown = False
         for name in sorted(sizes, key=sizes.__getitem__):
             larger = {**sizes, name: sizes[name] * 2}
-            if larger[name] <= (STEP if name == "BK" else MOST) and known_to_fit(larger):
+            if larger[name] <= most[name] and known_to_fit(larger):
                 sizes, grown = larger, True
     return Tile(tuple(sizes.items()), warps=1, stages=1)
 
