@@ -114,6 +114,8 @@ def _recorded(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     use: dict[str, int] = {}
     for record in records:
         for part in record["Record"]:
+            if part["status"] != "success":  # an attempt that the compiler mended itself
+                continue
             memory = SPACES.get(part["scope"], part["scope"])
             for buffer in part["memory_info_array"]:
                 end = max(buffer["offset"], default=0) + buffer["extent"] // 8
