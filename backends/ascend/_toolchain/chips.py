@@ -101,9 +101,8 @@ def read_plan(
         return Plan(target, False, {memory: needed}, {memory: available}, 0, why)
     if status != 0:
         return Plan(target, False, why=_refusal(status, printed))
-    use = _addresses(final)
-    for space, end in _recorded(records).items():
-        use[space] = max(use.get(space, 0), end)
+    # of the 910s the records: the final program pads and splits buffers
+    use = _recorded(records) or _addresses(final)
     if line := UB_LINE.search(printed):
         use["UB"] = int(line[1]) // 8
     return Plan(target, True, use, capacity, cores.get("AI", 0))
