@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import transom
+from transom.plugins import load as load_all
 
 from . import levels, load
 from .checks import implementations
@@ -53,6 +54,7 @@ def plan(backend: str | None, device: str, wanted: list[str] | None, tell: Any) 
 def ask(op: str, impl: str, check: str, device: str, examples: int, tell: Any) -> levels.Finding:
     """One check of one implementation."""
     found = next(c for c in levels.CHECKS if c.name == check)
+    load_all(transom.ops()[op], device)
 
     def trying(case: Any) -> None:
         tell(trying=[repr(case), found.reproduction(impl, case)])
