@@ -87,8 +87,8 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The measured ceilings of a device: float32 multiply-add rate and streaming read rate, by
-    torch's own kernels."""
+    """The ceilings of a device: float32 multiply-add rate and streaming read rate, measured by
+    torch's own kernels or stated by the vendor."""
 
     device: str
     gflops: float
@@ -99,7 +99,12 @@ class Peaks:
 
 
 def peaks(device_type: str = "cpu", *, fresh: bool = False) -> Peaks:
-    """This machine's ceilings, measured once and cached; `fresh`: measured again (about 2 s)."""
+    """This machine's ceilings: what the vendor states as `torch.<device>.peaks()`, (operations,
+    bytes) a second, else measured once and cached; `fresh`: measured again (about 2 s)."""
+    stated = getattr(getattr(torch, device_type, None), "peaks", None)
+    if stated is not None:
+        flops, bytes_ = stated()
+        return Peaks(device_type, flops / 1e9, bytes_ / 1e9, torch.get_num_threads())
     known = None if fresh else known_peaks(device_type)
     if known is not None:
         return known
