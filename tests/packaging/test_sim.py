@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+
 from .conftest import NOT_SOURCE, ROOT, Environment, run
 
 
