@@ -14,8 +14,9 @@
  *    covers it (TRANSOM_HAS in transom_ops.h asks). No function becomes required in a minor version. Initialise your tables by field
  *    name: what a later header appends is then zero, which is what missing means.
  * 2. Tensors are borrowed for the duration of the call. The host allocates outputs and workspace; a
- *    plugin frees nothing that it was given and keeps no pointer to it (with a stream: until the
- *    work enqueued there is done).
+ *    plugin frees nothing that it was given and keeps no pointer to it. With a stream the memory of
+ *    tensors and workspace, and that alone, is lent until the work enqueued there is done: structs,
+ *    shapes and texts are the next call's as soon as the function returns, so copy what you need.
  * 3. Work is enqueued on `stream` and not awaited. stream NULL: it is done when the function
  *    returns.
  * 4. No C++ exception and no longjmp leaves a function. Functions are called without Python's lock,
