@@ -99,13 +99,8 @@ class Peaks:
 
 
 def peaks(device_type: str = "cpu", *, fresh: bool = False) -> Peaks:
-    """This machine's ceilings: what the vendor states as `torch.<device>.peaks()`, (operations,
-    bytes) a second, else measured once and cached; `fresh`: measured again (about 2 s)."""
-    stated = getattr(getattr(torch, device_type, None), "peaks", None)
-    if stated is not None:
-        flops, bytes_ = stated()
-        return Peaks(device_type, flops / 1e9, bytes_ / 1e9, torch.get_num_threads())
-    known = None if fresh else known_peaks(device_type)
+    """This machine's ceilings, stated, or measured once and cached; `fresh`: measured again."""
+    known = (stated_peaks if fresh else known_peaks)(device_type)
     if known is not None:
         return known
     found = _measure(torch.device(device_type))
@@ -119,12 +114,19 @@ def peaks(device_type: str = "cpu", *, fresh: bool = False) -> Peaks:
 
 
 def known_peaks(device_type: str = "cpu") -> Peaks | None:
-    """The ceilings of this machine if they have been measured before, else None; nothing is
-    measured."""
+    """This machine's ceilings if they are stated or were measured before; measures nothing."""
+    stated = stated_peaks(device_type)
     try:
-        return Peaks(**json.loads(_peaks_path(device_type).read_text(encoding="utf-8")))
+        return stated or Peaks(**json.loads(_peaks_path(device_type).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None  # no file, or one of another version
+
+
+def stated_peaks(device_type: str) -> Peaks | None:
+    """What the vendor states as `torch.<device>.peaks()`, (operations, bytes) a second."""
+    ask = getattr(getattr(torch, device_type, None), "peaks", None)
+    flops, bytes_ = ask() if ask else (0.0, 0.0)
+    return Peaks(device_type, flops / 1e9, bytes_ / 1e9, torch.get_num_threads()) if ask else None
 
 
 def _peaks_path(device_type: str) -> Path:

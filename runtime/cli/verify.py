@@ -18,6 +18,7 @@ from ..plugins import backends, plugins
 from . import ascend, machine
 from .compiled import compiled
 from .console import Refusal, check_writable, out, steps, table, write, write_json
+from .units import digits
 
 EPILOG = """
 Examples:
@@ -123,11 +124,12 @@ def verify(
     if backend is not None and backend not in known and not any(f.op for f in outcome.findings):
         have = ", ".join(sorted(known))
         raise Refusal(f"backend is {backend!r}; expected an implementation's name or one of {have}")
+    about = _about(backend, device)
     if report is not None:
-        text = importlib.import_module("transom.conformance.report").render(outcome, _about())
+        text = importlib.import_module("transom.conformance.report").render(outcome, about)
         write(report, text)
     if json_ is not None:
-        write_json(json_, {**outcome.plain(), **_about()})
+        write_json(json_, {**outcome.plain(), **about})
     _print(out(), outcome)
     if report is not None:
         out().print(Text(f"report: {report}", style="dim"))
@@ -143,10 +145,17 @@ def _exceptions(path: Path | None) -> Any:
         raise Refusal(f"{path} cannot be read: {error.strerror}; give another path") from None
 
 
-def _about() -> dict[str, Any]:
+def _about(backend: str | None, device: str) -> dict[str, Any]:
+    """What the report says of the machine and of what was verified on it."""
     found = {**machine.versions(), "commit": machine.commit()}
     rows = [(name, value or "not installed") for name, value in found.items() if value]
+    if backend in plugins():
+        rows.append((f"plugin {backend}", plugins()[backend].distribution))
     rows += [(d, _device.describe(d)) for d in _device.available()]
+    if (peaks := _device.known_peaks(device)) is not None:
+        how = "measured" if _device.stated_peaks(device) is None else "as the vendor states"
+        figures = f"{digits(peaks.gflops)} GFLOP/s in float32, {digits(peaks.gbytes)} GB/s"
+        rows.append((f"peaks of {device}", f"{figures}, {how}"))
     date = datetime.datetime.now().astimezone().date().isoformat()
     return {"transom": found["transom"], "date": date, "rows": rows}
 

@@ -35,6 +35,9 @@ def test_it_passes_verify_beside_the_wheel(with_sim, tmp_path):
     assert "passed: " in told
     found = json.loads((tmp_path / "sim.json").read_text())
     assert found["passed"] and found["crashes"] == 0
+    assert ["plugin sim", "transom-sim 0.1.0"] in found["rows"]
     assert ["sim", "transom simulated accelerator"] in found["rows"]
+    peaks = "512 GFLOP/s in float32, 64.0 GB/s, as the vendor states"
+    assert ["peaks of sim", peaks] in found["rows"]
     page = (tmp_path / "sim.html").read_text()
     assert "grouped_gemm" in page and "transom simulated accelerator" in page
