@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -14,6 +15,8 @@ from .conftest import NOT_SOURCE, ROOT, Environment, run
 @pytest.fixture(scope="session")
 def with_sim(wheel, made_once):
     """An environment with both."""
+    if sys.platform != "linux":
+        pytest.skip("its memory is a Linux memfd")
 
     def make(folder):
         shutil.copytree(

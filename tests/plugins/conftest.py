@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 SOURCE = Path(__file__).parent / "transom_sim"
 
@@ -18,6 +19,10 @@ SOURCE = Path(__file__).parent / "transom_sim"
 @pytest.fixture(scope="session")
 def site(made_once: Callable[..., Path]) -> Path:
     """A folder of packages with transom_sim in it."""
+    if sys.platform != "linux":
+        pytest.skip("its memory is a Linux memfd")
+    if not hasattr(torch._C, "_acc"):
+        pytest.skip(f"torch {torch.__version__} has no devices in Python; needs >= 2.10")
     if shutil.which(os.environ.get("CC", "cc")) is None:
         pytest.skip("no C compiler; apt install gcc")
 

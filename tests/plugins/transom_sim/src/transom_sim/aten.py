@@ -1,4 +1,4 @@
-"""torch's own operators: 17 of them move data or metadata here; the others go round by the CPU,
+"""torch's own operators: 16 of them move data or metadata here; the others go round by the CPU,
 which is counted."""
 
 from __future__ import annotations
