@@ -12,14 +12,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Verbosity, given, settings
 
 import transom
+from transom.abi.call import CFunction
 from transom.op import Op
 
 from . import checks, manners, speed
@@ -29,6 +30,8 @@ LEVELS = ("load", "requirements", "numbers", "manners", "torch", "speed")
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 LARGEST = 1 << 22
 """Elements of the largest tensor that is made to stand at a limit."""
+SEARCHED = 1 << 12
+"""The largest size at which a limit that nobody states is looked for: references are slow."""
 
 Question = Callable[[Op[..., Any], str, Case], "str | None"]
 """(operator, implementation, call) -> None, or the sentence that says what is wrong."""
@@ -217,7 +220,8 @@ def plain_example(op: Op[..., Any], device: str, dtype: torch.dtype = torch.floa
 
 
 def at_limits(subject: Subject, question: Question) -> Answer:
-    """Calls at each limit on a size that the implementation states, one below and one above."""
+    """Calls at each limit on a size that the implementation states or, in C, turns out to have,
+    one below and one above."""
     op, walked = subject.op, False
     for requirement in op.impls[subject.impl].requires:
         for kind, bound in requirement.limits.items():
@@ -238,7 +242,47 @@ def at_limits(subject: Subject, question: Question) -> Answer:
                     return "fail", f"it {does} {dim} = {size}; it states {requirement.text}", case
                 if (problem := answer(subject, question, case)) is not None:
                     return "fail", problem, case
-    return ("pass", "", None) if walked else ("none", "it states no limit on a size", None)
+    for dim, most in unstated_limits(subject):
+        for size in (most - 1, most, most + 1):
+            case = _of_size(op, subject.device, dim, size)
+            if case is None:
+                continue
+            walked = True
+            if (problem := answer(subject, question, case)) is not None:
+                return "fail", problem, case
+    return ("pass", "", None) if walked else ("none", "it has no limit on a size", None)
+
+
+def unstated_limits(subject: Subject) -> Iterator[tuple[str, int]]:
+    """(dim, the largest size that a C library takes) of the operator's first example, for each dim
+    that it refuses when larger: its supports() states no limit, so it is searched for."""
+    op = subject.op
+    impl = op.impls[subject.impl]
+    if not isinstance(impl.function, CFunction):
+        return
+    facts = transom.dispatch.facts_of(op, plain_example(op, subject.device).values)
+
+    def refused(dim: str, size: int) -> bool:
+        # Without parts the tensors of other sizes are assumed; none is made.
+        dims, arguments = (
+            {**known, dim: size} if dim in known else known
+            for known in (facts.dims, facts.arguments)
+        )
+        return bool(impl.reasons(replace(facts, dims=dims, arguments=arguments, parts={})))
+
+    for dim in op.signature.symbols():
+        most = op.examples[0].get(dim)
+        if not isinstance(most, int) or refused(dim, most):
+            continue
+        more = max(most, 1)
+        while more <= SEARCHED and not refused(dim, more):
+            most, more = more, 2 * more
+        if more > SEARCHED:
+            continue
+        while more - most > 1:
+            middle = (most + more) // 2
+            most, more = (most, middle) if refused(dim, middle) else (middle, more)
+        yield dim, most
 
 
 def _of_size(op: Op[..., Any], device: str, dim: str, size: int) -> Case | None:
