@@ -7,11 +7,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.text import Text
 
 from .console import Refusal, out, steps, table, write, write_json
+from .report import template
 
 
 def verify(
@@ -121,11 +121,7 @@ def summary(outcome: Any) -> str:
 
 def render(outcome: Any, note: str, about: dict[str, Any]) -> str:
     """The report as one HTML file that needs nothing else."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    )  # fmt: skip
-    return environment.get_template("ascend.html").render(
+    return template(__package__, "ascend.html").render(
         outcome=outcome, note=note, about=about, memories=_MEMORIES, fits=fits,
         fullness=fullness, summary=summary(outcome), ops=dict.fromkeys(r.op for r in outcome.ran),
     )  # fmt: skip
