@@ -98,7 +98,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(","))
 
 
-def measure(case: Case, device: torch.device, peaks: Peaks, repeats: int) -> Iterator[dict]:
+def measure(
+    case: Case, device: torch.device, peaks: Peaks, repeats: int
+) -> Iterator[dict[str, Any]]:
     """A row for each candidate of a case: medians, and its share of what the peaks allow."""
     inputs = case.make(Draw(case.dtype))
     draws = [_moved(draw, device) for draw in inputs.draws]
@@ -154,9 +156,9 @@ def candidates(case: Case, values: Mapping[str, Any]) -> Iterator[tuple[str, Cal
 def flex_attention(values: Mapping[str, Any]) -> Call:
     """Compiled flex_attention with the same mask, its block mask made before; the sink left to a
     renormalisation by the log-sum-exp that it returns."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention)
+    compiled: Any = torch.compile(flex_attention)
 
     def call(v: Mapping[str, Any]) -> Tensor:
         q, kv = v["q"].transpose(1, 2), v["kv"]
@@ -169,12 +171,12 @@ def flex_attention(values: Mapping[str, Any]) -> Call:
                 lambda b, h, i, j: seen[i, j], None, None, S, N, device=str(q.device)
             )
         keys = keys[:, None]
-        out, lse = compiled(
+        out, more = compiled(
             q, keys, keys[..., : v["v_dim"]], block_mask=masks[id(v)], scale=v["scale"],
-            enable_gqa=True, return_lse=True,
+            enable_gqa=True, return_aux=AuxRequest(lse=True),
         )  # fmt: skip
         if v["sink"] is not None:  # one more key without a value
-            out = out * torch.sigmoid(lse - v["sink"][None, :, None])[..., None].to(out.dtype)
+            out = out * torch.sigmoid(more.lse - v["sink"][None, :, None])[..., None].to(out.dtype)
         return out.transpose(1, 2).contiguous()
 
     masks: dict[int, Any] = {}
@@ -197,9 +199,9 @@ def timed(
 
 def _one(call: Call, draw: Mapping[str, Any], device: torch.device) -> float:
     if device.type == "cpu":
-        start = time.perf_counter()
+        began = time.perf_counter()
         call(draw)
-        return time.perf_counter() - start
+        return time.perf_counter() - began
     start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
     start.record()
     call(draw)
@@ -241,9 +243,9 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _copy(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    parts = (weight.values, weight.scales, weight.zeros)
-    values, scales, zeros = (None if p is None else p.to(device) for p in parts)
-    return QuantizedWeight(weight.format, values, scales, zeros, group=weight.group)
+    zeros = None if weight.zeros is None else weight.zeros.to(device)
+    parts = weight.values.to(device), weight.scales.to(device)
+    return QuantizedWeight(weight.format, *parts, zeros, group=weight.group)
 
 
 def _differs(got: Any, want: Any, case: Case) -> str | None:

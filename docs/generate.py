@@ -117,7 +117,7 @@ def edge_cases() -> str:
     return f"{NOTE}\n# Edge cases\n\n{EDGES}\n" + "\n".join(rows) + "\n"
 
 
-BACKENDS = {"native": "tuned", "numba": "portable"}
+BACKENDS = {"native": "tuned", "numba": "portable", "ascend": "tuned", "triton": "portable"}
 """Those of this tree, and the tier of their implementations."""
 _FLOATS = ("f32", "bf16", "f16", "f64")
 
@@ -259,7 +259,12 @@ in torch: any device, bounded memory. *reference* is NumPy in float64, on reques
 adds on your machine: `transom doctor`, `transom explain`. *native* is C++ for CPUs, in
 `csrc/cpu`; *numba* serves machines without a compiler. What was run where: everything on an x86-64
 CPU, the native kernels at their baseline, AVX2 and AVX-512 levels; NEON cross-compiled and run
-under qemu, never on an ARM processor. No accelerator was at hand for this version.
+under qemu, never on an ARM processor. *triton* serves CUDA, ROCm and, through triton-ascend, Ascend
+devices; *ascend* calls the vendor's own operators through torch_npu. No accelerator was at hand for
+this version: the Triton kernels ran in Triton's interpreter and were compiled ahead of time
+([triton.md](triton.md) says for what), on Ascend's side they were lowered, executed on a CPU and planned for
+three chips, and the calls of torch_npu were checked against its schemas. No binary of theirs has
+run on a device.
 """
 
 if __name__ == "__main__":

@@ -189,8 +189,8 @@ def _encoded(weight: Any, kind: str) -> np.ndarray[Any, Any]:
         if kind in ("f32", "f16", "bf16"):
             to[e] = one.contiguous().view(torch.uint8).flatten().numpy()
             continue
-        one = one.float().contiguous().numpy()
-        from_, into = ggml.ffi.from_buffer("float[]", one), ggml.ffi.from_buffer(to[e])
+        plain = one.float().contiguous().numpy()
+        from_, into = ggml.ffi.from_buffer("float[]", plain), ggml.ffi.from_buffer(to[e])
         ggml.quantize_chunk(TYPES[kind], from_, into, 0, rows, width, ggml.ffi.NULL)
     return to
 

@@ -109,7 +109,7 @@ def verify(
     if target == "ascend":
         return ascend.verify(
             names, examples=examples, quick=quick, fit=fit, jobs=jobs, report=report, json_=json_,
-            about=_about(),
+            about=_about(None, device),
         )  # fmt: skip
     if quick:
         level, examples = QUICK

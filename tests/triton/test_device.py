@@ -1,5 +1,5 @@
-"""What only a GPU can show: capture in a graph, and the compiled kernels' agreement at sizes of real
-models. The rest is asked by `transom verify --backend triton --device cuda`."""
+"""What only a GPU can show: capture in a graph, and agreement at the sizes of real models. The rest
+is asked by `transom verify --backend triton --device cuda`."""
 
 from __future__ import annotations
 
