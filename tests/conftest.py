@@ -27,6 +27,11 @@ settings.register_profile("random", **SHARED)
 settings.load_profile(os.environ.get("TRANSOM_TEST_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first: the other test processes share the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """The same numbers in every run of a test, and other numbers in every test."""

@@ -57,9 +57,10 @@ def ids_of(value):
 
 def implementation(op, module):
     """The adapter's Impl, registered though no device is here."""
-    kept = op.impls.get("ascend")
-    if kept is not None and kept.unavailable:
-        del op.impls["ascend"]
+    for twin in transom.ops().values():  # a module may hold several operators
+        kept = twin.impls.get("ascend")
+        if twin.path == op.path and kept is not None and kept.unavailable:
+            del twin.impls["ascend"]
     importlib.import_module(f"transom.backends.ascend.{module}")
     return op.impls["ascend"]
 

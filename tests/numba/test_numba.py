@@ -27,9 +27,7 @@ def module(name):
 
 def drawn(seed):
     g = torch.Generator().manual_seed(seed)
-    return functools.partial(torch.randn, generator=g), functools.partial(
-        torch.randint, generator=g
-    )
+    return tuple(functools.partial(f, generator=g) for f in (torch.randn, torch.randint))
 
 
 def streams(dtype, T=70):

@@ -20,6 +20,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_level_passes(family, on_path):
     outcome = verify("sim", "sim", ops=FAMILIES[family], examples=EXAMPLES)

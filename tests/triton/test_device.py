@@ -8,7 +8,7 @@ import torch
 
 import transom
 
-REASON = transom.backends()["triton"].unavailable
+REASON = transom.backends()["triton"]
 pytestmark = pytest.mark.skipif(
     REASON is not None or not torch.cuda.is_available(), reason=str(REASON or "no CUDA device")
 )

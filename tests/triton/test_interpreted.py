@@ -46,6 +46,7 @@ def test_the_kit_catches_wrong_kernels_and_tiles_are_measured():
     assert done.returncode == 0, done.stdout[-6000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({op.family for op in OPS.values()}))
 def test_every_operator_conforms(family):
     asked = [name for name, op in OPS.items() if op.family == family]
