@@ -262,9 +262,9 @@ CPU, the native kernels at their baseline, AVX2 and AVX-512 levels; NEON cross-c
 under qemu, never on an ARM processor. *triton* serves CUDA, ROCm and, through triton-ascend, Ascend
 devices; *ascend* calls the vendor's own operators through torch_npu. No accelerator was at hand for
 this version: the Triton kernels ran in Triton's interpreter and were compiled ahead of time
-([triton.md](triton.md) says for what), on Ascend's side they were lowered, executed on a CPU and planned for
-three chips, and the calls of torch_npu were checked against its schemas. No binary of theirs has
-run on a device.
+([triton.md](triton.md) says for what); on Ascend's side they were lowered, executed on a CPU and
+planned for three chips, and the calls of torch_npu were checked against its schemas. No binary of
+theirs has run on a device.
 """
 
 if __name__ == "__main__":
