@@ -40,7 +40,7 @@ def packages() -> list[str]:
     ]
 
 
-# Each operator's source is compiled once for each level of its processor, the best one last;
+# Each source below a family is compiled once for each level of its processor, the best one last;
 # csrc/cpu/plugin.cpp takes the best that runs. A new name needs its has_<level>() there.
 LEVELS = {
     "x86_64": {
@@ -131,8 +131,9 @@ class build_compiled(build_ext):
         # For a build that is checked while it runs: TRANSOM_SANITIZE=address,undefined
         checked = os.environ.get("TRANSOM_SANITIZE")
         sanitize = [f"-fsanitize={checked}", *CHECKED] if checked else []
-        below = [source for source in extension.sources if is_kernel(source)]
-        write_list(Path(self.build_temp) / "transom_kernels.h", below, levels)
+        below = [source for source in extension.sources if has_levels(source)]
+        kernels = [source for source in below if is_kernel(source)]
+        write_list(Path(self.build_temp) / "transom_kernels.h", kernels, levels)
         jobs = [(source, level, levels[level]) for source in below for level in levels]
         jobs += [(source, "once", []) for source in extension.sources if source not in below]
 
@@ -159,9 +160,14 @@ class build_compiled(build_ext):
         self.compiler.link_shared_object(objects, target, extra_postargs=[*own, *sanitize])
 
 
-def is_kernel(source: str) -> bool:
-    """csrc/cpu/<family>/<op>.cpp, not a source of the folder itself."""
+def has_levels(source: str) -> bool:
+    """csrc/cpu/<family>/<name>.cpp, not a source of the folder itself."""
     return len(Path(source).parts) > len(("csrc", "cpu", "file"))
+
+
+def is_kernel(source: str) -> bool:
+    """csrc/cpu/<family>/<op>.cpp; what begins with an underscore is shared by several of them."""
+    return has_levels(source) and not Path(source).name.startswith("_")
 
 
 def write_list(target: Path, kernels: list[str], levels: Iterable[str]) -> None:

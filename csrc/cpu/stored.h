@@ -1,5 +1,4 @@
-/* Weights as they are stored: plain ones of any strides, and quantised ones in blocks of which each
- * has a scale (and int4 a zero point).
+/* Quantised weights as they are stored, in blocks of which each has a scale (and int4 a zero point).
  *
  * 16 bytes of each of kWidth rows are turned in registers as 32-bit words; then every word holds
  * four or eight neighbours along k of one row, which come out one by one, of all rows at once. A
@@ -7,127 +6,10 @@
  * products are those of the dequantised weight. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "matrix.h"
+#include "weight.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
-
-/* A plain matrix; elements between neighbours along n, along k. */
-struct Plain {
-  const char *data;
-  int64_t row, along;
-};
-
-template <class Number>
-struct Numbers {
-  /* Rows of x up to which each number is used where it is read; vectors of sums for one row. */
-  static constexpr int64_t kNarrow = 8;
-  static constexpr int kGroups = sizeof(Number) == 2 && kWidth == 8 ? 2 : 1;
-
-  const Number *data;
-  int64_t row, along;
-
-  int64_t row_bytes() const { return row * static_cast<int64_t>(sizeof(Number)); }
-
-  void pack(int64_t n, int64_t columns, int64_t k, int64_t K, float *panel) const {
-    transom::TRANSOM_LEVEL::pack(data + n * row + k * along, row, along, columns, K, panel);
-  }
-
-  Ahead ahead(int64_t n, int64_t k) const {
-    constexpr int64_t size = sizeof(Number);
-    Ahead out = {reinterpret_cast<const char *>(data + n * row + k * along), 0, 0, 0,
-                 kLineOf<Number>};
-    if (along == 1)
-      out.count = kPanel, out.across = row * size, out.along = 64;
-    else if (row == 1) /* a line of each step along k, kLineOf of them at a time */
-      out.count = kLineOf<Number>, out.across = along * size, out.along = along * 64;
-    return out;
-  }
-
-  /* Columns n, n + gap, ... at k..k+piece; `following`: the columns that come next. */
-  template <int G>
-  void narrow(int64_t rows, int64_t n, int64_t gap, int64_t following, int64_t k, int64_t piece,
-              int64_t K, const float *a, int64_t a_stride, float *c, int64_t c_stride,
-              bool add) const {
-    const Number *w = data + n * row + k;
-    const Number *next = k + piece < K ? w + piece : data + following * row;
-    switch (rows) {
-#define TRANSOM_NARROW(R)                                                                     \
-  case R:                                                                                     \
-    transom::TRANSOM_LEVEL::narrow<R, G>(piece, a, a_stride, w, row * gap, c, c_stride, add, \
-                                         next);                                               \
-    break;
-      TRANSOM_NARROW(2) TRANSOM_NARROW(3) TRANSOM_NARROW(4)
-      TRANSOM_NARROW(5) TRANSOM_NARROW(6) TRANSOM_NARROW(7) TRANSOM_NARROW(8)
-#undef TRANSOM_NARROW
-      default:
-        transom::TRANSOM_LEVEL::narrow<1, G>(piece, a, a_stride, w, row * gap, c, c_stride, add,
-                                             next);
-    }
-  }
-};
-
-enum StoredFormat { kInt8, kInt4, kFp8, kMxfp4 };
-
-/* A quantised matrix: rows of bytes, and the grids of its blocks. */
-struct Stored {
-  StoredFormat format;
-  bool e8m0;
-  const uint8_t *values, *scales, *zeros;
-  int64_t columns, row;              /* numbers in a row, bytes between rows */
-  int64_t block_rows, block_columns; /* of a block */
-  int64_t scale_row, scale_along;    /* elements between neighbours of the grid */
-  int64_t zero_row, zero_along;
-
-  int row_shift, column_shift; /* log2 of the block's sides, -1 for no power of two */
-
-  int64_t grid_row(int64_t n) const { return row_shift >= 0 ? n >> row_shift : n / block_rows; }
-  int64_t grid_column(int64_t k) const {
-    return column_shift >= 0 ? k >> column_shift : k / block_columns;
-  }
-  float scale(int64_t n, int64_t k) const {
-    const int64_t at = grid_row(n) * scale_row + grid_column(k) * scale_along;
-    if (!e8m0) return reinterpret_cast<const float *>(scales)[at];
-    const uint32_t byte = scales[at];
-    /* 0 is the subnormal 2^-127, 255 is NaN */
-    return bits_as<float>(byte == 0 ? 1u << 22 : byte == 255 ? 0x7fc00000u : byte << 23);
-  }
-  float zero(int64_t n, int64_t k) const {
-    return zeros == nullptr ? 0.0f : zeros[grid_row(n) * zero_row + grid_column(k) * zero_along];
-  }
-};
-
-/* log2 of a block's side, of which 0 is the whole extent; -1 for no power of two. */
-inline int shift_of(int64_t block) {
-  if (block == 0) return 62;
-  return (block & (block - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(block)) : -1;
-}
-
-inline Stored stored_at(const transom_call *call, int argument, int64_t e) {
-  const transom_tensor *values = tensor(call, argument), *scales = tensor(call, argument + 1);
-  const transom_tensor *zeros = tensor(call, argument + 2);
-  const char *spec = call->args[argument + 3].string;
-  Stored out = {};
-  out.format = strncmp(spec, "int8", 4) == 0   ? kInt8
-               : strncmp(spec, "int4", 4) == 0 ? kInt4
-               : strncmp(spec, "fp8", 3) == 0  ? kFp8
-                                               : kMxfp4;
-  long long rows = 0, columns = 0;
-  sscanf(strchr(spec, ':') + 1, "%lldx%lld", &rows, &columns);
-  out.block_rows = rows, out.block_columns = columns;
-  out.row_shift = shift_of(rows), out.column_shift = shift_of(columns);
-  out.e8m0 = scales->dtype_bits == 8;
-  out.values = static_cast<const uint8_t *>(at(values, e * values->strides[0]));
-  out.columns = values->shape[2] * (out.format == kInt4 || out.format == kMxfp4 ? 2 : 1);
-  out.row = values->strides[1];
-  out.scales = static_cast<const uint8_t *>(at(scales, e * scales->strides[0]));
-  out.scale_row = scales->strides[1], out.scale_along = scales->strides[2];
-  if (zeros != nullptr) {
-    out.zeros = static_cast<const uint8_t *>(at(zeros, e * zeros->strides[0]));
-    out.zero_row = zeros->strides[1], out.zero_along = zeros->strides[2];
-  }
-  return out;
-}
 
 /* Bytes side by side in the elements of a vu. */
 typedef int8_t vb __attribute__((vector_size(4 * kWidth)));

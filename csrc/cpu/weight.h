@@ -1,20 +1,49 @@
 /* Rows of float32 times a weight as it is stored, whatever its format and strides.
  *
- * Few rows of x: memory is the limit, and each number of the weight is used where it is read. More
- * rows: a piece of the weight is turned into a panel in L1, and while that is multiplied the next
- * piece is fetched. An element of the product has the same bits either way. Internal linkage, as
- * in vector.h. */
+ * What a kernel sees of it: the types, and multiply(), which moe/_multiply.cpp holds once for all
+ * of them. They stand in the level's namespace without internal linkage, since they meet at the
+ * linker. */
 #pragma once
 
-#include "stored.h"
+#include "matrix.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-/* Floats between rows of x beyond their length: rows of a power of two would share cache sets. */
-constexpr int64_t kPad = 16;
+/* A plain matrix; elements between neighbours along n, along k. */
+struct Plain {
+  const char *data;
+  int64_t row, along;
+};
 
-inline int64_t padded(int64_t k) { return up_to(k, kWidth) + kPad; }
+enum StoredFormat { kInt8, kInt4, kFp8, kMxfp4 };
+
+/* A quantised matrix: rows of bytes, and the grids of its blocks. */
+struct Stored {
+  StoredFormat format;
+  bool e8m0;
+  const uint8_t *values, *scales, *zeros;
+  int64_t columns, row;              /* numbers in a row, bytes between rows */
+  int64_t block_rows, block_columns; /* of a block */
+  int64_t scale_row, scale_along;    /* elements between neighbours of the grid */
+  int64_t zero_row, zero_along;
+
+  int row_shift, column_shift; /* log2 of the block's sides, -1 for no power of two */
+
+  int64_t grid_row(int64_t n) const { return row_shift >= 0 ? n >> row_shift : n / block_rows; }
+  int64_t grid_column(int64_t k) const {
+    return column_shift >= 0 ? k >> column_shift : k / block_columns;
+  }
+  float scale(int64_t n, int64_t k) const {
+    const int64_t at = grid_row(n) * scale_row + grid_column(k) * scale_along;
+    if (!e8m0) return reinterpret_cast<const float *>(scales)[at];
+    const uint32_t byte = scales[at];
+    /* 0 is the subnormal 2^-127, 255 is NaN */
+    return bits_as<float>(byte == 0 ? 1u << 22 : byte == 255 ? 0x7fc00000u : byte << 23);
+  }
+  float zero(int64_t n, int64_t k) const {
+    return zeros == nullptr ? 0.0f : zeros[grid_row(n) * zero_row + grid_column(k) * zero_along];
+  }
+};
 
 /* A matrix w[n][k] of any format, its k running or, `turned`, its n. */
 struct Weight {
@@ -23,6 +52,45 @@ struct Weight {
   Stored stored;
   bool turned;
 };
+
+namespace {
+
+/* Floats between rows of x beyond their length: rows of a power of two would share cache sets. */
+constexpr int64_t kPad = 16;
+
+inline int64_t padded(int64_t k) { return up_to(k, kWidth) + kPad; }
+
+/* log2 of a block's side, of which 0 is the whole extent; -1 for no power of two. */
+inline int shift_of(int64_t block) {
+  if (block == 0) return 62;
+  return (block & (block - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(block)) : -1;
+}
+
+inline Stored stored_at(const transom_call *call, int argument, int64_t e) {
+  const transom_tensor *values = tensor(call, argument), *scales = tensor(call, argument + 1);
+  const transom_tensor *zeros = tensor(call, argument + 2);
+  const char *spec = call->args[argument + 3].string;
+  Stored out = {};
+  out.format = strncmp(spec, "int8", 4) == 0   ? kInt8
+               : strncmp(spec, "int4", 4) == 0 ? kInt4
+               : strncmp(spec, "fp8", 3) == 0  ? kFp8
+                                               : kMxfp4;
+  long long rows = 0, columns = 0;
+  sscanf(strchr(spec, ':') + 1, "%lldx%lld", &rows, &columns);
+  out.block_rows = rows, out.block_columns = columns;
+  out.row_shift = shift_of(rows), out.column_shift = shift_of(columns);
+  out.e8m0 = scales->dtype_bits == 8;
+  out.values = static_cast<const uint8_t *>(at(values, e * values->strides[0]));
+  out.columns = values->shape[2] * (out.format == kInt4 || out.format == kMxfp4 ? 2 : 1);
+  out.row = values->strides[1];
+  out.scales = static_cast<const uint8_t *>(at(scales, e * scales->strides[0]));
+  out.scale_row = scales->strides[1], out.scale_along = scales->strides[2];
+  if (zeros != nullptr) {
+    out.zeros = static_cast<const uint8_t *>(at(zeros, e * zeros->strides[0]));
+    out.zero_row = zeros->strides[1], out.zero_along = zeros->strides[2];
+  }
+  return out;
+}
 
 /* Matrix e of a plain tensor [E,N,K]. */
 inline Weight plain_weight(const transom_tensor *w, int64_t e) {
@@ -52,161 +120,11 @@ inline Weight transposed(Weight w) {
   return w;
 }
 
-/* Rows of a weight lie at least so many bytes apart where they are read side by side. Only then has
- * each a page of its own, and the processor's prefetchers follow them all: 14.3 instead of 9 GB/s
- * for rows of 1.5 KB, of 15 that one core can read. */
-constexpr int64_t kApart = 4096, kMostGap = 8;
-
-/* G vectors of columns `gap` apart, and the gap - 1 columns that follow each, kDepth of k at a
- * time, while whole blocks of them are left. Returns the columns done. */
-template <int G, class Source>
-inline int64_t multiply_narrow(const Source &w, int64_t rows, int64_t K, const float *x,
-                               int64_t x_stride, int64_t first, int64_t gap, int64_t columns,
-                               float *c, int64_t c_stride) {
-  constexpr int64_t kLanes = G * kWidth, kStride = kLanes * kMostGap;
-  alignas(64) float sums[Source::kNarrow * kStride];
-  int64_t n = 0;
-  for (; n + kLanes * gap <= columns; n += kLanes * gap) {
-    for (int64_t i = 0; i < gap; i++) {
-      const int64_t here = first + n + i;
-      const int64_t following = i + 1 < gap ? here + 1 : first + n + kLanes * gap;
-      float *to = gap == 1 ? c + n : sums + i * kLanes;
-      const int64_t to_stride = gap == 1 ? c_stride : kStride;
-      int64_t k = 0;
-      do {
-        w.template narrow<G>(rows, here, gap, following, k, min_of(kDepth, K - k), K, x + k,
-                             x_stride, to, to_stride, k > 0);
-        k += kDepth;
-      } while (k < K);
-    }
-    for (int64_t r = 0; r < rows && gap > 1; r++)
-      for (int64_t i = 0; i < gap; i++)
-        for (int64_t l = 0; l < kLanes; l++)
-          c[r * c_stride + n + l * gap + i] = sums[r * kStride + i * kLanes + l];
-  }
-  return n;
-}
-
-/* Every column that fills a vector; returns how many. */
-template <class Source>
-inline int64_t multiply_turned(const Source &w, int64_t rows, int64_t K, const float *x,
-                               int64_t x_stride, int64_t first, int64_t columns, float *c,
-                               int64_t c_stride) {
-  int64_t n = 0, gap = 1;
-  while (gap < kMostGap && gap * w.row_bytes() < kApart) gap *= 2;
-  for (; gap > 0; gap /= 2) {
-    /* One row of narrow numbers comes too fast for one sum in each element of a vector. */
-    const auto columns_by = [&]<int G>() __attribute__((always_inline)) {
-      if constexpr (G <= Source::kGroups)
-        n += multiply_narrow<G>(w, rows, K, x, x_stride, first + n, gap, columns - n, c + n,
-                                c_stride);
-    };
-    if (rows == 1) columns_by.template operator()<4>(), columns_by.template operator()<2>();
-    columns_by.template operator()<1>();
-  }
-  return n;
-}
-
-template <class Number>
-inline int64_t multiply_sweep(int64_t rows, int64_t K, const float *x, int64_t x_stride,
-                              const Number *w, int64_t along, int64_t columns, float *c,
-                              int64_t c_stride) {
-  columns -= columns % kWidth;
-  for (int64_t n = 0; n < columns; n += kSweep) {
-    const int64_t here = min_of(kSweep, columns - n);
-    int64_t k = 0;
-    do {
-      const int64_t piece = min_of(kDepth, K - k);
-      const Number *from = w + k * along + n;
-      for (int64_t r = 0; r < rows;) {
-        const float *a = x + r * x_stride + k;
-        float *to = c + r * c_stride + n;
-        const int64_t left = rows - r;
-        if (left >= 4)
-          sweep<4>(piece, a, x_stride, from, along, here, to, c_stride, k > 0), r += 4;
-        else if (left >= 2)
-          sweep<2>(piece, a, x_stride, from, along, here, to, c_stride, k > 0), r += 2;
-        else
-          sweep<1>(piece, a, x_stride, from, along, here, to, c_stride, k > 0), r += 1;
-      }
-      k += kDepth;
-    } while (k < K);
-  }
-  return columns;
-}
-
-/* By panels; `more`: the products are added to what c holds. */
-template <class Source>
-inline void multiply_panels(const Source &w, int64_t rows, int64_t K, const float *x,
-                            int64_t x_stride, int64_t first, int64_t columns, float *c,
-                            int64_t c_stride, int64_t l2, bool more = false) {
-  alignas(64) float panel[kDepth * kPanel];
-  const int64_t panels = (columns + kPanel - 1) / kPanel;
-  const int64_t pieces = max_of((K + kDepth - 1) / kDepth, 1);
-  /* All of k for one panel after the other where x stays in L2 meanwhile; else all panels for a
-   * piece of k. */
-  const bool k_first = rows * x_stride * 4 <= l2 / 2;
-  for (int64_t i = 0; i < panels * pieces; i++) {
-    const auto n_of = [&](int64_t at) { return (k_first ? at / pieces : at % panels) * kPanel; };
-    const auto k_of = [&](int64_t at) { return (k_first ? at % pieces : at / panels) * kDepth; };
-    const int64_t n = n_of(i), k = k_of(i), next = min_of(i + 1, panels * pieces - 1);
-    const int64_t piece = min_of(kDepth, K - k);
-    w.pack(first + n, min_of(kPanel, columns - n), k, piece, panel);
-    multiply_panel(rows, piece, x + k, x_stride, panel, kPanel, c + n, c_stride, more || k > 0,
-                   w.ahead(first + n_of(next), k_of(next)));
-  }
-}
-
-template <class Number>
-inline void multiply_plain(const Plain &plain, int64_t rows, int64_t K, const float *x,
-                           int64_t x_stride, int64_t first, int64_t columns, float *c,
-                           int64_t c_stride, int64_t l2) {
-  const Numbers<Number> w = {reinterpret_cast<const Number *>(plain.data), plain.row, plain.along};
-  int64_t done = 0;
-  if (rows <= w.kNarrow && w.along == 1)
-    done = multiply_turned(w, rows, K, x, x_stride, first, columns, c, c_stride);
-  else if (rows <= w.kNarrow && w.row == 1)
-    done = multiply_sweep(rows, K, x, x_stride, w.data + first, w.along, columns, c, c_stride);
-  if (done < columns)
-    multiply_panels(w, rows, K, x, x_stride, first + done, columns - done, c + done, c_stride, l2);
-}
-
-template <class Format>
-inline void multiply_stored(const Weight &weight, int64_t rows, int64_t K, const float *x,
-                            int64_t x_stride, int64_t first, int64_t columns, float *c,
-                            int64_t c_stride, int64_t l2) {
-  if (weight.turned) {
-    multiply_panels(Turned<Format>{weight.stored}, rows, K, x, x_stride, first, columns, c,
-                    c_stride, l2);
-    return;
-  }
-  const Blocks<Format> w = {weight.stored};
-  int64_t done = 0;
-  if (rows <= w.kNarrow)
-    done = multiply_turned(w, rows, K, x, x_stride, first, columns, c, c_stride);
-  if (done < columns)
-    multiply_panels(w, rows, K, x, x_stride, first + done, columns - done, c + done, c_stride, l2);
-}
+}  // namespace
 
 /* c[r][i] = sum over k of x[r][k] * w[first + i][k]. Rows of c have room for a multiple of kPanel
  * columns beyond any multiple of kWidth. l2: bytes of the second-level cache. */
-inline void multiply(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
-                     int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2) {
-#define TRANSOM_MULTIPLY(how, w) how(w, rows, K, x, x_stride, first, columns, c, c_stride, l2)
-  switch (w.number) {
-    case 0: return TRANSOM_MULTIPLY(multiply_plain<float>, w.plain);
-    case 1: return TRANSOM_MULTIPLY(multiply_plain<bf16>, w.plain);
-    case 2: return TRANSOM_MULTIPLY(multiply_plain<f16>, w.plain);
-    default: break;
-  }
-  switch (w.stored.format) {
-    case kInt8: return TRANSOM_MULTIPLY(multiply_stored<Int8>, w);
-    case kInt4: return TRANSOM_MULTIPLY(multiply_stored<Int4>, w);
-    case kFp8: return TRANSOM_MULTIPLY(multiply_stored<Fp8>, w);
-    default: return TRANSOM_MULTIPLY(multiply_stored<Mxfp4>, w);
-  }
-#undef TRANSOM_MULTIPLY
-}
+void multiply(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
+              int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2);
 
-}  // namespace
 }  // namespace transom::TRANSOM_LEVEL
