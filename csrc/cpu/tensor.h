@@ -91,23 +91,27 @@ inline void read_row(const transom_tensor *t, int64_t first, int64_t stride, int
     read_numbers(static_cast<const f16 *>(t->data) + first, stride, n, to);
 }
 
+/* True for a tensor of a dtype that kernels read; else the reason is written. */
+inline bool readable(const transom_tensor *t, const char *name, transom_status *status) {
+  if (kind(t) >= 0) return true;
+  snprintf(status->message, sizeof status->message,
+           "%s is float64; supported: float32, bfloat16, float16", name);
+  return false;
+}
+
 /* True if `x` is of a dtype that kernels read and the weight at `weight`, if it is quantised, has
  * rows in one piece; else the reason is written. */
 inline bool fits(const transom_call *call, int x, const char *x_name, int weight,
                  const char *weight_name, transom_status *status) {
   const transom_tensor *w = tensor(call, weight);
-  if (kind(tensor(call, x)) < 0) {
-    snprintf(status->message, sizeof status->message,
-             "%s is float64; supported: float32, bfloat16, float16", x_name);
-  } else if (call->args[weight + 3].tag == TRANSOM_VALUE_STRING && w->shape[2] > 1 &&
-             w->strides[2] != 1) {
-    snprintf(status->message, sizeof status->message,
-             "%s has values with a last dim of stride %lld; supported: 1; store each row's values "
-             "in one piece",
-             weight_name, static_cast<long long>(w->strides[2]));
-  } else {
+  if (!readable(tensor(call, x), x_name, status)) return false;
+  if (call->args[weight + 3].tag != TRANSOM_VALUE_STRING || w->shape[2] <= 1 ||
+      w->strides[2] == 1)
     return true;
-  }
+  snprintf(status->message, sizeof status->message,
+           "%s has values with a last dim of stride %lld; supported: 1; store each row's values "
+           "in one piece",
+           weight_name, static_cast<long long>(w->strides[2]));
   return false;
 }
 

@@ -365,10 +365,7 @@ void attend_one(Work *work) {
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  if (kind(tensor(call, ARGUMENT(Q))) >= 0) return 1;
-  snprintf(status->message, sizeof status->message,
-           "q is float64; supported: float32, bfloat16, float16");
-  return 0;
+  return readable(tensor(call, ARGUMENT(Q)), "q", status);
 }
 
 uint64_t workspace(const transom_call *call) {

@@ -88,12 +88,5 @@ inline void score(const Listed &at, Scored *one, int64_t b, int64_t s) {
   one->norm = peak + log_of(one->mass);
 }
 
-inline bool listed_fits(const transom_tensor *q, transom_status *status) {
-  if (kind(q) >= 0) return true;
-  snprintf(status->message, sizeof status->message,
-           "q is float64; supported: float32, bfloat16, float16");
-  return false;
-}
-
 }  // namespace
 }  // namespace transom::TRANSOM_LEVEL

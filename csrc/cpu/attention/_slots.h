@@ -95,13 +95,5 @@ inline void weigh(const Slots &s, int64_t b, int64_t i, int64_t c, int64_t n, fl
   }
 }
 
-/* False, and the reason, for float64. */
-inline bool slots_fit(const transom_tensor *kv, transom_status *status) {
-  if (kind(kv) >= 0) return true;
-  snprintf(status->message, sizeof status->message,
-           "kv is float64; supported: float32, bfloat16, float16");
-  return false;
-}
-
 }  // namespace
 }  // namespace transom::TRANSOM_LEVEL

@@ -74,7 +74,7 @@ void carry(const Slots &s, float *values, float *gates) {
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  return slots_fit(tensor(call, ARGUMENT(KV)), status);
+  return readable(tensor(call, ARGUMENT(KV)), "kv", status);
 }
 
 uint64_t workspace(const transom_call *call) {

@@ -140,7 +140,7 @@ void by_channels(void *context, int32_t thread) {
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  return slots_fit(tensor(call, ARGUMENT(KV)), status);
+  return readable(tensor(call, ARGUMENT(KV)), "kv", status);
 }
 
 uint64_t workspace(const transom_call *call) {

@@ -227,14 +227,10 @@ void join(void *context, int32_t) {
 
 int32_t supports(const transom_call *call, transom_status *status) {
   const Work work = describe(call);
-  if (kind(work.q) < 0)
-    snprintf(status->message, sizeof status->message,
-             "q is float64; supported: float32, bfloat16, float16");
-  else if (work.N > INT32_MAX - 64)
-    snprintf(status->message, sizeof status->message, "N = %lld; supported: at most %d",
-             static_cast<long long>(work.N), INT32_MAX - 64);
-  else
-    return 1;
+  if (!readable(work.q, "q", status)) return 0;
+  if (work.N <= INT32_MAX - 64) return 1;
+  snprintf(status->message, sizeof status->message, "N = %lld; supported: at most %d",
+           static_cast<long long>(work.N), INT32_MAX - 64);
   return 0;
 }
 

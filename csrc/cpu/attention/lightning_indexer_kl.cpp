@@ -53,7 +53,7 @@ void take_queries(void *context, int32_t thread) {
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  return listed_fits(tensor(call, ARGUMENT(Q)), status);
+  return readable(tensor(call, ARGUMENT(Q)), "q", status);
 }
 
 uint64_t workspace(const transom_call *call) {

@@ -176,7 +176,7 @@ void add_rows(void *context, int32_t) {
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  return listed_fits(tensor(call, ARGUMENT(Q)), status);
+  return readable(tensor(call, ARGUMENT(Q)), "q", status);
 }
 
 uint64_t workspace(const transom_call *call) {

@@ -42,13 +42,6 @@ inline Gated describe_gated(const transom_call *call, GateArguments at) {
   return work;
 }
 
-inline bool gated_fits(const Gated *work, transom_status *status) {
-  if (kind(work->x) >= 0) return true;
-  snprintf(status->message, sizeof status->message,
-           "x is float64; supported: float32, bfloat16, float16");
-  return false;
-}
-
 /* Bytes of a copy of the weight, if it is not float32 in rows of one piece. */
 inline int64_t weight_bytes(const Gated *work) {
   const transom_tensor *w = work->weight;

@@ -55,15 +55,11 @@ inline RowSums describe_row_sums(const transom_call *call, HashArguments at, int
 }
 
 inline bool row_sums_fit(const RowSums *work, transom_status *status) {
-  if (kind(work->dy) < 0)
-    snprintf(status->message, sizeof status->message,
-             "dy is float64; supported: float32, bfloat16, float16");
-  else if (work->items >= INT64_C(1) << 32 || work->shift > 32)
-    snprintf(status->message, sizeof status->message,
-             "%lld rows are read of %lld; supported: below 2^32 of 2^44",
-             static_cast<long long>(work->items), static_cast<long long>(work->shape.rows));
-  else
-    return true;
+  if (!readable(work->dy, "dy", status)) return false;
+  if (work->items < INT64_C(1) << 32 && work->shift <= 32) return true;
+  snprintf(status->message, sizeof status->message,
+           "%lld rows are read of %lld; supported: below 2^32 of 2^44",
+           static_cast<long long>(work->items), static_cast<long long>(work->shape.rows));
   return false;
 }
 

@@ -28,13 +28,6 @@ inline Taps describe_taps(const transom_call *call, int v, int weight, int dilat
   return taps;
 }
 
-inline bool taps_fit(const Taps *taps, transom_status *status) {
-  if (kind(taps->v) >= 0) return true;
-  snprintf(status->message, sizeof status->message,
-           "v is float64; supported: float32, bfloat16, float16");
-  return false;
-}
-
 /* Bytes for sources(): K addresses, a row of zeros, and a row for each tap where they do not lie in
  * one piece. */
 inline int64_t source_bytes(const Taps *taps) {

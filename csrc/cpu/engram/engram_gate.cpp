@@ -113,7 +113,7 @@ void by_dtype(void *context, int32_t thread) {
 
 int32_t supports(const transom_call *call, transom_status *status) {
   const Work work = describe(call);
-  return gated_fits(&work.gated, status);
+  return readable(work.gated.x, "x", status);
 }
 
 uint64_t workspace(const transom_call *call) {

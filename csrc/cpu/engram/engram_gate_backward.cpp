@@ -172,7 +172,7 @@ void add_parts(void *context, int32_t) {
 
 int32_t supports(const transom_call *call, transom_status *status) {
   const Work work = describe(call);
-  return gated_fits(&work.gated, status);
+  return readable(work.gated.x, "x", status);
 }
 
 uint64_t workspace(const transom_call *call) {

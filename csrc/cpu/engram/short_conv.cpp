@@ -111,7 +111,7 @@ void keep(void *context, int32_t) {
 
 int32_t supports(const transom_call *call, transom_status *status) {
   const Work work = describe(call);
-  return taps_fit(&work.taps, status);
+  return readable(work.taps.v, "v", status);
 }
 
 uint64_t workspace(const transom_call *call) {

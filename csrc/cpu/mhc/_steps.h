@@ -125,14 +125,10 @@ inline void steps_backward(vf *m, vf *grad, int64_t R, int64_t iterations, float
 /* False, and the reason, for a matrix that does not fit or a float64 tensor. */
 inline bool streams_fit(const transom_tensor *t, const char *name, int64_t R,
                         transom_status *status) {
-  if (kind(t) < 0)
-    snprintf(status->message, sizeof status->message,
-             "%s is float64; supported: float32, bfloat16, float16", name);
-  else if (R > kMostStreams)
-    snprintf(status->message, sizeof status->message, "R = %lld; supported: at most %lld",
-             static_cast<long long>(R), static_cast<long long>(kMostStreams));
-  else
-    return true;
+  if (!readable(t, name, status)) return false;
+  if (R <= kMostStreams) return true;
+  snprintf(status->message, sizeof status->message, "R = %lld; supported: at most %lld",
+           static_cast<long long>(R), static_cast<long long>(kMostStreams));
   return false;
 }
 

@@ -46,10 +46,7 @@ void sum_blocks(void *context, int32_t thread) {
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  if (kind(tensor(call, ARGUMENT(DY))) >= 0) return 1;
-  snprintf(status->message, sizeof status->message,
-           "dy is float64; supported: float32, bfloat16, float16");
-  return 0;
+  return readable(tensor(call, ARGUMENT(DY)), "dy", status);
 }
 
 uint64_t workspace(const transom_call *call) {
