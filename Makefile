@@ -56,6 +56,7 @@ bench: $(VENV)/installed
 	$(BENCH) --tokens 1,512 --context 1k,64k --threads 1 --against composite
 	$(BENCH) --tokens 512 --context 1k --dtype f32 --backward --against composite
 	$(BIN)/transom bench --show $(RESULTS) --html build/bench.html
+	$(BIN)/python -m transom.bench.bars $(RESULTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

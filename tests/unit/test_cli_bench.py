@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from toy_bench import toy, wanted  # noqa: F401 - the fixture holds for every test
+from toy_bench import a_row, lines, toy, wanted  # noqa: F401 - the fixture holds for every test
 
 import transom
 from transom.bench import charts, measure, records, report
@@ -36,28 +36,6 @@ TINY = ("--model", "toy", "--tokens", "5", "--context", "16", "--rounds", "1", "
 
 
 # Records ----------------------------------------------------------------------------------------
-
-
-def a_row(candidate="native", median=1.0, attained=0.5, noise=0.01, **more) -> Row:
-    around = [1.0, 1 - 2 * noise, 1 - noise, 1 + noise, 1 + 2 * noise]
-    values = dict(
-        op="moe_experts", model="toy", label="T = 5", title="Toy, T = 5, f32", dims={"T": 5},
-        dtype="f32", format="plain", candidate=candidate, note="", threads=2, level="avx2",
-        peer="transom" if candidate in ("native", "composite") else "torch", scaled="", cold="",
-        sweep=("tokens", 5.0), flops=1e9, bytes=1e8, bound="memory", error=1e-7, calls=9,
-        seconds=[median * f for f in around], attained=[attained * f for f in around],
-        chosen=candidate == "native",
-    )  # fmt: skip
-    return Row(**{**values, **more})
-
-
-def lines(*rows: Row, machine="a machine") -> list[dict]:
-    ceilings = dict(
-        compiled=True, threads=2, level="avx2", best_level="avx512", fma=100.0, dot=150.0,
-        read=20.0, fma_best=200.0, dot_best=400.0, buffer_bytes=1 << 30, cache_bytes=1 << 25,
-    )  # fmt: skip
-    about = {**records.about(ceilings, {}, "abc"), "machine": machine}
-    return [records.line(about, row) for row in rows]
 
 
 def test_a_line_stands_for_itself():
