@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -16,6 +15,7 @@ from .. import dtypes
 from ..op import lookup
 from . import machine, units
 from .console import Refusal, check_writable, out, steps, table, write, write_json
+from .memory import available_bytes
 
 if TYPE_CHECKING:
     from ..bench.measure import Row
@@ -197,7 +197,7 @@ def bench(
         raise Refusal(f"--rounds is {rounds}; expected 1 or more")
     if seconds <= 0:
         raise Refusal(f"--seconds is {seconds:g}; expected more than 0")
-    room = (free_bytes() / 6e9 if memory is None else memory) * 1e9
+    room = (available_bytes() / 6e9 if memory is None else memory) * 1e9
     if memory is not None and memory <= 0:
         raise Refusal(f"--memory is {memory:g}; expected GB, more than 0")
     plan = Plan(
@@ -303,14 +303,6 @@ def _saved(path: Path) -> list[dict[str, Any]]:
     if not found:
         raise Refusal(f"{path} holds no measurement; make one with transom bench --save {path}")
     return found
-
-
-def free_bytes() -> float:
-    """Bytes of memory that can be taken."""
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return 8e9
 
 
 # Output --------------------------------------------------------------------------------------

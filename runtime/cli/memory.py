@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +19,19 @@ SAMPLE_SECONDS = 0.002
 _SELF = Path("/proc/self")
 _SLACK = 4 << 20
 """The kernel counts pages in batches per thread: its mark may lag by about this much."""
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Bytes of memory that can be taken without swapping: what is free, and what the system holds
+    only as long as nobody wants it, files that were read above all."""
+    try:
+        for line in meminfo.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return float(value.split()[0]) * 1024
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (OSError, AttributeError, ValueError):
+        return 8e9
 
 
 class PeakMemory:

@@ -134,3 +134,14 @@ def test_charts_take_what_a_run_can_give():
 def test_text_in_charts_is_escaped():
     chart = charts.pair([("<b>", 1.0, "&", "original")])
     assert "&lt;b&gt;" in chart and "&amp;" in chart and "<b>" not in chart
+
+
+def test_memory_that_caches_hold_can_be_taken(tmp_path):
+    """With few free pages beside a full file cache `transom bench` cut its models to nothing."""
+    told = tmp_path / "meminfo"
+    told.write_text("MemFree: 1000 kB\nMemAvailable: 20000 kB\n")
+    assert memory.available_bytes(told) == 20000 * 1024
+
+
+def test_memory_is_told_without_the_file_too(tmp_path):
+    assert memory.available_bytes(tmp_path / "none") > 1e6
