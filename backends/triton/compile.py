@@ -33,6 +33,7 @@ from transom.op import Op
 from transom.weights import checked_group, grid_size, weight_from
 
 from ._choice import ARCHITECTURES, Tile
+from ._figures import Kept, leading, picked, summary
 
 if TYPE_CHECKING:
     from ._launch import Launch
@@ -77,6 +78,8 @@ class Compiled:
     product: str = ""
     """The instruction that products run on, or empty."""
     seconds: float = 0.0
+    before: bool = False
+    """True if the figures are an earlier run's: same source, constants, target and compiler."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -98,6 +101,10 @@ class Outcome:
     def passed(self) -> bool:
         """Something was compiled, and nothing has a fault."""
         return bool(self.kernels) and not self.failed
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row for each kernel and target: the most that a chosen tile takes."""
+        return summary(self.kernels)
 
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -127,24 +134,20 @@ def targets(text: str) -> tuple[str, ...]:
 
 def compile_all(
     wanted: tuple[str, ...], ops: list[str] | None = None, *, every: bool = True, jobs: int = 1,
-    seconds: float = SECONDS, progress: Callable[[int, int], None] = lambda *_: None,
+    seconds: float = SECONDS, progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Outcome:  # fmt: skip
     """Compile what the operators launch, for each target, in `jobs` processes at a time.
 
-    every   all examples, dtypes, formats and tiles; else the first tile of bfloat16 and, if it has
-            quantised weights, of mxfp4
+    every      all that `picked` takes of examples, dtypes, formats and tiles; else the first tile
+               of bfloat16 and, if the operator has quantised weights, of mxfp4
+    progress   told (operator, kernels done, of how many)
     """
     began = time.monotonic()
     names = [n for n in offered() if ops is None or n in ops]
     outcome = Outcome(wanted, tuple(names))
-    done = 0
 
     def one(op: str) -> list[Compiled]:
-        nonlocal done
-        found = list(_batch(op, wanted, every, seconds))
-        done += 1
-        progress(done, len(names))
-        return found
+        return list(_batch(op, wanted, every, seconds, progress))
 
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         for found in pool.map(one, names):
@@ -153,7 +156,10 @@ def compile_all(
     return outcome
 
 
-def _batch(op: str, wanted: tuple[str, ...], every: bool, seconds: float) -> Iterator[Compiled]:
+def _batch(
+    op: str, wanted: tuple[str, ...], every: bool, seconds: float,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Iterator[Compiled]:  # fmt: skip
     """One operator; after a crash a new process goes on behind the kernel that crashed."""
     first = 0
     while True:
@@ -172,6 +178,7 @@ def _batch(op: str, wanted: tuple[str, ...], every: bool, seconds: float) -> Ite
                 event = json.loads(line) if line.startswith("{") else {}
                 if "start" in event:
                     now, first = event["start"], event["number"] + 1
+                    progress(op, event["number"], event["of"])
                 elif "done" in event:
                     now = None
                     yield Compiled(**event["done"])
@@ -212,8 +219,17 @@ class _Silence:
 
 def main(request: dict[str, Any]) -> None:
     """Compile one operator's kernels; a line of JSON before and after each."""
-    op = transom.ops()[request["op"]]
-    jobs = launches(op, request["targets"], request["every"])
+    op, kept = transom.ops()[request["op"]], Kept()
+    full = leading(request["targets"])
+    jobs = [
+        job
+        for target in request["targets"]
+        for job in (
+            picked(list(launches(op, (target,), True)), target in full, EDGE)
+            if request["every"]
+            else launches(op, (target,), False)
+        )
+    ]
     for number, (target, launch, call, chosen) in enumerate(jobs):
         if number < request["first"]:
             continue
@@ -221,8 +237,8 @@ def main(request: dict[str, Any]) -> None:
             "op": op.name, "kernel": launch.name, "target": target, "call": call,
             "tile": str(launch.tile), "chosen": chosen,
         }  # fmt: skip
-        print(json.dumps({"start": about, "number": number}), flush=True)
-        found = compiled(launch, target, Compiled(**about))
+        print(json.dumps({"start": about, "number": number, "of": len(jobs)}), flush=True)
+        found = compiled(launch, target, Compiled(**about), kept)
         print(json.dumps({"done": asdict(found)}), flush=True)
 
 
@@ -327,19 +343,28 @@ def _without_memory(value: Any) -> Any:
     )
 
 
-def compiled(launch: Launch, target: str, about: Compiled) -> Compiled:
+def compiled(launch: Launch, target: str, about: Compiled, kept: Kept) -> Compiled:
     """`about` with what the compiler says of the kernel; an error of the compiler is a fault."""
-    began = time.monotonic()
-    try:
-        binary = compile_launch(launch, target)
-    except Exception as error:  # compilers raise what they like
-        fault = " ".join(str(error).split())[-400:] or type(error).__name__
-        return Compiled(**{**asdict(about), "faults": [fault]})
-    read = _nvidia if target.startswith("sm_") else _amd
-    figures = {**read(binary.asm), "shared": int(binary.metadata.shared)}
-    figures["seconds"] = round(time.monotonic() - began, 2)
-    done = Compiled(**{**asdict(about), **figures})
-    done.faults.extend(faults(done, launch, binary.asm["ttir"]))
+    key = kept.key(launch, target, identity(launch))
+    figures = kept.get(key)
+    before = figures is not None
+    if figures is None:
+        began = time.monotonic()
+        try:
+            binary = compile_launch(launch, target)
+        except Exception as error:  # compilers raise what they like
+            fault = " ".join(str(error).split())[-400:] or type(error).__name__
+            return Compiled(**{**asdict(about), "faults": [fault]})
+        read = _nvidia if target.startswith("sm_") else _amd
+        figures = {**read(binary.asm), "shared": int(binary.metadata.shared)}
+        narrow = re.search(_PRODUCT, binary.asm["ttir"])
+        figures["dot"] = narrow[0] if narrow else ""
+        figures["seconds"] = round(time.monotonic() - began, 2)
+        kept.put(key, figures)
+    dot = figures["dot"]
+    told = {name: value for name, value in figures.items() if name != "dot"}
+    done = Compiled(**{**asdict(about), **told, "before": before})
+    done.faults.extend(faults(done, launch, dot))
     return done
 
 
@@ -413,10 +438,11 @@ def _amd(asm: dict[str, Any]) -> dict[str, Any]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
 
+    # gfx950 loads 16 bytes a lane straight into shared memory.
     return {
         "registers": number("vgpr_count"),
         "spills": 4 * (number("vgpr_spill_count")),
-        "wide": len(re.findall(r"(global|buffer)_load_dwordx4", text)),
+        "wide": len(re.findall(r"(global|buffer)_load_(lds_)?dwordx4", text)),
         "product": product[0] if product else "",
     }
 

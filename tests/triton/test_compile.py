@@ -6,21 +6,31 @@ import importlib
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+import transom
 from transom.cli import main
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
-TARGETS = os.environ.get("TRANSOM_TEST_TARGETS", "sm_90,gfx942")
+TARGETS = os.environ.get("TRANSOM_TEST_TARGETS", "sm_86,sm_90,gfx942")
 """`all` compiles for every architecture."""
 
 
 def module(name):
     return importlib.import_module(f"transom.backends.triton.{name}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures(tmp_path_factory):
+    """Figures of earlier runs stay out of the way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRANSOM_CACHE", str(tmp_path_factory.mktemp("figures")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +41,75 @@ def found():
 
 def test_the_chosen_tiles_compile_without_faults(found):
     assert found.kernels and not [k for k in found.kernels if k.faults]
+
+
+def test_attention_fits_the_chips_with_the_least_shared_memory():
+    kit = module("compile")
+    ops = ["sparse_attention", "block_sparse_attention_backward"]
+    outcome = kit.compile_all(("sm_86",), ops, every=False)
+    assert outcome.passed, [k.faults for k in outcome.failed]
+    assert all(k.shared <= 99 * 1024 and not k.spills for k in outcome.kernels)
+    assert {k.op for k in outcome.kernels if k.product} == set(ops)
+
+
+@pytest.fixture(scope="module")
+def on_sm_86():
+    kit = module("compile")
+    return list(kit.launches(transom.ops()["grouped_gemm"], ("sm_86",), True))
+
+
+def test_every_tile_of_every_type_is_compiled_for_every_target(on_sm_86):
+    kit = module("compile")
+    little = list(kit.picked(on_sm_86, False, kit.EDGE))
+
+    def covered(launches):
+        return {
+            (launch.name, str(launch.tile), launch.constants.get("FORMAT"), call.split()[0])
+            for _, launch, call, _ in launches
+            if not call.startswith((kit.EDGE, "float16"))
+        }
+
+    assert covered(little) == covered(on_sm_86)
+    assert len(little) < len(on_sm_86) / 3
+
+
+def test_one_target_of_each_vendor_is_compiled_in_full(on_sm_86):
+    kit = module("compile")
+    assert kit.leading(("sm_80", "sm_90", "gfx950")) == {"sm_90", "gfx950"}
+    assert kit.leading(("sm_120", "sm_86")) == {"sm_120"}
+    full = list(kit.picked(on_sm_86, True, kit.EDGE))
+    assert any(call.startswith("float16") for _, _, call, _ in full)
+    assert any(call.startswith(kit.EDGE) for _, _, call, _ in full)
+
+
+def test_a_kernel_is_not_compiled_again_from_the_same_source(found):
+    kit = module("compile")
+    again = kit.compile_all(kit.targets(TARGETS), ["grouped_gemm"], every=False)
+    assert all(k.before for k in again.kernels) and not any(k.before for k in found.kernels)
+    assert [replace(k, before=False) for k in again.kernels] == found.kernels
+
+
+def test_figures_are_kept_for_one_source_one_target_and_one_set_of_constants(on_sm_86):
+    kept = module("_figures").Kept()
+    first, second = (launch for _, launch, _, _ in on_sm_86[:2])
+    key = kept.key(first, "sm_86", module("compile").identity(first))
+    assert key != kept.key(first, "sm_89", module("compile").identity(first))
+    assert key != kept.key(second, "sm_86", module("compile").identity(second))
+    kept.put(key, {"registers": 7})
+    with kept.path.open("a") as file:
+        file.write('{"key": "cut')  # as a process leaves it that is ended while it writes
+    assert module("_figures").Kept().get(key) == {"registers": 7}
+
+
+def test_the_summary_has_the_most_that_a_chosen_tile_takes():
+    kit = module("compile")
+    one = kit.Compiled("a", "k", "sm_90", "", "BM=16", True, registers=10, shared=5)
+    more = replace(one, op="b", registers=9, shared=6, spills=4, faults=["x"])
+    tried = replace(one, tile="BM=32", chosen=False, registers=255, spills=99)
+    (row,) = kit.Outcome(("sm_90",), ("a",), [one, more, tried]).summary()
+    assert (row["registers"], row["spills"], row["shared"]) == (10, 4, 6)
+    assert (row["compiled"], row["faults"], row["spills_of_others"]) == (3, 1, 99)
+    assert row["ops"] == ["a", "b"] and row["tiles"] == {"BM=16": [10, 4, 6]}
 
 
 def test_products_run_on_matrix_instructions_and_rows_are_read_wide(found):
@@ -74,4 +153,21 @@ def test_the_command_writes_json(tmp_path):
     assert main(["verify", *asked, "--html", str(tmp_path / "found.html")]) == 0
     found = json.loads(path.read_text())
     assert found["passed"] and [k["kernel"] for k in found["kernels"]] == ["moe.route: _route"]
+    assert [row["kernel"] for row in found["summary"]] == ["moe.route: _route"]
     assert "_route" in (tmp_path / "found.html").read_text()
+
+
+def test_the_command_writes_a_table(tmp_path, capsys):
+    page = tmp_path / "found.md"
+    asked = ["--compile", "--quick", "--target", "sm_90,gfx942", "--ops", "route"]
+    assert main(["verify", *asked, "--report", str(page)]) == 0
+    row = next(x for x in page.read_text().splitlines() if "`moe.route: _route`" in x)
+    cells = row.strip("| ").split(" | ")[1:]
+    assert len(cells) == 2 and all(int(cell.split(" / ")[0]) > 8 for cell in cells)
+    assert cells[0] in capsys.readouterr().out
+
+
+def test_without_triton_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["verify", "--compile"]) == 2
+    assert "triton is not installed; pip install 'transom[triton]'" in capsys.readouterr().err

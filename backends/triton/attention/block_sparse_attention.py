@@ -210,11 +210,15 @@ def _dkv(
         _put(dv, row, exists, dvalues, V, BV)
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, causal: bool):
-    """(sizes, constants) that all three kernels take."""
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, causal: bool, entry: str
+):  # fmt: skip
+    """(sizes, constants) that all three kernels take; entry: whose tiles."""
     (_, S, Hq, D), (_, Sq, Hkv, L) = q.shape, indices.shape
     N, V, G = k.shape[1], v.shape[3], Hq // Hkv
-    entry = "block_sparse_attention." + ("f32" if q.dtype == torch.float32 else "tiles")
+    if q.dtype == torch.float32:
+        entry = {"tiles": "f32", "backward": "backward_f32"}[entry]
+    entry = f"block_sparse_attention.{entry}"
     sizes = (S, N, Sq, Hkv, G, L, block_size, span_of(S, Sq, block_size))
     return sizes, dict(
         tile=tile_for(entry, q), entry=entry, CAUSAL=causal, D=D, V=V, BD=power_of_two(D),
@@ -238,7 +242,7 @@ def forward(
     o = q.new_zeros((B, S, Hq, v.shape[3]))
     lse = torch.full((B, S, Hq), -torch.inf, dtype=torch.float32, device=q.device)
     if lse.numel() and k.shape[1] and block_indices.numel():
-        sizes, more = _plan(q, k, v, block_indices, block_size, causal)
+        sizes, more = _plan(q, k, v, block_indices, block_size, causal, "tiles")
         work = B * S * k.shape[2]
         launch(
             _forward, programs(q, work, more["tile"]), q.contiguous(), k, v,
@@ -258,7 +262,7 @@ def backward(
     dq, dk, dv = (torch.zeros(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, v))
     dsink = torch.zeros((B * S, Hq), dtype=torch.float32, device=q.device)
     if lse.numel() and N and block_indices.numel():
-        sizes, more = _plan(q, k, v, block_indices, block_size, causal)
+        sizes, more = _plan(q, k, v, block_indices, block_size, causal, "backward")
         q, do, o, lse, dlse, sink = (a.contiguous() for a in (q, do, o, lse, dlse, sink))
         args, work = (q, do, o, lse, dlse, sink, k, v), B * S * Hkv
         strides = (*k.stride()[:3], *v.stride()[:3])

@@ -161,7 +161,7 @@ def attend(
     # Rows wider than what they hold of values: the rest is a tile of its own.
     wide = power_of_two(v_dim)
     tail = power_of_two(D - wide) if D > wide else 0
-    case = "rows" if row_bytes else "wide" if wide > 128 else "narrow"
+    case = "rows" if row_bytes else "narrow" if wide <= 128 else "tailed" if tail else "wide"
     if q.dtype == torch.float32 or (row_bytes and q.dtype == torch.float16):
         case = "f32"
     entry = f"sparse_attention.{case}"

@@ -261,7 +261,10 @@ def rows_times(
     y = torch.empty(M, N, dtype=dtype, device=x.x.device)
     if 0 in (M, N, E):
         return y.zero_()
-    tile = tile_for(entry := f"grouped_gemm.{case(M, E, x.x, weight)}", x.x)
+    entry = f"grouped_gemm.{case(M, E, x.x, weight)}"
+    if x.split and entry.endswith(".many_codes"):
+        entry += "_split"  # two tiles of rows stay in registers beside the codes
+    tile = tile_for(entry, x.x)
     how = read(weight, x.x, tile["BK"], transposed=transposed)
     launch(
         _rows, groups.grid(tile, -(-N // tile["BN"])), x.x, x.low, y, order, bias, scale,
