@@ -28,6 +28,14 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @jit
+def column(d, D, RAGGED: tl.constexpr):
+    """Column numbers to form the addresses of gathered rows with, see _launch.ragged."""
+    if RAGGED:
+        d = tl.minimum(d, D - 1)
+    return d
+
+
+@jit
 def bfloat16_probe(x, y, n, B: tl.constexpr):
     at = tl.arange(0, B)
     v = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32) * 1.0078125 + 0.00390625

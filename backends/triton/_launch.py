@@ -15,7 +15,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -182,6 +182,27 @@ def tile_for(entry: str, tensor: Tensor) -> Tile:
     if (tile := getattr(_roads, "forced", {}).get(entry)) is not None:
         return tile
     return chosen(entry, arch_of(tensor), tensor.device.type)
+
+
+def gathers_whole_rows(tensor: Tensor) -> bool:
+    """True on Ascend: of rows that are gathered its lowering copies the tile's width, whatever the
+    mask says."""
+    return arch_of(tensor).startswith("ascend")
+
+
+def ragged(tensor: Tensor, size: int, step: int) -> bool:
+    """True if a kernel must clamp the columns of rows that it gathers, `step` of `size` at a time.
+    It then reads element by element."""
+    return gathers_whole_rows(tensor) and size % step != 0
+
+
+def even(tile: Tile, name: str, size: int, tensor: Tensor) -> Tile:
+    """The tile; where ragged columns are to be avoided, with its size `name` halved until it
+    divides `size`, or is 16."""
+    sizes = dict(tile.sizes)
+    while ragged(tensor, size, sizes[name]) and sizes[name] > 16:
+        sizes[name] //= 2
+    return replace(tile, sizes=tuple(sizes.items()))
 
 
 def programs(tensor: Tensor, most: int, tile: Tile | None = None) -> tuple[int]:

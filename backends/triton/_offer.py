@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from transom.backends.ascend._refused import REFUSED
 from transom.dispatch import Facts
 from transom.op import Op
 from transom.requires import Requirement, condition, device, dtype
 
 from . import DEVICES, INTERPRETED
+from ._ascend import REFUSED
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -65,11 +65,13 @@ def _tell(entry: str, chip: str, tile: Any) -> None:
 
 def show(console: Console, outcome: Any, note: str) -> None:
     """The findings as tables, and the verdict."""
-    shown = table("operator", ">calls", ">wrong", ">launches")
+    shown = table("operator", ">calls", ">wrong", ">refused", ">launches")
     for op in dict.fromkeys(r.op for r in outcome.ran):
         mine = [r for r in outcome.ran if r.op == op]
         wrong = sum(bool(r.stage) for r in mine)
-        shown.add_row(op, str(len(mine)), str(wrong or ""), str(sum(r.launches for r in mine)))
+        refused = sum(r.op == op for r in outcome.refused)
+        counts = (len(mine), wrong or "", refused or "", sum(r.launches for r in mine))
+        shown.add_row(op, *map(str, counts))
     console.print(shown)
     console.print()
     shown = table("kernel", "tile", "chip", "fits", ">UB", ">L1", ">L0C", "fullest")
@@ -86,6 +88,13 @@ def show(console: Console, outcome: Any, note: str) -> None:
     for sentence in (*outcome.contract, outcome.unasked):
         if sentence:
             console.print(Text(f"\n{sentence}"))
+    for op, why in dict.fromkeys((r.op, r.why) for r in outcome.refused):
+        console.print(Text(f"\n{op}, refused: {why}"))
+    console.print()
+    shown = table("level", ">passed", ">failed", ">refused")
+    for level, counts in outcome.levels.items():
+        shown.add_row(level, *map(str, counts))
+    console.print(shown)
     console.print()
     console.print(Text(note, style="dim"))
     style = "green" if outcome.passed else "red"
@@ -111,7 +120,8 @@ def summary(outcome: Any) -> str:
     ran, kernels = len(outcome.ran), len({f.kernel for f in outcome.fits})
     return (
         f"{ran} calls executed, {kernels} kernels planned for "
-        f"{len({f.plan.target for f in outcome.fits})} chips, {len(outcome.failed)} failed; "
+        f"{len({f.plan.target for f in outcome.fits})} chips in {outcome.seconds / 60:.0f} min, "
+        f"{len(outcome.failed)} failed; "
     ) + (
         "the vendor's schemas were not compared"
         if outcome.unasked

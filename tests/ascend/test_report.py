@@ -22,7 +22,7 @@ def outcome():
     """A call that is right, one that isn't; a tile that fits, one that doesn't and is only listed
     beside it, one that doesn't and is taken."""
     from transom.backends.ascend._toolchain.chips import Plan
-    from transom.backends.ascend._toolchain.verify import Fit, Outcome, Ran
+    from transom.backends.ascend._toolchain.verify import Fit, Outcome, Ran, Refused
 
     good = Plan("Ascend910B3", True, {"UB": 98304, "L0C": 65536}, {"UB": 196608, "L0C": 131072})
     large = Plan("Ascend910B3", False, {"UB": 393216}, {"UB": 196608}, 0, "UB needs 393216 bytes")
@@ -35,7 +35,8 @@ def outcome():
         Fit("route", "moe.route: _top", "route.rows", "BT=64", False, "T=4096", large),
         Fit("route", "moe.route: _back", "route.rows", "BT=8", True, "T=4096", large),
     ]
-    return Outcome(ran, fits, ["npu_swiglu: torch_npu 9.9 has no such operator"])
+    refused = [Refused("route", "route(T=2)", "Ascend910B3", "K = 0; supported: 1 or more")]
+    return Outcome(ran, refused, fits, ["npu_swiglu: torch_npu 9.9 has no such operator"])
 
 
 def note():
@@ -47,6 +48,9 @@ def note():
 def test_what_failed_is_what_a_user_gets(outcome):
     assert [getattr(f, "kernel", f.op) for f in outcome.failed] == ["route", "moe.route: _back"]
     assert not outcome.passed
+    assert outcome.levels == {
+        "L1 lowered": (2, 0, 1), "L2 executed": (1, 1, 1), "L3 planned": (1, 1, 0),
+    }  # fmt: skip
     assert json.loads(json.dumps(outcome.plain()))["fits"][1]["plan"]["use"] == {"UB": 393216}
 
 
@@ -55,14 +59,21 @@ def test_the_report_says_that_no_binary_ran(outcome):
     assert "No binary ran on a device" in page
     assert "ids[0] is &lt;4&gt;; expected 5" in page and "UB needs 393216 bytes" in page
     assert "<td>(no)</td>" in page and "<td>UB 200%</td>" in page
-    assert "2 calls executed, 2 kernels planned for 1 chips, 2 failed" in page
+    assert "2 calls executed, 2 kernels planned for 1 chips in 0 min, 2 failed" in page
 
 
 def test_the_terminal_shows_the_same(outcome):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     ascend.show(console, outcome, note())
     text = console.export_text()
-    for said in ("No binary ran", "(no)", "UB 50%", "route on Ascend910B3, result", "npu_swiglu"):
+    for said in (
+        "No binary ran",
+        "(no)",
+        "UB 50%",
+        "route on Ascend910B3, result",
+        "npu_swiglu",
+        "K = 0",
+    ):
         assert said in text
 
 

@@ -41,7 +41,8 @@ def in_the_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_kit_catches_wrong_kernels_and_tiles_are_measured():
-    files = ("wrong_kernels.py", "interpreted_tiles.py", "interpreted_attention.py")
+    files = ("wrong_kernels.py", "interpreted_tiles.py", "interpreted_attention.py",
+             "interpreted_engram.py")  # fmt: skip
     done = in_the_interpreter(*(str(ROOT / "tests/triton" / name) for name in files))
     assert done.returncode == 0, done.stdout[-6000:]
 

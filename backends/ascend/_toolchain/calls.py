@@ -88,10 +88,10 @@ def _shrunk(op: Op[..., Any], example: dict[str, Any]) -> Any:
         return None
 
 
-def refused(op: Op[..., Any], impl: Impl, values: tuple[Any, ...], chip: str) -> bool:
-    """True if the implementation's requirements, but for the device, exclude the call on a chip."""
+def refused(op: Op[..., Any], impl: Impl, values: tuple[Any, ...], chip: str) -> str | None:
+    """The sentence of the requirement, but for the device's, that excludes the call on a chip."""
     facts = replace(transom.dispatch.facts_of(op, values), device="npu", arch=chip.lower())
-    return any(r(facts) is not None for r in impl.requires if r.kind != "device")
+    return next((why for r in impl.requires if r.kind != "device" and (why := r(facts))), None)
 
 
 def recorded(op: Op[..., Any], impl: Impl, values: tuple[Any, ...], chip: str) -> list[Launch]:

@@ -7,16 +7,22 @@ the final program, which the stand-in for the closed last step keeps (environmen
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
+import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .environment import Environment
+from transom.config import cache_folder
+
+from .environment import PINS, Environment
 from .launch import Program, how_it_died, run_child
 
 TARGETS = ("Ascend910B3", "Ascend910_9391", "Ascend950PR_9589")
@@ -60,10 +66,27 @@ class Plan:
 
 
 def compile_for(environment: Environment, program: Program, target: str) -> Plan:
-    """The plan of one program on one chip."""
+    """The plan of one program on one chip; kept, so that it is made once."""
     newer = "950" in target
     # the frontend's own remark to the launcher; its compiler refuses it
     text = re.sub(r', mix_mode\s*=\s*"[^"]*"', "", program.linalg(newer))
+    made_of = "|".join((text, target, *PINS, Path(__file__).read_text()))
+    name = f"{program.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
+    place = cache_folder() / "ascend" / "plans" / name
+    if place.exists():
+        return Plan(**json.loads(place.read_text()))
+    status, plan = _compiled(environment, text, target)
+    if status is not None and status != -signal.SIGKILL:  # else it may have been the machine
+        place.parent.mkdir(parents=True, exist_ok=True)
+        new = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        new.write_text(json.dumps(plan.plain()))
+        new.replace(place)
+    return plan
+
+
+def _compiled(environment: Environment, text: str, target: str) -> tuple[int | None, Plan]:
+    """The compiler's status, and its plan."""
+    newer = "950" in target
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "kernel.mlir").write_text(text)
@@ -79,9 +102,8 @@ def compile_for(environment: Environment, program: Program, target: str) -> Plan
         printed = (folder / "printed").read_text(errors="replace")
         records = [json.loads(p.read_text()) for p in sorted(folder.glob("memory_info_*.json"))]
         final = folder / "final.mlir"
-        return read_plan(
-            target, status, printed, records, final.read_text() if final.exists() else ""
-        )
+        told = final.read_text() if final.exists() else ""
+        return status, read_plan(target, status, printed, records, told)
 
 
 def read_plan(

@@ -24,8 +24,8 @@ from .environment import Environment
 from .verify import plan
 
 LEAST, MOST, STEP = 16, 256, 128
-"""Of each size: below, the cube unit idles; above, no kernel gains. STEP bounds BK, by which rows
-that are gathered must be divisible (_refused.py)."""
+"""Of each size: below, the cube unit idles; above, no kernel gains. STEP bounds BK, which is halved
+where it does not divide rows that are gathered (_launch.even)."""
 
 FAMILIES = {
     "Ascend910B3": "ascend910b",

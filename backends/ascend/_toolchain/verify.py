@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,16 @@ class Ran:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A call that a requirement excludes on a chip, with its sentence: no kernel is lowered."""
+
+    op: str
+    call: str
+    chip: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Fit:
     """L1 and L3 of one kernel, with one tile, on one chip."""
 
@@ -63,11 +74,28 @@ class Outcome:
     """All findings."""
 
     ran: list[Ran] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
     fits: list[Fit] = field(default_factory=list)
     contract: list[str] = field(default_factory=list)
     """L4: where the vendor's schemas differ from those that the adapter is written for."""
     unasked: str = ""
     """Why the schemas could not be compared, or empty."""
+    seconds: float = 0.0
+
+    @property
+    def levels(self) -> dict[str, tuple[int, int, int]]:
+        """(passed, failed, refused) by level: of L1 and L2 calls, of L3 kernels with the tile that
+        a user gets. A call that is not lowered counts as failed at L1, and at L2 not at all."""
+        lowering = ("source", "frontend", "to LLVM IR")
+        stages = [r.stage for r in self.ran]
+        unlowered = sum(s in lowering for s in stages)
+        right, chosen = stages.count(""), [f for f in self.fits if f.chosen]
+        fitting = sum(f.plan.fits for f in chosen)
+        return {
+            "L1 lowered": (len(stages) - unlowered, unlowered, len(self.refused)),
+            "L2 executed": (right, len(stages) - unlowered - right, len(self.refused)),
+            "L3 planned": (fitting, len(chosen) - fitting, 0),
+        }
 
     @property
     def failed(self) -> list[Ran | Fit]:
@@ -82,7 +110,11 @@ class Outcome:
 
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return {"note": NOTE, "tools": list(PINS), "passed": self.passed, **asdict(self)}
+        said = {"note": NOTE, "tools": list(PINS), "passed": self.passed, "levels": self.levels}
+        return {**said, **asdict(self)}
+
+
+Finding = Ran | Refused | Fit
 
 
 def verify(
@@ -96,8 +128,8 @@ def verify(
     every       L3 of all examples, dtypes, formats and tiles; else the largest in bfloat16
     progress    told (jobs done, jobs in all)
     """
-    outcome, targets = Outcome(), tuple(targets)
-    jobs: list[Callable[[], Iterable[Ran | Fit]]] = []
+    began, outcome, targets = time.monotonic(), Outcome(), tuple(targets)
+    jobs: list[Callable[[], Iterable[Finding]]] = []
     with calls.implementations(names) as impls:
         for name, impl in impls.items():
             op = transom.ops()[name]
@@ -107,7 +139,7 @@ def verify(
                 jobs.append(lambda o=op, k=launch: [fit(environment, o, *k)])
         done, lock = 0, threading.Lock()
 
-        def work(job: Callable[[], Iterable[Ran | Fit]]) -> list[Ran | Fit]:
+        def work(job: Callable[[], Iterable[Finding]]) -> list[Finding]:
             nonlocal done
             found = list(job())
             with lock:
@@ -118,20 +150,23 @@ def verify(
         with ThreadPoolExecutor(workers) as pool:
             for found in pool.map(work, jobs):
                 outcome.ran += [f for f in found if isinstance(f, Ran)]
+                outcome.refused += [f for f in found if isinstance(f, Refused)]
                 outcome.fits += [f for f in found if isinstance(f, Fit)]
     outcome.fits = without_repeats(outcome.fits)
+    outcome.seconds = time.monotonic() - began
     return outcome
 
 
 def ran(
     environment: Environment, op: Op[..., Any], impl: Impl, case: Any, targets: tuple[str, ...]
-) -> Iterator[Ran]:
+) -> Iterator[Ran | Refused]:
     """L1 and L2: the call with the tiles of each chip, where they differ from the chips' before."""
     checks = importlib.import_module("transom.conformance.checks")
     tolerance = importlib.import_module("transom.conformance.tolerance")
     seen: set[str] = set()
     for chip in targets:
-        if calls.refused(op, impl, case.values, chip):
+        if (why := calls.refused(op, impl, case.values, chip)) is not None:
+            yield Refused(op.name, repr(case), chip, why)
             continue
         given = checks.as_given(case)
         try:

@@ -95,10 +95,11 @@ def _forward(
 
 @jit
 def _put(base, row, there, tile, D: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    at = base + row[:, None] * D + column[None, :]
-    inside = there[:, None] & (column < D)[None, :]
-    tl.store(at, narrow(tile, base.dtype.element_ty), mask=inside)
+    if D > 0:  # Ascend's lowering refuses a stride of 0
+        column = tl.arange(0, BLOCK)
+        at = base + row[:, None] * D + column[None, :]
+        inside = there[:, None] & (column < D)[None, :]
+        tl.store(at, narrow(tile, base.dtype.element_ty), mask=inside)
 
 
 @jit

@@ -29,7 +29,8 @@ def _rows(
     at = (batch * S + tl.minimum(s, S - 1)) * W + channel
     value = tl.load(kv + at, mask=new, other=0.0).to(tl.float32)
     weight = tl.load(gate + at, mask=new, other=0.0).to(tl.float32)
-    at = (s + pending) % m * W + channel
+    s += pending
+    at = (s - s // m * m) * W + channel  # s % m, of which Ascend's lowering fails at m = 1
     weight += tl.load(bias + at, mask=new, other=0.0).to(tl.float32)
     weight = tl.where(new, weight, float("-inf"))
     if state_kv is not None:

@@ -1,4 +1,4 @@
-"""engram_gate: whole rows in registers, so that each is read once."""
+"""engram_gate: whole rows in registers, so that each is read once; see _gate_rows for others."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from triton import cdiv, jit
 
 from transom.kernels.engram.engram_gate import engram_gate, engram_gate_backward
-from transom.requires import at_most
 
-from .._language import narrow, sigmoid
-from .._launch import as_bytes, launch, programs, tile_for
+from .._language import narrow
+from .._launch import as_bytes, gathers_whole_rows, launch, programs, tile_for
 from .._offer import floats, offer
+from ._gate_rows import backward_rows, forward_rows, gate_of
 
-WIDEST = 16384
-"""Elements of a row that fits the registers."""
+WIDEST = 4
+"""Tiles of elements in a row that fits the registers; wider ones go in parts of as many."""
 
 
 @jit
@@ -28,13 +28,6 @@ def _similarity(x, key, w, D, root, eps):
     rk = tl.rsqrt(tl.sum(key * key, 1) / D + eps)
     nx, nk = x * rx[:, None], key * rk[:, None]
     return nx, nk, rx, rk, tl.sum(nx * w * nk, 1) / root
-
-
-@jit
-def _gate(dot, clamp):
-    """(gate, sqrt(max(|dot|, clamp)))."""
-    root = tl.sqrt(tl.maximum(tl.abs(dot), clamp))
-    return sigmoid(tl.where(dot < 0, -root, root)), root
 
 
 @jit
@@ -64,7 +57,7 @@ def _forward(
         vs = tl.load(value + t[:, None] * D + d[None, :], mask=read, other=0.0).to(tl.float32)
         w = tl.load(weight + j[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         _, _, _, _, dot = _similarity(xs, ks, w, D, root, eps)
-        gate, _ = _gate(dot, clamp)
+        gate, _ = gate_of(dot, clamp)
         moved = gate[:, None] * vs
         if RESIDUAL:
             # Where masked, x itself: a NaN keeps its bits.
@@ -91,7 +84,7 @@ def _backward(
         vs = tl.load(value + t[:, None] * D + d[None, :], mask=read, other=0.0).to(tl.float32)
         w = tl.load(weight + j[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         nx, nk, rx, rk, dot = _similarity(xs, ks, w, D, root, eps)
-        gate, size = _gate(dot, clamp)
+        gate, size = gate_of(dot, clamp)
         slope = tl.sum(gs * vs, 1) * 0.5 * gate * (1.0 - gate) / size
         c = tl.where(taking & (tl.abs(dot) >= clamp), slope, 0.0)
         through = (dot / D)[:, None]
@@ -122,10 +115,11 @@ def _dvalue(
             taking = taking & (tl.load(mask + tl.minimum(t, T - 1)) != 0)
         total = tl.zeros((BT, BD), tl.float32)
         for j in range(0, R):
-            read = taking[:, None] & (d < D)[None, :]
-            slope = tl.load(dy + (t * R + j)[:, None] * D + d[None, :], mask=read, other=0.0)
-            gate = tl.load(gates + t * R + j, mask=taking, other=0.0)
-            total += gate[:, None] * slope.to(tl.float32)
+            # Selected, no mask: where a mask is itself loaded, Ascend reads the whole tile.
+            inside = (t < T)[:, None] & (d < D)[None, :]
+            slope = tl.load(dy + (t * R + j)[:, None] * D + d[None, :], mask=inside, other=0.0)
+            gate = tl.load(gates + t * R + j, mask=t < T, other=0.0)
+            total += tl.where(taking[:, None], gate[:, None] * slope.to(tl.float32), 0.0)
         at = dvalue + t[:, None] * D + d[None, :]
         inside = (t < T)[:, None] & (d < D)[None, :]
         tl.store(at, narrow(total, dvalue.dtype.element_ty), mask=inside)
@@ -145,23 +139,27 @@ def _dweight(
             taking = t < T
             if mask is not None:
                 taking = taking & (tl.load(mask + tl.minimum(t, T - 1)) != 0)
-            read = taking[:, None] & (d < D)[None, :]
+            inside = (t < T)[:, None] & (d < D)[None, :]
             at = (t * R + j)[:, None] * D + d[None, :]
-            xs = tl.load(x + at, mask=read, other=0.0).to(tl.float32)
-            ks = tl.load(key + at, mask=read, other=0.0).to(tl.float32)
-            slope = tl.load(slopes + t * R + j, mask=taking, other=0.0)
+            xs = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            ks = tl.load(key + at, mask=inside, other=0.0).to(tl.float32)
+            slope = tl.load(slopes + t * R + j, mask=t < T, other=0.0)
             # In this order: x * key alone may leave float32.
-            total += slope[:, None] * xs * ks
+            total += tl.where(taking[:, None], slope[:, None] * xs * ks, 0.0)
         tl.store(dweight + j * D + d, tl.sum(total, 0), mask=d < D)
 
 
 def _tile(x: Tensor, entry: str):
-    tile, D = tile_for(entry, x), x.shape[-1]
-    BD = max(16, 1 << max(0, D - 1).bit_length())
-    return tile, dict(BR=max(1, tile["ELEMENTS"] // BD), BD=BD)
+    """(tile, sizes, programs); sizes without BR: a row at a time."""
+    (R, D), T, tile = x.shape[-2:], x.shape[:-2].numel(), tile_for(entry, x)
+    BD, widest = max(16, 1 << max(0, D - 1).bit_length()), WIDEST * tile["ELEMENTS"]
+    if BD > widest or gathers_whole_rows(x):
+        return tile, dict(BD=min(BD, widest)), programs(x, T * R, tile)
+    BR = max(1, tile["ELEMENTS"] // BD)
+    return tile, dict(BR=BR, BD=BD), programs(x, cdiv(T * R, BR), tile)
 
 
-@offer(engram_gate, *floats("x"), at_most("D", WIDEST))
+@offer(engram_gate, *floats("x"))
 def forward(
     x: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, eps: float, clamp: float = 1e-6,
     mask: Tensor | None = None, residual: bool = True,
@@ -171,16 +169,16 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    tile, sizes = _tile(x, "engram_gate.forward")
+    tile, sizes, grid = _tile(x, "engram_gate.forward")
     launch(
-        _forward, programs(x, cdiv(T * R, sizes["BR"]), tile),
+        _forward if "BR" in sizes else forward_rows, grid,
         *(a.contiguous() for a in (x, key, value, weight)), as_bytes(mask), y, T, R, D, sqrt(D),
         eps, clamp, tile=tile, entry="engram_gate.forward", RESIDUAL=residual, **sizes,
     )  # fmt: skip
     return y
 
 
-@offer(engram_gate_backward, *floats("x"), at_most("D", WIDEST))
+@offer(engram_gate_backward, *floats("x"))
 def backward(
     dy: Tensor, x: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, eps: float,
     clamp: float = 1e-6, mask: Tensor | None = None, residual: bool = True,
@@ -196,9 +194,9 @@ def backward(
     dy, x, key, value = (a.contiguous() for a in (dy, x, key, value))
     flags = as_bytes(mask)
     gates, slopes = (torch.empty((T, R), device=x.device) for _ in range(2))
-    tile, sizes = _tile(x, "engram_gate.backward")
+    tile, sizes, grid = _tile(x, "engram_gate.backward")
     launch(
-        _backward, programs(x, cdiv(T * R, sizes["BR"]), tile), dy, x, key, value,
+        _backward if "BR" in sizes else backward_rows, grid, dy, x, key, value,
         weight.contiguous(), flags, dx, dkey, gates, slopes, T, R, D, sqrt(D), eps, clamp,
         tile=tile, entry="engram_gate.backward", RESIDUAL=residual, **sizes,
     )  # fmt: skip

@@ -9,8 +9,8 @@ from triton import cdiv, jit
 
 from transom.kernels.engram.short_conv import short_conv, short_conv_backward
 
-from .._language import narrow, sigmoid
-from .._launch import launch, programs, tile_for
+from .._language import column, narrow, sigmoid
+from .._launch import launch, programs, ragged, tile_for
 from .._offer import floats, offer
 
 
@@ -24,10 +24,11 @@ def _place(number, B, S, C, BS: tl.constexpr, BC: tl.constexpr):
 
 
 @jit
-def _row(v, state, batch, s, c, inside, S, C, reach):
+def _row(v, state, batch, s, c, inside, S, C, reach, RAGGED: tl.constexpr):
     """Rows at positions s, of v, or of the state for those below 0; float32."""
     new = inside & (s >= 0)[:, None]
-    at = (batch * S + tl.maximum(s, 0))[:, None] * C + c[None, :]
+    c = column(c, C, RAGGED)
+    at = (batch * S + tl.minimum(tl.maximum(s, 0), S - 1))[:, None] * C + c[None, :]
     part = tl.load(v + at, mask=new, other=0.0).to(tl.float32)
     if state is not None:
         at = (batch * reach + tl.minimum(tl.maximum(reach + s, 0), reach - 1))[:, None] * C
@@ -37,39 +38,41 @@ def _row(v, state, batch, s, c, inside, S, C, reach):
 
 
 @jit
-def _sum(v, state, weight, batch, s, c, inside, S, C, K, dilation):
+def _sum(v, state, weight, batch, s, c, inside, S, C, K, dilation, RAGGED: tl.constexpr):
     """z at positions s."""
     total = tl.zeros((s.shape[0], c.shape[0]), tl.float32)
     for i in range(0, K):
-        w = tl.load(weight + c * K + i, mask=c < C, other=0.0).to(tl.float32)
+        w = tl.load(weight + column(c, C, RAGGED) * K + i, mask=c < C, other=0.0).to(tl.float32)
         at = s - (K - 1 - i) * dilation
-        part = _row(v, state, batch, at, c, inside, S, C, (K - 1) * dilation)
+        part = _row(v, state, batch, at, c, inside, S, C, (K - 1) * dilation, RAGGED)
         total += part * w[None, :]
     return total
 
 
 @jit
 def _forward(
-    v, state, weight, y, B, S, C, K, dilation, BS: tl.constexpr, BC: tl.constexpr
+    v, state, weight, y, B, S, C, K, dilation, RAGGED: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     work = B * tl.cdiv(S, BS) * tl.cdiv(C, BC)
     for number in range(tl.program_id(0), work, tl.num_programs(0)):
         batch, s, c = _place(number, B, S, C, BS, BC)
         inside = (s < S)[:, None] & (c < C)[None, :]
-        z = _sum(v, state, weight, batch, s, c, inside, S, C, K, dilation)
+        z = _sum(v, state, weight, batch, s, c, inside, S, C, K, dilation, RAGGED)
         at = y + (batch * S + s)[:, None] * C + c[None, :]
         tl.store(at, narrow(z * sigmoid(z), y.dtype.element_ty), mask=inside)
 
 
 @jit
 def _dz(
-    dy, v, state, weight, dz, B, S, C, K, dilation, BS: tl.constexpr, BC: tl.constexpr
+    dy, v, state, weight, dz, B, S, C, K, dilation, RAGGED: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     work = B * tl.cdiv(S, BS) * tl.cdiv(C, BC)
     for number in range(tl.program_id(0), work, tl.num_programs(0)):
         batch, s, c = _place(number, B, S, C, BS, BC)
         inside = (s < S)[:, None] & (c < C)[None, :]
-        z = _sum(v, state, weight, batch, s, c, inside, S, C, K, dilation)
+        z = _sum(v, state, weight, batch, s, c, inside, S, C, K, dilation, RAGGED)
         at = (batch * S + s)[:, None] * C + c[None, :]
         slope = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         share = sigmoid(z)
@@ -78,7 +81,8 @@ def _dz(
 
 @jit
 def _drows(
-    dz, weight, dkept, dv, dstate, B, S, C, K, dilation, BS: tl.constexpr, BC: tl.constexpr
+    dz, weight, dkept, dv, dstate, B, S, C, K, dilation, RAGGED: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     # The gradient of every row, of the state (first) and of v: from the rows that read it, tap by
     # tap, and from the new state if it is kept there.
@@ -88,14 +92,16 @@ def _drows(
         batch, row, c = _place(number, B, S + reach, C, BS, BC)
         inside = (row < S + reach)[:, None] & (c < C)[None, :]
         kept = inside & (row >= S)[:, None]
-        at = (batch * reach + tl.maximum(row - S, 0))[:, None] * C + c[None, :]
+        to = column(c, C, RAGGED)
+        at = tl.minimum(tl.maximum(row - S, 0), tl.maximum(reach - 1, 0))
+        at = (batch * reach + at)[:, None] * C + to[None, :]
         total = tl.load(dkept + at, mask=kept, other=0.0).to(tl.float32)
         for i in range(0, K):
             s = row - i * dilation
             read = inside & ((s >= 0) & (s < S))[:, None]
             s = tl.minimum(tl.maximum(s, 0), S - 1)
-            slope = tl.load(dz + (batch * S + s)[:, None] * C + c[None, :], mask=read, other=0.0)
-            w = tl.load(weight + c * K + i, mask=c < C, other=0.0).to(tl.float32)
+            slope = tl.load(dz + (batch * S + s)[:, None] * C + to[None, :], mask=read, other=0.0)
+            w = tl.load(weight + to * K + i, mask=c < C, other=0.0).to(tl.float32)
             total += slope * w[None, :]
         total = narrow(total, dv.dtype.element_ty)
         at = (batch * S + tl.maximum(row - reach, 0))[:, None] * C + c[None, :]
@@ -106,7 +112,8 @@ def _drows(
 
 @jit
 def _dweight(
-    dz, v, state, dweight, B, S, C, K, dilation, BS: tl.constexpr, BC: tl.constexpr
+    dz, v, state, dweight, B, S, C, K, dilation, RAGGED: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     # dweight[c,i] of BC channels: batches and rows in order.
     for number in range(tl.program_id(0), K * tl.cdiv(C, BC), tl.num_programs(0)):
@@ -119,7 +126,7 @@ def _dweight(
             at = (batch * S + s)[:, None] * C + c[None, :]
             slope = tl.load(dz + at, mask=inside, other=0.0)
             at = s - (K - 1 - i) * dilation
-            total += slope * _row(v, state, batch, at, c, inside, S, C, (K - 1) * dilation)
+            total += slope * _row(v, state, batch, at, c, inside, S, C, (K - 1) * dilation, RAGGED)
         tl.store(dweight + c * K + i, tl.sum(total, 0), mask=c < C)
 
 
@@ -143,6 +150,7 @@ def forward(
         launch(
             _forward, programs(v, _work(B, S, C, tile), tile), v.contiguous(), _given(state),
             weight.contiguous(), y, B, S, C, K, dilation, tile=tile, entry="short_conv.rows",
+            RAGGED=ragged(v, C, tile["BC"]),
         )  # fmt: skip
     return y, kept
 
@@ -169,7 +177,7 @@ def backward(
     v, weight, state = v.contiguous(), weight.contiguous(), _given(state)
     dz = torch.empty(v.shape, dtype=torch.float32, device=v.device)
     tile = tile_for("short_conv.rows", v)
-    more = dict(tile=tile, entry="short_conv.rows")
+    more = dict(tile=tile, entry="short_conv.rows", RAGGED=ragged(v, C, tile["BC"]))
     sizes = (B, S, C, K, dilation)
     launch(
         _dz, programs(v, _work(B, S, C, tile), tile), dy.contiguous(), v, state, weight, dz,

@@ -30,7 +30,7 @@ def _products(
     # parts[split,t] = u over a part of the W elements, and behind its C numbers the sum of squares.
     # Tokens are the columns of the product: fn has few rows. Bound by the reading of x.
     c = tl.arange(0, BC)
-    for number in range(tl.program_id(0), tl.cdiv(T, BT) * splits, tl.num_programs(0)):
+    for number in range(tl.program_id(0), splits * tl.cdiv(T, BT), tl.num_programs(0)):
         split = number % splits
         t = (number // splits * BT + tl.arange(0, BT)).to(tl.int64)
         total = tl.zeros((BC, BT), tl.float32)
@@ -70,7 +70,7 @@ def _dx(
     # memory. dmix has r in it.
     c = tl.arange(0, BC)
     blocks = tl.cdiv(D, BK)
-    for number in range(tl.program_id(0), tl.cdiv(T, BT) * R * blocks, tl.num_programs(0)):
+    for number in range(tl.program_id(0), R * tl.cdiv(T, BT) * blocks, tl.num_programs(0)):
         t = (number // blocks // R * BT + tl.arange(0, BT)).to(tl.int64)
         j, d = number // blocks % R, number % blocks * BK + tl.arange(0, BK)
         some, inside = t < T, (t < T)[:, None] & (d < D)[None, :]

@@ -18,8 +18,8 @@ from triton import jit
 from transom.op import Weight
 
 from .._choice import Tile
-from .._language import dot, narrow
-from .._launch import launch, programs, tile_for
+from .._language import column, dot, narrow
+from .._launch import even, launch, programs, ragged, tile_for
 from ._weights import DTYPES, add_product, precision, read
 
 FEW = 16
@@ -71,7 +71,7 @@ def _rows(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr,
     FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, SCALING: tl.constexpr,
     COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, SCALED: tl.constexpr,
+    EVEN: tl.constexpr, SCALED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     # y[order[r]] = scale * (x[r] @ weight[e].T + bias[e]), a tile [BM, BN] a step, summed over K in
     # registers. Bound by the tensor cores, or with few rows an expert by the reading of weights.
@@ -89,6 +89,7 @@ def _rows(
                 acc, x, low, r.to(tl.int64) * x_row, inside_r, x_k, weight, scales, zeros, e, n,
                 inside_n, k0, K, N - 1, w_e, w_o, w_d, s_e, s_o, s_d,
                 BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, SPLIT, EVEN,
+                RAGGED,
             )  # fmt: skip
         to = r
         if order is not None:
@@ -132,7 +133,7 @@ def _outer(
     a, b, a_low, b_low, order, out, offsets, M, N, K, E, a_row, a_n, b_row, b_k,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, A_SLOTS: tl.constexpr,
     B_SLOTS: tl.constexpr, A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, A_RAGGED: tl.constexpr, B_RAGGED: tl.constexpr,
 ):  # fmt: skip
     # out[e] = sum over e's rows of outer(a[r], b[r]), a tile [BN, BK] of one expert a step; its
     # rows are added in order.
@@ -142,26 +143,27 @@ def _outer(
         n = at // k_blocks % n_blocks * BN + tl.arange(0, BN)
         k = at % k_blocks * BK + tl.arange(0, BK)
         inside_n, inside_k = n < N, k < K
+        n_at, k_at = column(n, N, A_RAGGED), column(k, K, B_RAGGED)
         start, end = rows_of(offsets, e, M, E)
         acc = tl.zeros((BN, BK), tl.float32)
         for r0 in range(start, end, BR):
             r = r0 + tl.arange(0, BR)
             inside = r < end
             left = _operand(
-                a, a_low, r, inside, n, inside_n, order, M, a_row, a_n, A_SLOTS, COMPUTE, 0
+                a, a_low, r, inside, n_at, inside_n, order, M, a_row, a_n, A_SLOTS, COMPUTE, 0
             )
             right = _operand(
-                b, b_low, r, inside, k, inside_k, order, M, b_row, b_k, B_SLOTS, COMPUTE, 0
+                b, b_low, r, inside, k_at, inside_k, order, M, b_row, b_k, B_SLOTS, COMPUTE, 0
             )
             acc = dot(tl.trans(left), right, acc, PRECISION)
             if A_SPLIT:
                 left = _operand(
-                    a, a_low, r, inside, n, inside_n, order, M, a_row, a_n, A_SLOTS, COMPUTE, 1
+                    a, a_low, r, inside, n_at, inside_n, order, M, a_row, a_n, A_SLOTS, COMPUTE, 1
                 )
                 acc = dot(tl.trans(left), right, acc, PRECISION)
             if B_SPLIT:
                 right = _operand(
-                    b, b_low, r, inside, k, inside_k, order, M, b_row, b_k, B_SLOTS, COMPUTE, 1
+                    b, b_low, r, inside, k_at, inside_k, order, M, b_row, b_k, B_SLOTS, COMPUTE, 1
                 )
                 acc = dot(tl.trans(left), right, acc, PRECISION)
         into = out + (e.to(tl.int64) * N + n[:, None]) * K + k[None, :]
@@ -270,7 +272,8 @@ def rows_times(
         _rows, groups.grid(tile, -(-N // tile["BN"])), x.x, x.low, y, order, bias, scale,
         groups.offsets, groups.table(tile), M, N, K, E, *x.stride, *how.arguments,
         tile=tile, entry=entry, GROUPS=power_of_two(E + 1), EVEN=K % tile["BK"] == 0,
-        SPLIT=x.split, SCALED=scaled, **how.constants(),
+        SPLIT=x.split, SCALED=scaled, RAGGED=how.ragged(x.x, K, tile["BK"], False),
+        **how.constants(),
     )  # fmt: skip
     return y
 
@@ -284,6 +287,8 @@ def outer_sums(
     if 0 in (M, N, K, E):
         return out.zero_()
     tile = tile_for(entry := f"grouped_gemm.dw{kind_of(a.x, b.x)}", a.x)
+    tile = even(tile, "BN", N, a.x) if a.slots else tile
+    tile = even(tile, "BK", K, b.x) if b.slots else tile
     same = a.x.dtype == b.x.dtype
     launch(
         _outer, programs(a.x, E * -(-N // tile["BN"]) * -(-K // tile["BK"]), tile), a.x, b.x, a.low,
@@ -291,5 +296,7 @@ def outer_sums(
         A_SLOTS=a.slots, B_SLOTS=b.slots, A_SPLIT=a.split, B_SPLIT=b.split,
         COMPUTE=DTYPES[a.x.dtype] if same else tl.float32,
         PRECISION=precision(a.x.dtype, b.x.dtype, a.x),
+        A_RAGGED=a.slots > 0 and ragged(a.x, N, tile["BN"]),
+        B_RAGGED=b.slots > 0 and ragged(b.x, K, tile["BK"]),
     )  # fmt: skip
     return out

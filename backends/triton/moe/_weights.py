@@ -20,7 +20,7 @@ from transom.op import Weight
 from transom.weights.layout import parse_spec, parts
 
 from .._language import dot, e2m1, e4m3, narrow, scale_of
-from .._launch import arch_of
+from .._launch import arch_of, gathers_whole_rows, ragged
 
 WHOLE = 1 << 30
 """The block of a scale that serves a whole row or column."""
@@ -46,6 +46,12 @@ class Read(NamedTuple):
     def constants(self, suffix: str = "") -> dict[str, Any]:
         """By the kernel's names."""
         return {f"{n}{suffix}": getattr(self, n) for n in self._fields[1:]}
+
+    def ragged(self, x: Tensor, size: int, step: int, gathered: bool) -> bool:
+        """True if columns of x's rows must be clamped, of `size` a `step` at a time: of gathered
+        rows, and where every other one is read."""
+        packed = self.PACKED == "depth" and gathers_whole_rows(x)
+        return packed or (gathered and ragged(x, size, step))
 
     @property
     def narrow(self) -> bool:
@@ -131,12 +137,13 @@ def add_product(
     w_e, w_o, w_d, s_e, s_o, s_d,
     BK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
     SCALING: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """acc[r, o] + sum over the step's d of x[row[r] + d] * weight[e, o, d].
 
     low       with SPLIT: where the low parts of the rows lie, so far behind the high ones
     row       places of the rows' first elements
+    RAGGED    columns of the rows are clamped (see Read.ragged)
     last_o    the weight's last out
     """
     here = weight + e * w_e
@@ -147,22 +154,27 @@ def add_product(
             w_mask = w_mask & (d < K)[:, None]
         b = tl.load(here + o[None, :] * w_o + d[:, None] * w_d, mask=w_mask, other=0.0)
         b = b.to(COMPUTE)
-        a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+        a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
         acc = dot(a, b, acc, PRECISION)
         if SPLIT:
-            a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+            a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
             acc = dot(a, b, acc, PRECISION)
     else:
         acc = _add_codes(
             acc, x, low, row, inside_r, x_k, here, scales + e * s_e, zeros, e * s_e, o, k0, K,
             last_o, w_o, w_d, s_o, s_d,
             BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, SPLIT, EVEN,
+            RAGGED,
         )  # fmt: skip
     return acc
 
 
 @jit
-def _rows_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr):
+def _rows_at(
+    x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    if RAGGED:
+        return _clamped_rows_at(x, row, inside_r, d, K, x_k, COMPUTE)
     mask = inside_r[:, None]
     if not EVEN:
         mask = mask & (d < K)[None, :]
@@ -170,12 +182,20 @@ def _rows_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.conste
 
 
 @jit
-def _every_other_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr):
+def _every_other_at(
+    x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
     """`_rows_at` of every other d. A mask on these is not enough: Ascend's lowering of it reads as
-    many elements as there are to K, not half as many. So places are clamped, and values selected.
+    many elements as there are to K, not half as many, and one behind them. So places are clamped,
+    and values selected.
     """
-    if EVEN:
-        return _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+    if EVEN and not RAGGED:
+        return _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN, False)
+    return _clamped_rows_at(x, row, inside_r, d, K, x_k, COMPUTE)
+
+
+@jit
+def _clamped_rows_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr):
     at = x + tl.where(inside_r, row, 0)[:, None] + tl.minimum(d, K - 1)[None, :] * x_k
     return tl.where(inside_r[:, None] & (d < K)[None, :], tl.load(at).to(COMPUTE), 0.0)
 
@@ -186,7 +206,7 @@ def _add_codes(
     s_d,
     BK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
     SCALING: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """`add_product` of codes; weight and scales are the expert's, zeros lie at s_at of all."""
     # Codes are read from places clamped into the weight: what x is multiplied with there is zero.
@@ -212,10 +232,10 @@ def _add_codes(
                 codes >> (4 * odd), scales, here, o, kept, k0, s_o, s_d,
                 FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
             )  # fmt: skip
-            a = _every_other_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+            a = _every_other_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
             total = dot(a, b, total, PRECISION)
             if SPLIT:
-                a = _every_other_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+                a = _every_other_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
                 total = dot(a, b, total, PRECISION)
     else:
         d = k0 + tl.arange(0, BK)
@@ -231,10 +251,10 @@ def _add_codes(
             codes, scales, here, o, kept, k0, s_o, s_d,
             FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
         )  # fmt: skip
-        a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+        a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
         total = dot(a, b, total, PRECISION)
         if SPLIT:
-            a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN)
+            a = _rows_at(x + low, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
             total = dot(a, b, total, PRECISION)
     if SCALING == "after":
         at = (o // BLOCK_O) * s_o + (k0 // BLOCK_D) * s_d

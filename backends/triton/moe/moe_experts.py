@@ -23,8 +23,16 @@ from transom.kernels.moe.moe_experts import (
 from transom.op import Weight
 from transom.requires import Requirement, dtype
 
-from .._language import gate_slope, gate_value, narrow
-from .._launch import STREAMING, launch, programs, tile_for
+from .._language import column, gate_slope, gate_value, narrow
+from .._launch import (
+    STREAMING,
+    even,
+    gathers_whole_rows,
+    launch,
+    programs,
+    ragged,
+    tile_for,
+)
 from .._offer import floats, offer, usable
 from ._gemm import Rows, case, find_tile, outer_sums, power_of_two, rows_of, rows_times
 from ._sort import Sorted, sort
@@ -45,6 +53,17 @@ def _gate_and_up(gate, up, bias, e, g_at, u_at, inside_i, I2, LIMITED: tl.conste
 
 
 @jit
+def _halves(i, I, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr):
+    """Where gate i and up i stand in both. CLAMPED: none behind the last, masked or not: of every
+    other element Ascend's lowering reads one more than there are."""
+    if CLAMPED:
+        i = tl.minimum(i, I - 1)
+    if INTERLEAVED:
+        return 2 * i, 2 * i + 1
+    return i, I + i
+
+
+@jit
 def _put(p, low, at, value, mask, SPLIT: tl.constexpr):
     """Store float32, or the two parts of it."""
     high = narrow(value, p.dtype.element_ty)
@@ -61,7 +80,7 @@ def _hidden(
     FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, SCALING: tl.constexpr,
     COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     EVEN: tl.constexpr, SLOTS: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
-    LIMITED: tl.constexpr,
+    LIMITED: tl.constexpr, RAGGED: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
     # h[r] = f(gate) * up of slot order[r], a tile [BM, BN] of both a step: x is gathered as it is
     # loaded, and gate and up never leave the registers.
@@ -75,21 +94,20 @@ def _hidden(
         slot = tl.load(order + tl.minimum(r, M - 1))
         slot = tl.minimum(tl.maximum(slot, 0), M - 1)
         row = (slot // SLOTS).to(tl.int64) * x_row
-        if INTERLEAVED:
-            g_at, u_at = 2 * i, 2 * i + 1
-        else:
-            g_at, u_at = i, I + i
+        g_at, u_at = _halves(i, I, INTERLEAVED, CLAMPED)
         gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, tl.where(group < E, D, 0), BK):
             gate = add_product(
                 gate, x, 0, row, inside_r, x_k, weight, scales, zeros, e, g_at, inside_i, k0, D,
                 2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
                 BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                RAGGED,
             )  # fmt: skip
             up = add_product(
                 up, x, 0, row, inside_r, x_k, weight, scales, zeros, e, u_at, inside_i, k0, D,
                 2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
                 BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                RAGGED,
             )  # fmt: skip
         g, u, gate, up = _gate_and_up(
             gate, up, bias, e, g_at, u_at, inside_i, 2 * I, LIMITED, limit
@@ -117,6 +135,7 @@ def _slopes(
     PRECISION_2: tl.constexpr,
     B_SPLIT: tl.constexpr, H_SPLIT: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr,
     INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
+    RAGGED: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
     # Gate and up again, and dh = dy @ down[e], in one pass over D; then the gradient of gate and
     # up, w * h if it is asked for, and this block's part of the sum of dh * h.
@@ -130,10 +149,7 @@ def _slopes(
         slot = tl.load(order + tl.minimum(r, M - 1))
         slot = tl.minimum(tl.maximum(slot, 0), M - 1)
         token = (slot // SLOTS).to(tl.int64)
-        if INTERLEAVED:
-            g_at, u_at = 2 * i, 2 * i + 1
-        else:
-            g_at, u_at = i, I + i
+        g_at, u_at = _halves(i, I, INTERLEAVED, CLAMPED)
         gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
         dh = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, tl.where(group < E, D, 0), BK):
@@ -141,17 +157,19 @@ def _slopes(
                 gate, x, 0, token * x_row, inside_r, x_k, weight, scales, zeros, e, g_at, inside_i,
                 k0, D, 2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
                 BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                RAGGED,
             )  # fmt: skip
             up = add_product(
                 up, x, 0, token * x_row, inside_r, x_k, weight, scales, zeros, e, u_at, inside_i,
                 k0, D, 2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
                 BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                RAGGED,
             )  # fmt: skip
             dh = add_product(
                 dh, dy, 0, token * dy_row, inside_r, dy_k, down, dscales, dzeros, e, i, inside_i,
                 k0, D, I - 1, v_e, v_o, v_d, t_e, t_o, t_d,
                 BK, FORMAT_2, BLOCK_O_2, BLOCK_D_2, SCALING_2, COMPUTE_2, PACKED_2, PRECISION_2,
-                False, EVEN,
+                False, EVEN, RAGGED,
             )  # fmt: skip
         g, u, gate, up = _gate_and_up(
             gate, up, bias, e, g_at, u_at, inside_i, 2 * I, LIMITED, limit
@@ -213,7 +231,7 @@ def _slot_gradients(
 @jit
 def _column_sums(
     x, low, order, scale, out, offsets, M, N, E, x_row, x_k, SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, RAGGED: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     # out[e] = the sum of e's rows, in order; with SLOTS of scale[slot] * x[slot // SLOTS].
     blocks = tl.cdiv(N, BN)
@@ -228,7 +246,7 @@ def _column_sums(
                 slot = tl.load(order + tl.minimum(r, M - 1))
                 slot = tl.minimum(tl.maximum(slot, 0), M - 1)
                 row = slot // SLOTS
-            here = x + row.to(tl.int64)[:, None] * x_row + n[None, :] * x_k
+            here = x + row.to(tl.int64)[:, None] * x_row + column(n, N, RAGGED)[None, :] * x_k
             mask = inside[:, None] & (n < N)[None, :]
             v = tl.load(here, mask=mask, other=0.0).to(tl.float32)
             if SPLIT:
@@ -258,6 +276,7 @@ def forward(
     before, weights = weight_position == "before", weights.contiguous()
     rows = sort(ids, E)
     tile = tile_for(entry := f"moe_experts.{case(T * K, E, x, gate_up)}", x)
+    tile = even(tile, "BK", D, x)
     how = read(gate_up, x, tile["BK"])
     h = _between(x, T * K, width, read(down, x, tile["BK"]).narrow)
     if width:
@@ -266,7 +285,8 @@ def forward(
             _contiguous(gate_up_bias), weights if before else None, rows.groups.offsets,
             rows.groups.table(tile), T * K, width, D, E, *x.stride(), alpha, limit or 0.0,
             *how.arguments, tile=tile, entry=entry, EVEN=D % tile["BK"] == 0, SPLIT=h.split,
-            **_form(K, E, activation, limit, interleaved), **how.constants(),
+            RAGGED=how.ragged(x, D, tile["BK"], True),
+            **_form(x, K, E, activation, limit, interleaved), **how.constants(),
         )  # fmt: skip
     products = rows_times(
         h, down, rows.groups, torch.float32, order=rows.order, bias=_contiguous(down_bias),
@@ -309,6 +329,7 @@ def backward(
             _column_sums, programs(dy, E * -(-out.shape[1] // 128), STREAMING), source.x,
             source.low, rows.order, weights, out, rows.groups.offsets, T * K, out.shape[1], E,
             *source.stride, SLOTS=source.slots, SPLIT=source.split, BR=32, BN=128,
+            RAGGED=source.slots > 0 and ragged(dy, out.shape[1], 128),
         )  # fmt: skip
     return _over_slots(products, T, K, dy.dtype), dweights, dgate_up_bias, ddown_bias
 
@@ -342,6 +363,7 @@ def _gradients(
     """The gradient of gate and up, weights * h (if `keep`), and parts of dh . h [blocks, slots]."""
     (T, D), (E, width) = x.shape, (gate_up.shape[0], gate_up.shape[1] // 2)
     tile = tile_for(entry := f"moe_experts.backward_{case(T * K, E, x, gate_up, down)}", x)
+    tile = even(tile, "BK", D, x)
     how, other = read(gate_up, x, tile["BK"]), read(down, dy, tile["BK"], transposed=True)
     # With `keep` they meet x and dy in outer products, else gate_up.
     narrow = keep or read(gate_up, x, tile["BK"], transposed=True).narrow
@@ -356,18 +378,20 @@ def _gradients(
             rows.groups.table(tile), T * K, width, D, E, *x.stride(), *dy.stride(), alpha,
             limit or 0.0, *how.arguments, *other.arguments, tile=tile, entry=entry,
             EVEN=D % tile["BK"] == 0, B_SPLIT=dboth.split, H_SPLIT=h.split,
-            **_form(K, E, activation, limit, interleaved), **how.constants(),
+            RAGGED=how.ragged(x, D, tile["BK"], True),
+            **_form(x, K, E, activation, limit, interleaved), **how.constants(),
             **other.constants("_2"),
         )  # fmt: skip
     return dboth, h, dots
 
 
 def _form(
-    K: int, E: int, activation: str, limit: float | None, interleaved: bool
-) -> dict[str, Any]:
+    x: Tensor, K: int, E: int, activation: str, limit: float | None, interleaved: bool
+) -> dict[str, Any]:  # fmt: skip
     return {
         "GROUPS": power_of_two(E + 1), "SLOTS": K, "INTERLEAVED": interleaved,
         "ACTIVATION": activation, "LIMITED": limit is not None,
+        "CLAMPED": interleaved and gathers_whole_rows(x),
     }  # fmt: skip
 
 
