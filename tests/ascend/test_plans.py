@@ -18,6 +18,37 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+@needs_triton
+def test_what_ascend_does_not_take_has_its_sentence():
+    import transom
+    from transom.backends.ascend._toolchain import calls
+    from transom.conformance import cases
+
+    op = transom.ops()["sparse_attention"]
+    with calls.implementations([op.name]) as impls:
+        case = cases.build(op, {**op.examples[0], "v_dim": 0})
+        why = calls.refused(op, impls[op.name], case.values, "Ascend910B3")
+        case = cases.build(op, dict(op.examples[0]))
+        assert calls.refused(op, impls[op.name], case.values, "Ascend910B3") is None
+    assert why == "v_dim = 0; supported by Ascend's compiler: 1 or more"
+
+
+@needs_triton
+def test_tiles_shrink_where_gathered_rows_are_ragged():
+    import torch
+
+    from transom.backends.triton._choice import Tile
+    from transom.backends.triton._launch import even, ragged, record
+
+    tile, x = Tile((("BM", 64), ("BK", 128))), torch.empty(0)
+    with record("ascend910b3"):
+        assert even(tile, "BK", 2880, x).sizes == (("BM", 64), ("BK", 64))
+        assert even(tile, "BK", 37, x)["BK"] == 16 and ragged(x, 37, 16)
+        assert not ragged(x, 2880, 64)
+    with record("sm_90"):
+        assert even(tile, "BK", 37, x) == tile and not ragged(x, 37, 128)
+
+
 def left(name):
     return (GOLDEN / name).read_text()
 

@@ -123,6 +123,35 @@ def test_an_operator_runs_whole(kernels):
     assert found[0].launches == 2
 
 
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        # no multiple of any tile, and rows gathered from the last ones of x
+        ("moe_experts", dict(T=6, D=40, I=24)),
+        ("moe_experts", dict(T=6, D=37, I=19)),
+        ("moe_experts_weight_backward", dict(T=6, D=37, I=19)),
+        ("short_conv", dict(C=7)),
+        ("engram_gate", dict(D=150)),
+        ("engram_gate_backward", dict(D=5000, T=(1,))),
+        # one of what is divided by
+        ("engram_gate", dict(R=1)),
+        ("compress_kv", dict(m=1)),
+        ("mhc_head", dict(T=(1,))),
+    ],
+    ids=str,
+)
+def test_odd_sizes_stay_inside_their_tensors(kernels, name, sizes):
+    import transom
+    from transom.backends.ascend._toolchain import calls, verify
+    from transom.conformance import cases
+
+    op = transom.ops()[name]
+    with calls.implementations([name]) as impls:
+        case = cases.build(op, {**op.examples[0], **sizes}, torch.bfloat16)
+        found = list(verify.ran(ENVIRONMENT, op, impls[name], case, ("Ascend910B3",)))
+    assert [(f.stage, f.why) for f in found] == [("", "")]
+
+
 def test_a_wrong_result_is_caught(kernels, monkeypatch):
     import transom
     from transom.backends.ascend._toolchain import calls, verify

@@ -16,7 +16,7 @@ from transom.backends.triton import _launch
 from transom.backends.triton import compile as triton
 from transom.op import Impl, Op
 
-from . import calls
+from . import calls, kept
 from .chips import TARGETS, Plan, compile_for
 from .environment import PINS, Environment
 from .launch import Failed, execute, lower
@@ -175,6 +175,9 @@ def ran(
             if key in seen:
                 continue
             seen.add(key)
+            if (known := kept.find(op, repr(case), key)) is not None:
+                yield Ran(op.name, repr(case), chip, known)
+                continue
             out, launches = run(environment, op, impl, case.values, chip)
         except (Failed, NotPortable) as error:
             yield Ran(op.name, repr(case), chip, 0, getattr(error, "stage", "source"), str(error))
@@ -186,6 +189,8 @@ def ran(
         named = zip((p.name for p in op.parameters), case.values, strict=True)
         written = tuple(v for n, v in named if n in op.mutates)
         why = case.intact() or checks.agrees(case, given, written or tolerance.as_tuple(out))
+        if not why:
+            kept.keep(op, repr(case), key, launches)
         yield Ran(op.name, repr(case), chip, launches, "result" if why else "", why or "")
 
 

@@ -17,7 +17,7 @@ from .._offer import floats, offer
 from ._gate_rows import backward_rows, forward_rows, gate_of
 
 WIDEST = 4
-"""Tiles of elements in a row that fits the registers; wider ones go in parts of as many."""
+"""Tiles of elements in a row that fits the registers; wider ones go in parts of one tile."""
 
 
 @jit
@@ -152,9 +152,9 @@ def _dweight(
 def _tile(x: Tensor, entry: str):
     """(tile, sizes, programs); sizes without BR: a row at a time."""
     (R, D), T, tile = x.shape[-2:], x.shape[:-2].numel(), tile_for(entry, x)
-    BD, widest = max(16, 1 << max(0, D - 1).bit_length()), WIDEST * tile["ELEMENTS"]
-    if BD > widest or gathers_whole_rows(x):
-        return tile, dict(BD=min(BD, widest)), programs(x, T * R, tile)
+    BD = max(16, 1 << max(0, D - 1).bit_length())
+    if BD > WIDEST * tile["ELEMENTS"] or gathers_whole_rows(x):
+        return tile, dict(BD=min(BD, tile["ELEMENTS"])), programs(x, T * R, tile)
     BR = max(1, tile["ELEMENTS"] // BD)
     return tile, dict(BR=BR, BD=BD), programs(x, cdiv(T * R, BR), tile)
 

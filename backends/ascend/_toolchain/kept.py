@@ -1,0 +1,58 @@
+"""Calls that were executed and right, so that a long run that was cut off goes on where it ended.
+
+What is kept holds for one version of everything that decides the result: the kernels and host code
+of the operator's family and of what families share, its declaration and reference, the call, the
+launches' constants, and our tools. A call that failed is never kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+from transom.config import cache_folder
+from transom.op import Op
+
+from .environment import PINS
+
+OURS = ("calls.py", "execute.py", "launch.py", "lower.py", "source.py", "symbols.c")
+"""Of this folder, what decides what is executed and how."""
+
+
+def find(op: Op[..., Any], call: str, launches: str) -> int | None:
+    """How many launches the call had, if it is kept."""
+    place = _place(op, call, launches)
+    return int(place.read_text()) if place.exists() else None
+
+
+def keep(op: Op[..., Any], call: str, launches: str, count: int) -> None:
+    """Keep a call that was right."""
+    place = _place(op, call, launches)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(str(count))
+
+
+def _place(op: Op[..., Any], call: str, launches: str) -> Path:
+    made_of = "|".join((*PINS, _sources(op.path), call, launches))
+    name = f"{op.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    return cache_folder() / "ascend" / "calls" / name
+
+
+@functools.cache
+def _sources(path: str) -> str:
+    """A digest of the files that decide what an operator of this path computes here."""
+    triton = Path(importlib.import_module("transom.backends.triton").__file__ or "").parent
+    kernels = Path(importlib.import_module("transom.kernels").__file__ or "").parent
+    conformance = Path(importlib.import_module("transom.conformance").__file__ or "").parent
+    family = path.partition("/")[0]
+    files = [kernels / f"{path}.py", *(conformance / f"{n}.py" for n in ("cases", "checks"))]
+    files += (Path(__file__).with_name(name) for name in OURS)
+    for folder in (triton, triton / family, triton / "moe"):
+        files += sorted(p for p in folder.iterdir() if p.suffix == ".py")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
