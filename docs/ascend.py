@@ -1,10 +1,13 @@
 """docs/ascend.json and docs/ascend.md from what `transom verify --target ascend --json FILE` wrote:
 
-python docs/ascend.py FILE
+python docs/ascend.py FILE...
+
+With several files (runs with --ops) a later one's operators replace an earlier one's.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,29 +17,46 @@ HERE = Path(__file__).parent
 MEMORIES = ("UB", "L1", "L0C")
 
 
-def compact(report: dict[str, Any]) -> dict[str, Any]:
-    """What the page needs: counts of calls by operator, and the plans."""
-    names = list(dict.fromkeys(r["op"] for r in (*report["ran"], *report["refused"])))
+def compact(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page needs of reports, a later one's operators in place of an earlier one's: counts
+    of calls by operator, and the plans."""
+    work = importlib.import_module("transom.backends.ascend._toolchain.verify")
+    chips = importlib.import_module("transom.backends.ascend._toolchain.chips")
+    last = {name: at for at, r in enumerate(reports) for name in _operators(r)}
+    ran, refused, fits = [], [], []
+    for at, report in enumerate(reports):
+        mine = [name for name, where in last.items() if where == at]
+        ran += [work.Ran(**r) for r in report["ran"] if r["op"] in mine]
+        refused += [work.Refused(**r) for r in report.get("refused", []) if r["op"] in mine]
+        for f in report["fits"]:
+            if f["op"] in mine:
+                fits.append(work.Fit(**{**f, "plan": chips.Plan(**f["plan"])}))
+    found = work.Outcome(ran, refused, work.without_repeats(fits))
     ops = {}
-    for name in names:
-        mine = [r for r in report["ran"] if r["op"] == name]
-        refused = [r for r in report["refused"] if r["op"] == name]
+    for name in sorted(last):
+        calls = [r for r in ran if r.op == name]
+        left = [r for r in refused if r.op == name]
         ops[name] = {
-            "calls": len(mine), "failed": sum(bool(r["stage"]) for r in mine),
-            "launches": sum(r["launches"] for r in mine), "refused": len(refused),
-            "why": sorted({r["why"] for r in refused}),
+            "calls": len(calls), "failed": sum(bool(r.stage) for r in calls),
+            "launches": sum(r.launches for r in calls), "refused": len(left),
+            "why": sorted({r.why for r in left}),
         }  # fmt: skip
-    capacity = {}
-    for f in report["fits"]:
-        if f["plan"]["fits"]:
-            capacity[f["plan"]["target"]] = f["plan"]["capacity"]
     plans = [
-        [f["kernel"], f["tile"], f["plan"]["target"], f["chosen"], f["plan"]["fits"],
-         f["plan"]["use"], f["plan"]["why"]]
-        for f in report["fits"]
-    ]  # fmt: skip
-    kept = ("note", "tools", "date", "commit", "passed", "levels", "seconds", "contract", "unasked")
-    return {**{k: report.get(k) for k in kept}, "ops": ops, "capacity": capacity, "plans": plans}
+        [f.kernel, f.tile, f.plan.target, f.chosen, f.plan.fits, f.plan.use, f.plan.why]
+        for f in found.fits
+    ]
+    schemas = next((r["contract"] for r in reports if "date" in r and not r["unasked"]), None)
+    return {
+        "note": reports[-1]["note"], "tools": reports[-1]["tools"], "reports": len(reports),
+        "seconds": round(sum(r["seconds"] for r in reports if "seconds" in r)),
+        "levels": found.levels, "schemas changed": schemas, "passed": not found.failed,
+        "capacity": {f.plan.target: f.plan.capacity for f in found.fits if f.plan.fits},
+        "ops": ops, "plans": plans,
+    }  # fmt: skip
+
+
+def _operators(report: dict[str, Any]) -> list[str]:
+    return [r["op"] for kind in ("ran", "refused", "fits") for r in report.get(kind, [])]
 
 
 def rendered(kept: dict[str, Any]) -> str:
@@ -54,11 +74,12 @@ def rendered(kept: dict[str, Any]) -> str:
 
 def page(kept: dict[str, Any]) -> str:
     """docs/ascend.md."""
-    out = [HEAD.format(note=kept["note"], tools=", ".join(kept["tools"][:2]), date=kept["date"])]
+    out = [HEAD.format(note=kept["note"], tools=" and ".join(kept["tools"][:2]))]
     out += ["| level | passed | failed | refused |", "|---|---:|---:|---:|"]
     out += [f"| {n} | {a} | {b} | {c} |" for n, (a, b, c) in kept["levels"].items()]
-    schemas = kept["unasked"] or f"{len(kept['contract'])} schemas have changed"
-    out.append(f"\nL4, the vendor's operators: {schemas}.\n")
+    schemas = kept["schemas changed"]
+    said = "not compared" if schemas is None else f"{len(schemas)} changed"
+    out.append(f"\nL4, the schemas of the vendor's operators that the adapter calls: {said}.\n")
     out += ["## Executed\n", "| operator | calls | failed | refused | launches |"]
     out.append("|---|---:|---:|---:|---:|")
     for name, o in kept["ops"].items():
@@ -90,7 +111,7 @@ HEAD = """\
 
 {note}
 
-Made with {tools}, {date}, by `transom verify --target ascend --quick --json FILE`: every operator's
+Made with {tools} by `transom verify --target ascend --quick --json FILE`: every operator's
 small calls (three dtypes, sizes 0 and 1, models' shapes shrunk), and its kernels at a model's full
 size in bfloat16, and in mxfp4 where it has weights. Without `--quick` all dtypes, formats and tiles
 are planned; that has not been run whole.
@@ -104,10 +125,10 @@ fit.
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         print(__doc__, file=sys.stderr)
         return 2
-    kept = compact(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    kept = compact([json.loads(Path(p).read_text(encoding="utf-8")) for p in sys.argv[1:]])
     (HERE / "ascend.json").write_text(rendered(kept), encoding="utf-8")
     (HERE / "ascend.md").write_text(page(kept), encoding="utf-8")
     return 0

@@ -21,7 +21,7 @@ from transom.config import cache_folder
 from .environment import PINS, Environment
 from .source import name_of, standalone
 
-SECONDS = 240.0
+SECONDS = 900.0
 """A child that takes longer is taken to hang."""
 
 
@@ -74,6 +74,8 @@ def lower(environment: Environment, launch: Launch) -> Program:
             (folder / "task.json").write_text(json.dumps(task))
             (folder / "kernel.py").write_text(text)
             status = run_child([environment.python, "-I", lowering, folder], folder, environment)
+            if status is None:  # not kept: the machine may have been busy
+                raise Failed("frontend", f"the compiler {how_it_died(status)}")
             if died := how_it_died(status):
                 (folder / "error").write_text(f"the compiler's process {died}")
             shutil.rmtree(folder / "triton", ignore_errors=True)

@@ -19,7 +19,7 @@ from transom.op import Impl, Op
 from . import calls, kept
 from .chips import TARGETS, Plan, compile_for
 from .environment import PINS, Environment
-from .launch import Failed, execute, lower
+from .launch import Failed, Program, execute, lower
 from .source import NotPortable
 
 NOTE = (
@@ -160,7 +160,8 @@ def verify(
 def ran(
     environment: Environment, op: Op[..., Any], impl: Impl, case: Any, targets: tuple[str, ...]
 ) -> Iterator[Ran | Refused]:
-    """L1 and L2: the call with the tiles of each chip, where they differ from the chips' before."""
+    """L1 and L2: the call with the tiles of each chip, where these or the lowered programs differ
+    from the chips' before."""
     checks = importlib.import_module("transom.conformance.checks")
     tolerance = importlib.import_module("transom.conformance.tolerance")
     seen: set[str] = set()
@@ -171,7 +172,9 @@ def ran(
         given = checks.as_given(case)
         try:
             noted = calls.recorded(op, impl, case.values, chip)
-            key = json.dumps([*map(triton.identity, noted), "950" in chip])
+            programs = [_lowered(environment, launch) for launch in noted]
+            other = "950" in chip and any(len(p.executables) > 1 for p in programs)
+            key = json.dumps([*map(triton.identity, noted), other])
             if key in seen:
                 continue
             seen.add(key)
@@ -194,6 +197,13 @@ def ran(
         yield Ran(op.name, repr(case), chip, launches, "result" if why else "", why or "")
 
 
+def _lowered(environment: Environment, launch: _launch.Launch) -> Program:
+    try:
+        return lower(environment, launch)
+    except Failed as error:
+        raise Failed(error.stage, f"{launch.name} {error}") from None
+
+
 def run(
     environment: Environment, op: Op[..., Any], impl: Impl, values: tuple[Any, ...], chip: str
 ) -> tuple[Any, int]:
@@ -204,8 +214,8 @@ def run(
     def do(launch: _launch.Launch) -> None:
         nonlocal count
         count += 1
+        program = _lowered(environment, launch)
         try:
-            program = lower(environment, launch)
             execute(environment, launch, program, newer="950" in chip, seed=count)
         except Failed as error:
             raise Failed(error.stage, f"{launch.name} {error}") from None
