@@ -263,8 +263,8 @@ under qemu, never on an ARM processor. *triton* serves CUDA, ROCm and, through t
 devices; *ascend* calls the vendor's own operators through torch_npu. No accelerator was at hand for
 this version: the Triton kernels ran in Triton's interpreter and were compiled ahead of time
 ([triton.md](triton.md) says for what); on Ascend's side they were lowered, executed on a CPU and
-planned for three chips, and the calls of torch_npu were checked against its schemas. No binary of
-theirs has run on a device.
+planned for three chips ([ascend.md](ascend.md) says which), and the calls of torch_npu were checked
+against its schemas. No binary of theirs has run on a device.
 """
 
 if __name__ == "__main__":

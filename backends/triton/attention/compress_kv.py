@@ -30,7 +30,9 @@ def _rows(
     value = tl.load(kv + at, mask=new, other=0.0).to(tl.float32)
     weight = tl.load(gate + at, mask=new, other=0.0).to(tl.float32)
     s += pending
-    at = (s - s // m * m) * W + channel  # s % m, of which Ascend's lowering fails at m = 1
+    # s % m, clamped: without that Ascend's lowering fails at m = 1
+    slot = tl.minimum(tl.maximum(s - s // m * m, 0), m - 1)
+    at = slot * W + channel
     weight += tl.load(bias + at, mask=new, other=0.0).to(tl.float32)
     weight = tl.where(new, weight, float("-inf"))
     if state_kv is not None:
