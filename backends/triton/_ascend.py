@@ -29,8 +29,19 @@ def _some(argument: str) -> Requirement:
     return condition(f"{argument} > 0", (argument,), test)
 
 
+def _several(dim: str) -> Requirement:
+    def test(f: Facts) -> str | None:
+        one = f.dims.get(dim) == 1
+        return f"{dim} = 1; supported by Ascend's compiler: 2 or more" if one else None
+
+    return condition(f"{dim} > 1", (dim,), test)
+
+
 REFUSED: dict[str, tuple[Requirement, ...]] = {
-    # "strides must not be zero", of an output without elements
+    # "strides must not be zero", of a row of biases that all rows share
+    "compress_kv": (on_ascend(_several("m")),),
+    "compress_kv_backward": (on_ascend(_several("m")),),
+    # the same, of an output without elements
     "sparse_attention": (on_ascend(_some("v_dim")),),
     "sparse_attention_rows": (on_ascend(_some("v_dim")),),
 }

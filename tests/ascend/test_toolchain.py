@@ -135,7 +135,6 @@ def test_an_operator_runs_whole(kernels):
         ("engram_gate_backward", dict(D=5000, T=(1,))),
         # one of what is divided by
         ("engram_gate", dict(R=1)),
-        ("compress_kv", dict(m=1)),
         ("mhc_head", dict(T=(1,))),
     ],
     ids=str,

@@ -21,6 +21,9 @@ from .environment import PINS
 OURS = ("calls.py", "execute.py", "launch.py", "lower.py", "source.py", "symbols.c")
 """Of this folder, what decides what is executed and how."""
 
+SHARED = ("_choice.py", "_language.py", "_launch.py", "_segments.py")
+"""The same of the Triton backend's, beside the families' folders; tiles are in the launches."""
+
 
 def find(op: Op[..., Any], call: str, launches: str) -> int | None:
     """How many launches the call had, if it is kept."""
@@ -50,7 +53,8 @@ def _sources(path: str) -> str:
     family = path.partition("/")[0]
     files = [kernels / f"{path}.py", *(conformance / f"{n}.py" for n in ("cases", "checks"))]
     files += (Path(__file__).with_name(name) for name in OURS)
-    for folder in (triton, triton / family, triton / "moe"):
+    files += (triton / name for name in SHARED)
+    for folder in (triton / family, triton / "moe"):
         files += sorted(p for p in folder.iterdir() if p.suffix == ".py")
     digest = hashlib.sha256()
     for file in files:

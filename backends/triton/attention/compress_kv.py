@@ -29,10 +29,7 @@ def _rows(
     at = (batch * S + tl.minimum(s, S - 1)) * W + channel
     value = tl.load(kv + at, mask=new, other=0.0).to(tl.float32)
     weight = tl.load(gate + at, mask=new, other=0.0).to(tl.float32)
-    s += pending
-    # s % m, clamped: without that Ascend's lowering fails at m = 1
-    slot = tl.minimum(tl.maximum(s - s // m * m, 0), m - 1)
-    at = slot * W + channel
+    at = (s + pending) % m * W + channel
     weight += tl.load(bias + at, mask=new, other=0.0).to(tl.float32)
     weight = tl.where(new, weight, float("-inf"))
     if state_kv is not None:
