@@ -58,7 +58,10 @@ def verify(
         Path | None, typer.Option(help="File of failures that are known, one reason a line.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", "--html", help="Write the report as HTML.")
+        Path | None,
+        typer.Option(
+            "--report", "--html", help="Write the report as HTML; with --compile also FILE.md."
+        ),
     ] = None,
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write the findings as JSON.")
