@@ -139,7 +139,8 @@ def support_matrix() -> str:
         for backend, tier in BACKENDS.items():
             if not _written(backend, op):
                 continue
-            gradients = [o for n, o in everything.items() if _backward_of(o) == name]
+            mine = _differentiated(name)
+            gradients = [o for o in everything.values() if _backward_of(o) == mine]
             have = sum(_written(backend, o) for o in gradients)
             back = _some(have, len(gradients)) if op._gradient else "none"
             rows.append(
@@ -188,10 +189,15 @@ def _backward_of(op: Op) -> str | None:
     return None
 
 
+def _differentiated(name: str) -> str:
+    """The operator whose gradients `name` has: its own, or those of the one it calls."""
+    return {"hashed_embedding_pooled": "hashed_embedding"}.get(name, name)
+
+
 def _backward_text(op: Op, impl: Impl, everything: dict[str, Op]) -> str:
     if op._gradient is None:
         return "none"
-    names = [n for n, o in everything.items() if _backward_of(o) == op.name]
+    names = [n for n, o in everything.items() if _backward_of(o) == _differentiated(op.name)]
     have = [
         n for n in names if any(i.backend == impl.backend for i in everything[n].impls.values())
     ]

@@ -103,6 +103,56 @@ def scale_of(stored):
 
 
 @jit
+def _small_code(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+    # The magnitude's code: nearest, ties to even, saturating; x is no NaN.
+    magnitude = tl.minimum(tl.abs(x), LARGEST)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    drop: tl.constexpr = 23 - MANTISSA
+    # Half of the dropped range, less one where the kept bits are even: a tie then carries to the
+    # even code only.
+    half: tl.constexpr = (1 << (drop - 1)) - 1
+    kept = (bits + half + ((bits >> drop) & 1)) >> drop
+    normal = kept - ((127 - BIAS) << MANTISSA)
+    # One unit of float32 beside this constant is one code of the subnormals.
+    beside: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)
+    first: tl.constexpr = (127 + 24 - BIAS - MANTISSA) << 23
+    subnormal = (magnitude + beside).to(tl.int32, bitcast=True) - first
+    smallest: tl.constexpr = 2.0 ** (1 - BIAS)
+    return tl.where(magnitude < smallest, subnormal, normal)
+
+
+@jit
+def e4m3_code(x, usable):
+    """float32 as the nearest E4M3FN code, int32: ties to even, saturating; 0 where not usable."""
+    code = _small_code(tl.where(x == x, x, 0.0), 3, 7, 448.0)
+    sign = tl.where(x.to(tl.int32, bitcast=True) < 0, 128, 0)
+    return tl.where(usable, code | sign, 0)
+
+
+@jit
+def e2m1_code(x, usable):
+    """float32 as the nearest E2M1 code, int32: ties to even, saturating; 0 where not usable."""
+    code = _small_code(tl.where(x == x, x, 0.0), 1, 1, 6.0)
+    sign = tl.where(x.to(tl.int32, bitcast=True) < 0, 8, 0)
+    return tl.where(usable, code | sign, 0)
+
+
+@jit
+def e8m0_byte(x):
+    """float32 >= 2^-126 as the byte of the least power of two not below, int32; NaN is 255."""
+    bits = x.to(tl.int32, bitcast=True)
+    up = tl.where((bits & 0x7FFFFF) != 0, 1, 0)
+    return tl.where(x == x, tl.minimum((bits >> 23) + up, 255), 255)
+
+
+@jit
+def rounded(x):
+    """x to the nearest integer, ties to even, for |x| < 2^22: beside this constant one unit of
+    float32 is 1."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) without a quotient of infinities."""
     e = tl.exp(-tl.abs(x))

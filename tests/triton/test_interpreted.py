@@ -41,8 +41,10 @@ def in_the_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_kit_catches_wrong_kernels_and_tiles_are_measured():
-    files = ("wrong_kernels.py", "interpreted_tiles.py", "interpreted_attention.py",
-             "interpreted_engram.py")  # fmt: skip
+    files = (
+        "wrong_kernels.py", "interpreted_tiles.py", "interpreted_attention.py",
+        "interpreted_engram.py", "interpreted_quant.py",
+    )  # fmt: skip
     done = in_the_interpreter(*(str(ROOT / "tests/triton" / name) for name in files))
     assert done.returncode == 0, done.stdout[-6000:]
 

@@ -29,7 +29,7 @@ def tables() -> tuple[Requirement, ...]:
 
 
 @jit
-def _values(
+def stored_values(
     table, scales, zeros, row, there, column, grid, stride, d, FORMAT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def _copy(
         into = y + (t.to(tl.int64) * wide + c) * d
         for start in range(0, d, BD):
             column = start + tl.arange(0, BD)
-            value = _values(
+            value = stored_values(
                 table, scales, zeros, row, there & (t < T), column, grid, stride, d, FORMAT, ROWS,
                 COLUMNS,
             )  # fmt: skip
@@ -126,7 +126,7 @@ def _pool(
                 tokens, lookback, blocked, multipliers, pad, moduli, offsets, tl.minimum(t, T - 1),
                 S, n, h, first, count, c,
             )  # fmt: skip
-            total += _values(
+            total += stored_values(
                 table, scales, zeros, row, there & (t < T), column, grid, stride, d, FORMAT, ROWS,
                 COLUMNS,
             )  # fmt: skip
