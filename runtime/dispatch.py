@@ -56,6 +56,8 @@ class Facts:
     capturing: bool = False
     parts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
     """By tensor: shape, strides and dtype, of a QuantizedWeight those of its tensors and spec."""
+    host: Mapping[str, bool] = field(default_factory=dict)
+    """By argument that lies in host memory, of a call on a device: whether it is pinned."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def facts_of(op: Op[..., Any], values: Sequence[Any], gradient: bool = False) ->
         torch.are_deterministic_algorithms_enabled(),
         device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
         {name: described(tensor) for name, tensor in tensors.items()},
+        {n: tensors[n].is_pinned() for n in op.host if tensors[n].device != device},
     )  # fmt: skip
 
 

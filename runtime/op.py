@@ -22,7 +22,8 @@ from .dtypes import Kind, Rules
 from .parameters import Parameter, autocast_rules, call_glue, fits, parameters_of
 from .requires import Requirement, device
 from .shapes import Bound, Expression, Signature
-from .weights import QuantizedWeight
+from .weights import QuantizedWeight, host_memory
+from .weights.to_numpy import as_numpy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +51,8 @@ class Impl:
     version: str = "1"
     unavailable: str | None = None
     """Why its backend cannot be used on this machine, or None."""
+    host: tuple[str, ...] = ()
+    """Arguments that it reads in place from pinned host memory, for a call on a device."""
 
     def reasons(self, facts: dispatch.Facts) -> list[str]:
         """Every sentence why this implementation cannot run the call; empty if it can."""
@@ -58,6 +61,7 @@ class Impl:
         if (held := guard.reason(self, facts.device)) is not None:
             return [held]
         out = [sentence for r in self.requires if (sentence := r(facts)) is not None]
+        out += host_memory.reasons(facts, self.host)
         if facts.deterministic and not self.deterministic:
             out.append(
                 "torch.use_deterministic_algorithms is on; its results may differ between runs"
@@ -109,6 +113,7 @@ class Op(Generic[P, R]):
         self.autocast = autocast_rules(options["autocast"])
         self.batch: str | None = options["batch"]
         self.mutates = tuple(options["mutates"].split())
+        self.host: tuple[str, ...] = tuple(options["host"].split())
         self.varying = frozenset(options["varying"].split())
         self.examples: list[dict[str, Any]] = options["examples"]
         self.impls: dict[str, Impl] = {}
@@ -123,7 +128,7 @@ class Op(Generic[P, R]):
         self._front_tensors: tuple[tuple[int, str, bool, bool], ...] = ()
         self._plans: dict[Any, dispatch.Plan] = {}
         self._loaded: set[str] = set()
-        glue = call_glue(self.name, self.parameters)
+        glue = call_glue(self.name, self.parameters, self.host)
         self._bind, self._invoke, self._key = glue["bind"], glue["invoke"], glue["key"]
         self._plain, self._flatten = glue["plain"], glue["flatten"]
         self._unflatten = glue["unflatten"]
@@ -204,6 +209,7 @@ class Op(Generic[P, R]):
     def impl(
         self, *, requires: Sequence[Requirement] = (), tier: str = "portable",
         deterministic: bool = True, capturable: bool = False, version: str = "1",
+        host: tuple[str, ...] = (),
     ) -> Callable[[Callable[P, Any]], Callable[P, Any]]:  # fmt: skip
         """Register a function with the declaration's parameters as an implementation; its name is
         the function's.
@@ -214,6 +220,7 @@ class Op(Generic[P, R]):
                         allocation on the host
         version         changes when results or speed change: measured choices of another version
                         are void
+        host            arguments that it reads in place from pinned host memory
         """
         if tier not in ("portable", "tuned"):
             raise ValueError(f"{self.name}: tier is {tier!r}; expected portable or tuned")
@@ -236,7 +243,7 @@ class Op(Generic[P, R]):
             backend = dispatch.backend_of(function.__module__)
             self._add(
                 Impl(self.name, function.__name__, backend, function, tuple(requires), tier,
-                     deterministic, capturable, version)
+                     deterministic, capturable, version, host=host)
             )  # fmt: skip
             return function
 
@@ -337,11 +344,13 @@ class Op(Generic[P, R]):
         return bound
 
     def check_devices(self, devices: Mapping[str, torch.device]) -> torch.device:
-        """The device that the tensors of a call share; ValueError names one that is elsewhere."""
+        """The device that the tensors of a call share, but those that may lie in host memory;
+        ValueError names one that is elsewhere."""
         (first, device), *others = devices.items()
         for name, other in others:
-            if other != device:
-                raise ValueError(f"{self.name}: {name} is on {other}; {first} is on {device}")
+            if other == device or name in self.host and host_memory.may_be_there(other, device):
+                continue
+            raise ValueError(f"{self.name}: {name} is on {other}; {first} is on {device}")
         return device
 
     def outputs(self, bound: Bound, kinds: Mapping[str, Kind]) -> list[tuple[tuple[int, ...], Any]]:
@@ -392,7 +401,8 @@ class _Ask:
 
 def op(
     shapes: str, *, dtypes: str, flops: str = "0", bytes: str | None = None, accumulate: str = "1",
-    autocast: str = "", batch: str | None = None, mutates: str = "", varying: str = "B T S M",
+    autocast: str = "", batch: str | None = None, mutates: str = "", host: str = "",
+    varying: str = "B T S M",
     examples: list[dict[str, Any]],
 ) -> Callable[[Callable[P, R]], Op[P, R]]:  # fmt: skip
     """Declare an operator; the decorated function is its composite.
@@ -405,12 +415,13 @@ def op(
     autocast    `low: x weight; f32: logits`: what autocast casts; nothing by default
     batch       the leading dim over which calls are independent: torch.vmap folds into it
     mutates     names of arguments that are written; such an operator returns nothing
+    host        names of arguments that may lie in host memory, for implementations that read there
     varying     dims that change from call to call: measured choices round them to powers of two
     examples    dims and arguments for tests (the first, small) and benchmarks (model shapes)
     """
     options = dict(
         flops=flops, bytes=bytes, accumulate=accumulate, autocast=autocast, batch=batch,
-        mutates=mutates, varying=varying, examples=examples,
+        mutates=mutates, host=host, varying=varying, examples=examples,
     )  # fmt: skip
     return lambda function: Op(function, shapes, dtypes, options)
 
@@ -450,19 +461,6 @@ def _through_numpy(op: Op[..., Any], function: Callable[..., Any]) -> Callable[.
     return reference
 
 
-def as_numpy(value: Any) -> Any:
-    """A call's argument as its reference takes it: float64, int64 or bool arrays; plain values as
-    they are."""
-    if isinstance(value, QuantizedWeight):
-        value = value.dequantize()
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().cpu()
-    if value.dtype.is_floating_point:
-        return value.double().numpy()
-    return value.numpy() if value.dtype.itemsize == 1 else value.long().numpy()
-
-
 def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
     """The operator of a name ('grouped_gemm' or 'moe/grouped_gemm'); ValueError lists what there
     is."""
@@ -475,15 +473,6 @@ def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
 
 
 __all__ = [
-    "OPS",
-    "Cost",
-    "Gradient",
-    "Impl",
-    "Op",
-    "Parameter",
-    "Weight",
-    "as_numpy",
-    "kind_of",
-    "lookup",
+    "OPS", "Cost", "Gradient", "Impl", "Op", "Parameter", "Weight", "as_numpy", "kind_of", "lookup",
     "op",
-]
+]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .shapes import Signature
-from .weights import QuantizedWeight, weight_args, weight_from
+from .weights import QuantizedWeight, host_memory, weight_args, weight_from
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 """Types of ordinary tensors: a subclass may change what an operation means."""
@@ -105,7 +105,9 @@ def autocast_rules(text: str) -> dict[str, str]:
     return out
 
 
-def call_glue(op: str, parameters: Sequence[Parameter]) -> dict[str, Callable[..., Any]]:
+def call_glue(
+    op: str, parameters: Sequence[Parameter], host: Sequence[str] = ()
+) -> dict[str, Callable[..., Any]]:
     """Functions with the operator's own parameters, compiled once as dataclasses do: the hot path
     has no loop.
 
@@ -117,7 +119,7 @@ def call_glue(op: str, parameters: Sequence[Parameter]) -> dict[str, Callable[..
     names = [p.name for p in parameters]
     scope: dict[str, Any] = {
         "_W": QuantizedWeight, "_args": weight_args, "_from": weight_from, "_PLAIN": PLAIN,
-        "_PLAIN_WEIGHT": PLAIN | {QuantizedWeight},
+        "_PLAIN_WEIGHT": PLAIN | {QuantizedWeight}, "_pinned": host_memory.pinned,
     }  # fmt: skip
     bind, invoke, key, plain, flatten, flat, unflatten = [], [], [], [], [], [], []
     star = False
@@ -155,6 +157,7 @@ def call_glue(op: str, parameters: Sequence[Parameter]) -> dict[str, Callable[..
             flatten.append(n)
             flat.append(n)
             unflatten.append(n)
+    key += [f"_pinned({n}, {names[0]})" for n in host]
     everything = ", ".join(names)
     source = f"""
 def bind({", ".join(bind)}): return ({everything},)

@@ -22,7 +22,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def offer(op: Op[..., Any], *requires: Requirement, tier: str = "portable") -> Callable[[F], F]:
-    """Register a function as this backend's implementation of `op`.
+    """Register a function as this backend's implementation of `op`. What the declaration lets lie
+    in pinned host memory is read there: Triton's launcher asks the driver for the address that the
+    device has for a pointer, which pinned memory has one of.
 
     It is deterministic, and a CUDA graph may capture it: no kernel adds floats in an order that may
     change, and host code never waits for the device.
@@ -32,7 +34,7 @@ def offer(op: Op[..., Any], *requires: Requirement, tier: str = "portable") -> C
         function.__name__ = "triton"
         op.impl(
             requires=(device(*DEVICES), NEW_ENOUGH, *requires, *REFUSED.get(op.name, ())),
-            tier=tier, deterministic=True, capturable=True,
+            tier=tier, deterministic=True, capturable=True, host=op.host,
         )(function)  # fmt: skip
         return function
 

@@ -39,6 +39,7 @@ EXAMPLES = [
     flops="B*S*(2*n + (n-1)*h)",
     bytes="B*S*(n-1)*h*d*size.table*2 + B*S*size.tokens",
     batch="B",
+    host="table",
     examples=EXAMPLES,
 )
 def hashed_embedding(
@@ -82,7 +83,10 @@ def _(
 
     tokens, multipliers, moduli, pad, lookback, blocked
                  as for `ngram_hash`; row numbers are formed in 64 bits and may pass 2**31.
-    table        [rows,d], float, or a QuantizedWeight whose rows are decoded after the gather.
+    table        [rows,d], float, or a QuantizedWeight whose rows are decoded after the gather. With
+                 the other tensors on a CUDA device it may lie in pinned host memory: the kernel
+                 reads its rows there, over the bus (inference only; no other implementation takes
+                 such a call, nothing is copied).
     offsets      [(n-1)*h], the first row of each column's slice: offsets + moduli <= rows.
     out          [B,S,(n-1)*h*d], written and returned; any float dtype, values are rounded to it
                  once.  No gradient.
@@ -145,6 +149,7 @@ def shard_of(name: str, shard: tuple[int, int] | None, table: Weight) -> tuple[i
     flops="B*S*(2*n + (n-1)*h)",
     bytes="B*S*(n-1)*h*d*size.out*2 + B*S*size.tokens",
     mutates="out",
+    host="table",
     examples=EXAMPLES,
 )
 def hashed_embedding_out(

@@ -32,6 +32,7 @@ from .ngram_hash import hash_columns, hash_reference, whole_lookback
     bytes="B*S*((n-1)*h*d*size.table + d*size.table + size.tokens)",
     accumulate="(n-1)*h",
     batch="B",
+    host="table",
     examples=EXAMPLES,
 )
 def hashed_embedding_pooled(
@@ -93,7 +94,8 @@ def _(
 
     tokens, multipliers, moduli, offsets, pad, lookback, blocked
              as for `hashed_embedding`.
-    table    [rows,d], float, or a QuantizedWeight whose rows are decoded as they are read.
+    table    [rows,d], float, or a QuantizedWeight whose rows are decoded as they are read; may lie
+             in pinned host memory, as for `hashed_embedding`.
     shard    (first row, row count): `table` holds only these rows of the whole table; others count
              as zeros, so that the results of all shards add up to the lookup in the whole table.
     mean     True: the sum is divided by the number of columns (n-1)*h, also in a shard.

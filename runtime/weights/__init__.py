@@ -14,6 +14,7 @@ float32 or E8M0 bytes is told by their dtype (float32 or uint8).
     layout              the spec's grammar, shapes, and the dtypes that parts are stored in
     tiles               reading a tile or chosen rows, decoded
     codes               number formats of few bits as bytes
+    host_memory         tables that a device reads in pinned host memory
     checkpoints         AWQ, GPTQ, gpt-oss MXFP4 and E4M3FNUZ, repacked value for value
 """
 

@@ -143,6 +143,21 @@ class QuantizedWeight(nn.Module):
         """True if payload, scales and zero points are."""
         return all(t is None or t.is_contiguous() for t in self._buffers.values())
 
+    def is_pinned(self) -> bool:
+        """True if payload, scales and zero points lie in pinned host memory."""
+        return all(t is None or t.is_pinned() for t in self._buffers.values())
+
+    def pin_memory(self) -> QuantizedWeight:
+        """The same weight in pinned host memory, where a device can read it in place; itself if it
+        is there."""
+        if self.is_pinned():
+            return self
+        values, scales, zeros, spec = parts(self)
+        return _assemble(
+            values.pin_memory(), scales.pin_memory(), None if zeros is None else zeros.pin_memory(),
+            spec,
+        )  # fmt: skip
+
     def stride(self, dim: int) -> int:
         """The payload's stride, in stored elements."""
         return self.values.stride(dim)
