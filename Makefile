@@ -3,6 +3,8 @@
 #   make run     the main job on this repository's README: a table here, a report in build/
 #   make test    the tests, the linter and the type checker
 #   make bench   measure this machine into bench/results/ (an hour and more), with a page in build/
+#   make gpu     on a machine with a GPU: check, tune and measure the Triton kernels (hours), into
+#                bench/results/<device>, with a table of the bars reached and not reached
 #   make clean   remove what make made
 #
 # Settings: PYTHON=python3.12 (which Python the environment is made with), JOBS=4 (test processes),
@@ -22,7 +24,7 @@ CPU_TORCH := torch==$(TORCH_VERSION)+cpu
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint types bench clean
+.PHONY: run test lint types bench gpu clean
 
 run: $(VENV)/installed
 	@mkdir -p build
@@ -57,6 +59,10 @@ bench: $(VENV)/installed
 	$(BENCH) --tokens 512 --context 1k --dtype f32 --backward --against composite
 	$(BIN)/transom bench --show $(RESULTS) --html build/bench.html
 	$(BIN)/python -m transom.bench.bars $(RESULTS)
+
+# Says what is missing where there is no GPU, and ends with status 2.
+gpu: $(VENV)/installed
+	$(BIN)/python -m transom.bench.gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

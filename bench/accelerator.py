@@ -72,26 +72,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _numbers(given.tokens), _numbers(given.context), tuple(given.dtype.split(",")),
         tuple(given.format.split(",")), int(given.memory * 2**30),
     )  # fmt: skip
-    about = {
+    about: dict[str, Any] = {
         "device": _device.describe(device.type), "arch": _device.arch(device.type),
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     peaks = measured_peaks(device)
     print(f"{about['device']}: {peaks.flops / 1e12:.0f} TFLOP/s, {peaks.bytes / 1e9:.0f} GB/s")
     names = [n for n in given.ops.split(",") if n]
+    about |= {"peak_flops": peaks.flops, "peak_bytes": peaks.bytes}
     failed = 0
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", SlowPath)
-        for case in cases(names, [find(given.model).name], wanted):
-            for row in measure(case, device, peaks, given.repeats):
-                failed += "differs" in row.get("left_out", "")
-                _print(row)
-                if given.out is not None:
-                    given.out.parent.mkdir(parents=True, exist_ok=True)
-                    with given.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({**about, **row}) + "\n")
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", SlowPath)
+            for case in cases(names, [find(given.model).name], wanted):
+                for row in measure(case, device, peaks, given.repeats):
+                    failed += row.get("failed", False)
+                    _print(row)
+                    append(given.out, {**about, **row})
+    except DeviceFault as fault:
+        print(fault, file=sys.stderr)
+        failed += 1
     forget()
     return 1 if failed else 0
+
+
+class DeviceFault(RuntimeError):
+    """A kernel has left the device in a state in which nothing more can be measured."""
+
+
+def append(path: Path | None, row: Mapping[str, Any]) -> None:
+    """One more line of JSON, in a file that is made if need be."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -117,14 +131,29 @@ def measure(
             got = call(draws[0])
             want = got if want is None else want
             if (problem := _differs(got, want, case)) is not None:
-                yield {**row, "left_out": problem}
+                yield {**row, "left_out": problem, "failed": True}
                 continue
             seconds = timed(call, draws, device, repeats)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            yield {**row, "left_out": " ".join(str(error).split())[:200]}
+            yield {**row, **left_out(name, error, case, device)}
             continue
         median = statistics.median(seconds)
         yield {**row, "seconds": median, "best": min(seconds), "attained": least / median}
+
+
+def left_out(name: str, error: Exception, case: Case, device: torch.device) -> dict[str, Any]:
+    """What a row says of a candidate that raised. An implementation of ours has failed, unless
+    memory ran out; a peer may not take the case. DeviceFault if the device is of no more use."""
+    text = " ".join(str(error).split())[:200]
+    try:
+        _device.synchronize(device)
+    except RuntimeError as after:
+        raise DeviceFault(
+            f"{case.op}, {case.label}: the device failed under {name}: {text}; expected it to wait"
+            f" for its work, got: {' '.join(str(after).split())[:120]}"
+        ) from error
+    ours = name in OPS[case.op].impls and not isinstance(error, torch.OutOfMemoryError)
+    return {"left_out": text, "failed": ours}
 
 
 def candidates(case: Case, values: Mapping[str, Any]) -> Iterator[tuple[str, Call]]:
@@ -151,6 +180,28 @@ def candidates(case: Case, values: Mapping[str, Any]) -> Iterator[tuple[str, Cal
         yield candidate.name, there
     if case.op == "sparse_attention":
         yield "torch flex_attention", flex_attention(values)
+    if case.op == "lightning_indexer":
+        yield "torch matmul + topk", matmul_topk
+
+
+QUERIES = 1024
+"""Of a product of all scores, so that what it needs stays below a few GiB."""
+
+
+def matmul_topk(v: Mapping[str, Any]) -> Tensor:
+    """Scores of many queries at a time by one matmul, and torch's topk of them."""
+    q, k = v["q"][0], v["k"][0]
+    out = []
+    for first in range(0, q.shape[0], QUERIES):
+        some = slice(first, first + QUERIES)
+        scores = torch.matmul(q[some], k.T).relu_()
+        weights = v["weights"][0, some].to(q.dtype)
+        total = torch.bmm(weights[:, None], scores)[:, 0]
+        seen = torch.arange(k.shape[0], device=q.device) < v["visible"][0, some, None]
+        ids = total.masked_fill_(~seen, -torch.inf).topk(min(v["top_k"], k.shape[0]), -1).indices
+        ids = ids.masked_fill(ids >= v["visible"][0, some, None], -1).to(torch.int32)
+        out.append(torch.nn.functional.pad(ids, (0, v["top_k"] - ids.shape[1]), value=-1))
+    return torch.cat(out)[None]
 
 
 def flex_attention(values: Mapping[str, Any]) -> Call:

@@ -3,11 +3,20 @@ is asked by `transom verify --backend triton --device cuda`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import transom
+from transom import dispatch
+from transom.conformance.cases import build
+from transom.op import OPS
 
+ROOT = Path(__file__).resolve().parents[2]
+OFFERED = sorted(
+    name for name, op in OPS.items() if (ROOT / "backends/triton" / f"{op.path}.py").exists()
+)
 REASON = transom.backends()["triton"]
 pytestmark = pytest.mark.skipif(
     REASON is not None or not torch.cuda.is_available(), reason=str(REASON or "no CUDA device")
@@ -29,6 +38,12 @@ def experts(T=64, D=4096, width=2048, E=16, K=6):
 def products(T=512, D=4096, N=4096, E=16):
     x, _, _, weight, _ = experts(T, D, N // 2, E)
     return x, weight, torch.linspace(0, T, E, device="cuda").int()
+
+
+def declared(name, example=0):
+    """A small call of an operator as its declaration draws it, on the device."""
+    op = OPS[name]
+    return list(build(op, op.examples[example], torch.bfloat16, device="cuda").values)
 
 
 CALLS = {
@@ -55,6 +70,50 @@ def test_a_graph_replays_with_new_inputs(op):
         graph.replay()
         want = call(*args, **kwargs)
     assert all(torch.equal(a, b) for a, b in zip(tensors(captured), tensors(want), strict=True))
+
+
+def written(op, values):
+    """What a call returns, or the tensors that it writes."""
+    out = dispatch.run(op, tuple(values))
+    names = [p.name for p in op.parameters]
+    return tuple(values[names.index(n)] for n in op.mutates) if op.mutates else tensors(out)
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_every_operator_can_be_captured(name):
+    """Gradients and quantisers too: no host code waits for the device or allocates beside torch."""
+    op, values = OPS[name], declared(name)
+    with transom.use(**{name: "triton"}), torch.no_grad():
+        want = [t.clone() for t in written(op, values)]  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = written(op, values)
+        for t in captured:
+            t.zero_()
+        graph.replay()
+    assert all(
+        torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+        for a, b in zip(captured, want, strict=True)
+    )
+
+
+@pytest.mark.parametrize("quantised", (False, True))
+def test_a_pinned_table_is_read_in_place(quantised):
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(300, 64, generator=g)
+    if quantised:
+        table = transom.quantize(table, "fp8", group=(1, 64))
+    numbers = dict(
+        multipliers=torch.tensor([3, 5, 7]), moduli=torch.tensor([[97, 89], [83, 79]]),
+        offsets=torch.tensor([0, 97, 186, 221]),
+    )  # fmt: skip
+    tokens = torch.randint(1000, (2, 33), generator=g)
+    want = transom.hashed_embedding(tokens, table, **numbers, pad=2)
+    there = {name: tensor.cuda() for name, tensor in numbers.items()}
+    got = transom.hashed_embedding(tokens.cuda(), table.pin_memory(), **there, pad=2)
+    assert got.device.type == "cuda" and torch.equal(got.cpu(), want)
+    with pytest.raises(transom.NotSupported, match="table is in pageable host memory"):
+        transom.hashed_embedding(tokens.cuda(), table, **there, pad=2)
 
 
 @pytest.mark.parametrize("op", CALLS)
