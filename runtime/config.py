@@ -28,12 +28,13 @@ FALLBACK = Variable("TRANSOM_FALLBACK", "warn", "on a drop to the composite: war
 PLUGINS = Variable("TRANSOM_PLUGINS", "all", "plugins to load: all | none | name,name")
 DEBUG = Variable("TRANSOM_DEBUG", "0", "1: check values of tensors on every device (synchronises)")
 WORKSPACE = Variable("TRANSOM_WORKSPACE_MB", "64", "temporaries of a composite, in MiB")
+KEPT = Variable("TRANSOM_KEPT_MB", "1024", "memory of large outputs kept for later ones, in MiB")
 TUNE = Variable("TRANSOM_TUNE", "on", "off: ignore measured choices (transom tune)")
 CACHE = Variable("TRANSOM_CACHE", "~/.cache/transom", "folder of measured choices and peaks")
 GUARD = Variable("TRANSOM_GUARD", "0", "N: compare every Nth call with the composite")
 LEVEL = Variable("TRANSOM_NATIVE_LEVEL", "", "CPU kernels: baseline | avx2 | avx512 | neon")
 
-VARIABLES = (USE, FALLBACK, PLUGINS, DEBUG, WORKSPACE, TUNE, CACHE, GUARD, LEVEL)
+VARIABLES = (USE, FALLBACK, PLUGINS, DEBUG, WORKSPACE, KEPT, TUNE, CACHE, GUARD, LEVEL)
 
 
 def workspace_bytes() -> int:
