@@ -1,4 +1,5 @@
-"""Quantised weights inside kernels: rows of codes, decoded to float32 group by group."""
+"""Quantised weights and rows of key caches inside kernels: codes, decoded to float32 group by
+group."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from numba.core import types
 from numba.extending import overload
 
 from transom.dispatch import Facts
+from transom.kernels.attention.cache_rows import BLOCK, GROUP, PLAIN, V4, WIDTH
 from transom.requires import Requirement, condition
 from transom.weights import QuantizedWeight
 from transom.weights.layout import parse_spec, parts
@@ -86,9 +88,10 @@ def _scale(code):
 def _(code):
     if code == types.float32:
         return lambda code: code
-    return _from_e8m0
+    return lambda code: _from_e8m0(code)
 
 
+@strict
 def _from_e8m0(code):
     if code == 0:
         return float_of(np.int32(1 << 22))
@@ -171,3 +174,22 @@ def _e4m3(code):
     value = t if (code & np.int32(120)) != 0 else np.float32(2) * t - np.float32(2.0**-6)
     value = np.float32(np.nan) if (code & np.int32(127)) == np.int32(127) else value
     return float_of(bits_of(value) | ((code & np.int32(128)) << np.int32(24)))
+
+
+@part
+def decode_cache_row(line, out):
+    """out [512] = a key from its row of 584 or 288 bytes, which `pack_cache_rows` describes."""
+    if line.shape[0] == V4:
+        for block in range(PLAIN // BLOCK):
+            low, high = block * BLOCK, (block + 1) * BLOCK
+            scale = _from_e8m0(line[V4 - 8 + block])
+            _decode_e4m3(line[low:high], scale, out[low:high])
+        rotated, rest = line[PLAIN : V4 - 8], out[PLAIN:]
+        for i in range(rest.shape[0]):
+            code = np.int32(rotated[2 * i]) | np.int32(rotated[2 * i + 1]) << np.int32(8)
+            rest[i] = float_of(code << np.int32(16))
+        return
+    for group in range(WIDTH // GROUP):
+        scale = _e4m3(np.int32(line[WIDTH // 2 + group]))
+        low = group * GROUP
+        _decode_e2m1(line[low // 2 : (low + GROUP) // 2], 0, scale, out[low : low + GROUP])

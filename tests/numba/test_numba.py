@@ -152,12 +152,44 @@ def attended(d):
     return (*given, some["local_kv"], randn(5), None, o, lse), numbers
 
 
+def cached(dtype, row_bytes=584, S=12):
+    randn, randint = drawn(29)
+    rows = operator("pack_cache_rows")(randn(1, 90, 512) / 8, row_bytes=row_bytes)
+    q, local = randn(1, S, 5, 512).to(dtype), randn(1, S, 512).to(dtype)
+    some = dict(visible=torch.arange(S)[None] * 8, local_kv=local, window=5)
+    return (q, rows, randint(-1, 90, (1, S, 30))), some | dict(scale=512**-0.5, v_dim=512)
+
+
+def divergence(dtype, S=20):
+    randn, randint = drawn(30)
+    (q, k, weights, _), _ = indexer(dtype, S)
+    q, k = randn(q.shape).to(dtype), randn(k.shape).to(dtype)
+    target = randn(1, S, 90).abs() * (randn(1, S, 90) > -1)
+    indices = randint(-2, 720, (1, S, 90))
+    return (q, k, weights, target / target.sum(2, keepdim=True), indices), {}
+
+
+def blocks_gradient(d):
+    q, k, v, lists = blocks(d)
+    how = dict(block_size=8, causal=True)
+    o, lse = transom.block_sparse_attention(q, k, v, lists, **how, return_lse=True)
+    randn, _ = drawn(31)
+    given = randn(o.shape).to(d), randn(lse.shape), q, k, v, lists, randn(6), o, lse
+    return given, how | dict(scale=32**-0.5)
+
+
 def mixed(d):
     randn, _ = drawn(23)
     return randn(70, 300).to(d), randn(70, 4), randn(70, 4, 4)
 
 
 CALLS |= {
+    "block_sparse_attention_backward": blocks_gradient,
+    "sparse_attention_rows": cached,
+    "lightning_indexer_kl": divergence,
+    "lightning_indexer_kl_backward": lambda d: (
+        (*divergence(d)[0], drawn(32)[0](1, 20)), {}
+    ),
     "sparse_attention_backward": attended,
     "hashed_embedding_pooled": lookup,
     "hashed_embedding_backward": looked_up,
@@ -460,6 +492,40 @@ def test_gradients_over_lists_that_are_cut_into_parts(monkeypatch):
     sinks = torch.full((3,), -torch.inf)
     given = randn(2, 6, 3, 24), randn(2, 6, 3), q, kv, None, visible, near, sinks, None, o, lse
     checked("sparse_attention_backward", *given, window=5, scale=40**-0.5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_queries_that_share_a_list(monkeypatch, causal):
+    chosen = module("attention._block_sparse_attention_backward")
+    for name, value in (("MOST", 16), ("SPLIT", 24), ("HELD", 1 << 15)):
+        monkeypatch.setattr(chosen, name, value)
+    q, k, v, _ = (t.expand(2, *t.shape[1:]) for t in blocks(torch.float32, 45))
+    randn, randint = drawn(33)
+    lists = randint(-1, 12, (2, 6, 2, 5))
+    how = dict(block_size=8, causal=causal, scale=32**-0.5)
+    o, lse = transom.block_sparse_attention(q, k, v, lists, **how, return_lse=True)
+    given = randn(o.shape), randn(lse.shape), q, k, v, lists, randn(6), o, lse
+    checked("block_sparse_attention_backward", *given, **how)
+
+
+def test_the_gradient_of_a_key_that_is_not_finite_is_that_of_who_sees_it():
+    q, k, v, _ = blocks(torch.float32, 16)
+    k, v, lists = k[:, :16].clone(), v[:, :16], torch.tensor([[[[0, 1]] * 2] * 2])
+    how = dict(block_size=8, causal=True)
+    o, lse = transom.block_sparse_attention(q, k, v, lists, **how, return_lse=True)
+    k[:, 13] = float("nan")
+    given = torch.ones_like(o), torch.zeros_like(lse), q, k, v, lists, torch.zeros(6), o, lse
+    with transom.use("numba"):
+        dq, *_ = operator("block_sparse_attention_backward")(*given, **how, scale=0.2)
+    assert dq[:, :13].isfinite().all() and dq[:, 13:].isnan().all()
+
+
+@pytest.mark.parametrize("row_bytes", [584, 288])
+def test_packed_rows_are_read_by_their_strides(row_bytes):
+    (q, rows, indices), some = cached(torch.float32, row_bytes)
+    wide = torch.full((1, 90, 600), 255, dtype=torch.uint8)
+    wide[..., 3 : 3 + row_bytes] = rows
+    checked("sparse_attention_rows", q, wide[..., 3 : 3 + row_bytes], indices, **some)
 
 
 def test_rows_behind_no_index_are_never_read():

@@ -13,7 +13,7 @@ from .._arrays import array, given, scratch
 from .._compile import kernel, part
 from .._numbers import exp, narrow, wide
 from .._pool import for_each, threads
-from ._slots import gates_of, values_of
+from ._slots import gates_of, pooled, values_of
 
 CHANNELS = 64
 """Of a task, which takes all entries: the gradient of the bias is a sum over them."""
@@ -48,29 +48,9 @@ def _put(b, row, first, value, gate, rest, head, place, outs, dbias):
 def _entry(b, i, first, size, sources, before, head, pending, dentries, outs, dbias, room):
     kv, gate, bias, state_kv, state_gate = sources
     m, (blocks, D) = bias.shape[0], dentries.shape[1:]
-    peak, g, v = room[0, :size], room[1, :size], room[2, :size]
-    total, mass = room[3, :size], room[4, :size]
-    halves, rest = 2 if before else 1, blocks * m
-    peak[:] = _LOWEST
-    for half in range(halves):
-        for row in range((i + half) * m, (i + half + 1) * m):
-            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
-            for c in range(size):
-                peak[c] = g[c] if g[c] > peak[c] or g[c] != g[c] else peak[c]
-    for c in range(size):  # without any slot: from a finite peak exp gives 0
-        peak[c] = np.float32(0) if peak[c] == _LOWEST else peak[c]
-    total[:] = np.float32(0)
-    mass[:] = np.float32(0)
-    for half in range(halves):
-        for row in range((i + half) * m, (i + half + 1) * m):
-            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
-            values_of(b, row, half * D + first, v, head, kv, state_kv)
-            for c in range(size):
-                share = exp(g[c] - peak[c])
-                mass[c] += share
-                total[c] += np.float32(0) if g[c] == _LOWEST else share * v[c]
+    halves, rest, g, v = 2 if before else 1, blocks * m, room[1, :size], room[2, :size]
+    peak, mass, total = pooled(b, i, first, sources, before, head, pending, D, room[:, :size])
     for c in range(size):
-        mass[c] = np.float32(1) if mass[c] == 0 else mass[c]
         total[c] /= mass[c]
     of = dentries[b, i, first : first + size]
     for half in range(halves):

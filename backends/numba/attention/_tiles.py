@@ -11,11 +11,14 @@ import math
 
 import numpy as np
 import torch
+from numba.core import types
+from numba.extending import overload
 from torch import Tensor
 
-from .._compile import part
+from .._compile import STRICT, part
 from .._numbers import exp, wide
 from .._product import LANES, ROWS, product
+from .._quant import decode_cache_row
 
 KEYS = 64
 """Of a tile."""
@@ -42,6 +45,24 @@ def copy_row(source, place, out):
     row = source[place : place + out.shape[0]]
     for d in range(out.shape[0]):
         out[d] = wide(row[d])
+
+
+def read_key(kv, place, out):
+    """out = a key, as float32, from kv: (memory, its strides of batch and row, its bytes where it
+    is packed)."""
+
+
+@overload(read_key, jit_options=STRICT)
+def _read_key(kv, place, out):
+    return _unpack if kv[0].dtype == types.uint8 else _copy
+
+
+def _copy(kv, place, out):
+    copy_row(kv[0], place, out)
+
+
+def _unpack(kv, place, out):
+    decode_cache_row(kv[0][place : place + kv[3]], out)
 
 
 @part

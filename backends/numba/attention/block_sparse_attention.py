@@ -9,7 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.attention.block_sparse_attention import block_sparse_attention, span_of
+from transom.kernels.attention.block_sparse_attention import (
+    block_sparse_attention,
+    block_sparse_attention_backward,
+    span_of,
+)
 from transom.requires import at_most, last_dim_contiguous
 
 from .._arrays import array, flat, floats, scratch
@@ -17,6 +21,7 @@ from .._compile import kernel, part
 from .._numbers import narrow
 from .._pool import for_each, threads
 from .._product import LANES
+from ._block_sparse_attention_backward import numba as backward
 from ._tiles import (
     KEYS,
     LOWEST,
@@ -115,9 +120,10 @@ def _run(q, k, v, indices, shape, scale, sink, o, lse, room):
     for_each(_task, tasks, room[0].shape[0], args)
 
 
-@block_sparse_attention.impl(
-    requires=(*floats("q"), last_dim_contiguous("k", "v"), at_most("N", 2**31 - 1))
-)
+REQUIRED = (*floats("q"), last_dim_contiguous("k", "v"), at_most("N", 2**31 - 1))
+
+
+@block_sparse_attention.impl(requires=REQUIRED)
 def numba(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, causal: bool,
     sink: Tensor | None = None, scale: float,
@@ -146,3 +152,6 @@ def numba(
         ),
     )  # fmt: skip
     return o, lse
+
+
+block_sparse_attention_backward.impl(requires=REQUIRED)(backward)

@@ -12,10 +12,10 @@ from transom.kernels.attention.compress_kv import compress_kv, compress_kv_backw
 
 from .._arrays import array, floats, given, scratch
 from .._compile import kernel, part
-from .._numbers import exp, narrow
+from .._numbers import narrow
 from .._pool import for_each, threads
 from ._compress_kv_backward import numba as backward
-from ._slots import gates_of, values_of
+from ._slots import gates_of, pooled, values_of
 
 CHANNELS = 256
 """Of a task."""
@@ -29,34 +29,16 @@ def _entry(task, thread, kv, gate, bias, state_kv, state_gate, before, pending, 
     Rows are numbered as: the block before, if blocks overlap; those pending; the new ones.
     """
     blocks, D = entries.shape[1:]
-    m, head, pieces = bias.shape[0], before + pending, -(-entries.shape[2] // CHANNELS)
+    head, pieces = before + pending, -(-entries.shape[2] // CHANNELS)
     b, i, first = task // (blocks * pieces), task // pieces % blocks, task % pieces * CHANNELS
     size = min(CHANNELS, D - first)
-    work = room[thread]
-    peak, g, v = work[0, :size], work[1, :size], work[2, :size]
-    total, mass = work[3, :size], work[4, :size]
-    halves = 2 if before else 1
-    peak[:] = _LOWEST
-    for half in range(halves):
-        for row in range((i + half) * m, (i + half + 1) * m):
-            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
-            for c in range(size):
-                peak[c] = g[c] if g[c] > peak[c] or g[c] != g[c] else peak[c]
-    for c in range(size):  # without any slot: from a finite peak exp gives 0
-        peak[c] = np.float32(0) if peak[c] == _LOWEST else peak[c]
-    total[:] = np.float32(0)
-    mass[:] = np.float32(0)
-    for half in range(halves):
-        for row in range((i + half) * m, (i + half + 1) * m):
-            gates_of(b, row, half * D + first, g, head, pending, gate, bias, state_gate)
-            values_of(b, row, half * D + first, v, head, kv, state_kv)
-            for c in range(size):
-                share = exp(g[c] - peak[c])
-                mass[c] += share
-                total[c] += np.float32(0) if g[c] == _LOWEST else share * v[c]
+    sources = kv, gate, bias, state_kv, state_gate
+    _, mass, total = pooled(
+        b, i, first, sources, before, head, pending, D, room[thread][:, :size]
+    )  # fmt: skip
     out = entries[b, i, first : first + size]
     for c in range(size):
-        out[c] = narrow(total[c] / (np.float32(1) if mass[c] == 0 else mass[c]), out)
+        out[c] = narrow(total[c] / mass[c], out)
 
 
 @part

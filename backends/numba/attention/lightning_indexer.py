@@ -8,13 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.attention.lightning_indexer import lightning_indexer
+from transom.kernels.attention.lightning_indexer import (
+    lightning_indexer,
+    lightning_indexer_kl,
+    lightning_indexer_kl_backward,
+)
 from transom.requires import at_most, last_dim_contiguous
 
 from .._arrays import array, flat, floats, given, scratch
 from .._compile import kernel, part
 from .._pool import for_each, threads
 from .._product import LANES
+from ._lightning_indexer_kl import numba as divergence
+from ._lightning_indexer_kl_backward import numba as divergence_backward
+from ._scores import score_of
 from ._tiles import KEYS, copy_row, meet, pack, padded, whole
 
 QUERIES, TOGETHER = 64, 8
@@ -33,7 +40,7 @@ def _pack(task, thread, first, q, packed):
 @part
 def _score(task, thread, first, some, q_shape, start, k, weights, visible, packed, scores, room):
     """Scores of some queries and SPAN keys, from key `start` + its place on."""
-    (S, H, N), spans = q_shape, -(-scores.shape[1] // SPAN)
+    (S, N), spans = q_shape, -(-scores.shape[1] // SPAN)
     (keys, of_batch, of_row), (tiles, dots) = k, room
     tile, dot = tiles[thread], dots[thread]
     group, at = task // spans * TOGETHER, task % spans * SPAN
@@ -53,11 +60,7 @@ def _score(task, thread, first, some, q_shape, start, k, weights, visible, packe
             meet(packed[i], tile, count, dot)
             factors = weights[first + i]
             for j in range(count):
-                row, total = dot[j], np.float32(0)
-                for h in range(H):
-                    x = row[h]
-                    total += factors[h] * (x if x > 0 or x != x else np.float32(0))
-                scores[i, place + j] = total
+                scores[i, place + j] = score_of(dot[j], factors)
 
 
 @part
@@ -148,7 +151,7 @@ def _write(task, thread, first, index, held, out):
 
 @kernel
 def _run(q, shape, k, weights, visible, out, packed, scores, best, index, held, room, orders):
-    S, _, N = shape
+    S, N = shape
     threads = orders.shape[0]
     for first in range(0, q.shape[0], QUERIES):
         some = min(QUERIES, q.shape[0] - first)
@@ -162,7 +165,10 @@ def _run(q, shape, k, weights, visible, out, packed, scores, best, index, held, 
         for_each(_write, some, threads, (first, index, held, out))
 
 
-@lightning_indexer.impl(requires=(*floats("q"), last_dim_contiguous("k"), at_most("N", 2**31 - 1)))
+REQUIRED = (*floats("q"), last_dim_contiguous("k"), at_most("N", 2**31 - 1))
+
+
+@lightning_indexer.impl(requires=REQUIRED)
 def numba(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor) -> Tensor:
     """The top_k keys j < visible[b,s] by sum_h weights[b,s,h] * relu(q[b,s,h] . k[b,j])."""
     (B, S, H, D), N = q.shape, k.shape[1]
@@ -172,7 +178,7 @@ def numba(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor)
     some, used, most = min(QUERIES, B * S), threads(B * S * N * H), min(top_k, max(1, N))
     lanes, span = padded(H), min(HELD, max(1, N))
     _run(
-        array(q.reshape(B * S, H, D)), (S, H, N), (flat(k), *k.stride()[:2]),
+        array(q.reshape(B * S, H, D)), (S, N), (flat(k), *k.stride()[:2]),
         array(weights.float().reshape(B * S, H)), given(whole(visible.clamp(0, N)), 2, torch.int32),
         array(indices.view(B * S, top_k)), scratch(some, lanes // LANES, D, LANES),
         np.empty((some, span), np.float32), np.empty((some, 2 * most), np.float32),
@@ -180,3 +186,7 @@ def numba(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor)
         (scratch(used, KEYS, D), scratch(used, KEYS, lanes)), scratch(used, 2 * most),
     )  # fmt: skip
     return indices
+
+
+lightning_indexer_kl.impl(requires=REQUIRED)(divergence)
+lightning_indexer_kl_backward.impl(requires=REQUIRED)(divergence_backward)

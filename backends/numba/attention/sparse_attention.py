@@ -18,7 +18,7 @@ from .._numbers import narrow
 from .._pool import for_each, threads
 from .._product import LANES
 from ._sparse_attention_backward import numba as backward
-from ._tiles import KEYS, LOWEST, attend, clear, copy_row, finish, merge, pack, padded, whole
+from ._tiles import KEYS, LOWEST, attend, clear, finish, merge, pack, padded, read_key, whole
 
 SPLIT = 1024
 """Keys of a task, seen or not: longer lists are cut, and their parts merged in order."""
@@ -32,7 +32,6 @@ def _part(task, thread, first, cut, q, kv, local, lists, numbers, sums, room):
     splits, blocks, heads = cut
     parts, largest, mass = sums
     packed, tiles, logits = room
-    (entries, entry_batch, entry_row), (near, near_batch, near_row) = kv, local
     indices, visible, valid = lists
     S, N, M, window, scale = numbers
     which, split, block = task // (splits * blocks), task // blocks % splits, task % blocks
@@ -52,12 +51,12 @@ def _part(task, thread, first, cut, q, kv, local, lists, numbers, sums, room):
             j = np.int64(indices[b, s, i]) if indices.size > 0 else i
             if j < 0 or j >= bound:
                 continue
-            copy_row(entries, b * entry_batch + j * entry_row, keys[filled, :D])
+            read_key(kv, b * kv[1] + j * kv[2], keys[filled, :D])
         else:
             j = M - S + s - window + 1 + i - listed
             if j < 0 or (valid.size > 0 and not valid[b, j]):
                 continue
-            copy_row(near, b * near_batch + j * near_row, keys[filled, :D])
+            read_key(local, b * local[1] + j * local[2], keys[filled, :D])
         filled += 1
         if filled == KEYS:
             attend(queries, keys, keys, filled, weights, tops, masses, o)
@@ -103,11 +102,20 @@ def numba(
     v_dim: int, local_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o = sum_j softmax(scale * q . K)_j K_j[:v_dim] over entries, local tokens and sink; lse."""
+    return attention(q, kv, indices, visible, local_kv, window, sink, scale, v_dim, local_valid)
+
+
+def attention(
+    q: Tensor, kv: Tensor, indices: Tensor | None, visible: Tensor | None,
+    local_kv: Tensor | None, window: int, sink: Tensor | None, scale: float, v_dim: int,
+    local_valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and lse of `sparse_attention`, and of `sparse_attention_rows`, whose kv are bytes."""
     (B, S, H, D), N = q.shape, kv.shape[1]
     o, lse = torch.empty((B, S, H, v_dim), dtype=q.dtype), torch.empty((B, S, H))
     if not lse.numel():
         return o, lse
-    near = kv[:, :0] if local_kv is None else local_kv
+    near = q[:, :0, 0] if local_kv is None else local_kv
     sinks = torch.full((H,), float(LOWEST)) if sink is None else sink.float()
     longest = (N if indices is None else indices.shape[2]) + window
     splits, lanes, width = max(1, -(-longest // SPLIT)), padded(H), padded(v_dim)
@@ -123,7 +131,7 @@ def numba(
     )  # fmt: skip
     _run(
         (splits, lanes // heads, heads), array(q.reshape(B * S, H, D)),
-        (flat(kv), *kv.stride()[:2]), (flat(near), *near.stride()[:2]), lists,
+        (flat(kv), *kv.stride()[:2], kv.shape[2]), (flat(near), *near.stride()[:2], D), lists,
         (S, N, near.shape[1], window, np.float32(scale)), array(sinks),
         array(o.view(B * S, H, v_dim)), array(lse.view(B * S, H)),
         (
