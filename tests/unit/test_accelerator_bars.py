@@ -10,6 +10,7 @@ import torch
 
 from transom import cli
 from transom.bench import accelerator, accelerator_bars, accelerator_model, gpu, whole
+from transom.conformance import levels
 from transom.op import OPS
 
 PEAKS = {"peak_flops": 100.0, "peak_bytes": 10.0}
@@ -111,6 +112,23 @@ def test_every_step_runs_and_failures_are_told(tmp_path, monkeypatch, capsys):
         )
     assert set(results.values()) == {"passed"}
     assert "not measured" in (tmp_path / "nvidia_h200/bars.md").read_text()
+
+
+def test_a_sanitizer_is_given_the_kits_numbers_and_memory_that_is_not_pooled(tmp_path, monkeypatch):
+    step = next(s for s in gpu.steps(tmp_path) if s.name == "compute-sanitizer memcheck")
+    named = " ".join(check.name for check in levels.CHECKS)
+    chosen = step.command[-1].split(" or ")
+    assert all(word in named for word in chosen)
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: "/usr/bin/compute-sanitizer")
+    seen = {}
+
+    def start(command, **more):
+        seen.update(more, command=command)
+        return SimpleNamespace(returncode=99)
+
+    assert gpu.run(step, tmp_path, start).result == "failed (status 99)"
+    assert seen["env"]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    assert seen["command"][0] == "compute-sanitizer"
 
 
 def test_the_commands_of_the_steps_exist():
