@@ -102,6 +102,11 @@ inline void multiply_panel(int64_t rows, int64_t K, const float *a, int64_t a_st
 /* 16 bytes of each of kWidth rows: rows j, j + 4, ... in the quarters of the j-th of four calls.
  * Assembled in registers: pieces that go through memory would wait for their stores. */
 inline vf quarters(const char *p, int64_t bytes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  /* The second half comes straight from memory: of two loads gcc 12 makes another shuffle. */
+  return bits_as<vf>(_mm256_loadu2_m128(reinterpret_cast<const float *>(p + 4 * bytes),
+                                        reinterpret_cast<const float *>(p)));
+#else
   v4 some[kWidth / 4];
 #pragma GCC unroll 4
   for (int g = 0; g < kWidth / 4; g++) memcpy(some + g, p + 4 * g * bytes, sizeof(v4));
@@ -109,10 +114,9 @@ inline vf quarters(const char *p, int64_t bytes) {
   const auto low = __builtin_shufflevector(some[0], some[1], 0, 1, 2, 3, 4, 5, 6, 7);
   const auto high = __builtin_shufflevector(some[2], some[3], 0, 1, 2, 3, 4, 5, 6, 7);
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(some[0], some[1], 0, 1, 2, 3, 4, 5, 6, 7);
 #else
   return some[0];
+#endif
 #endif
 }
 
@@ -226,30 +230,54 @@ inline void pack(const Number *w, int64_t row, int64_t along, int64_t columns, i
     }
 }
 
-/* R rows of a times G * kWidth whole rows of a weight with k running, turned in registers. `next`:
- * where the rows that follow begin, fetched meanwhile: the prefetchers of a processor follow no 16
- * rows. One sum waits for its last addition, so that few sums want more groups at a time. */
+/* How far before its use a line of each row is fetched, in bytes along the row. */
+constexpr int64_t kFetched = 256;
+
+/* R rows of a times G * kWidth whole rows of a weight with k running, turned in registers. The
+ * prefetchers of a processor do not keep up with 16 rows: lines are fetched kFetched bytes before
+ * their use, one or two between multiplications, since a burst of them waits for its own misses.
+ * `left`: numbers of a row from w on; beyond them the rows at `following` come next. One sum waits
+ * for its last addition, so that few rows of a want more groups at a time. */
 template <int R, int G, class Number>
 inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w, int64_t row,
-                   float *c, int64_t c_stride, bool add, const Number *next) {
+                   float *c, int64_t c_stride, bool add, int64_t left, const Number *following) {
+  constexpr int64_t size = sizeof(Number), kWord = kTurned<Number> / 4;
   vf sums[G][R] = {};
+  [[maybe_unused]] alignas(64) char lines[kWidth * kLine];
   const int64_t whole = K - K % kLineOf<Number>;
   for (int64_t line = 0; line < whole; line += kLineOf<Number>) {
-    for (int i = 0; i < G * kWidth; i++) __builtin_prefetch(next + i * row + line, 0, 3);
-    /* A line of each row at once: rows a multiple of 4 KiB apart share the sets of L1, from which
-     * they would have gone before their next 16 bytes are wanted. */
-    vf turned[G][kLineOf<Number>];
+    const int64_t soon = line + kFetched / size;
+    const Number *next = soon < left ? w + soon : following + (soon - left);
+    /* The line of kWidth rows before the next ones: rows a multiple of 4 KiB apart share the sets
+     * of L1, from which they would have gone before their next 16 bytes are wanted. */
 #pragma GCC unroll 4
-    for (int g = 0; g < G; g++)
+    for (int g = 0; g < G; g++) {
+      const char *from = reinterpret_cast<const char *>(w + g * kWidth * row + line);
+      int64_t bytes = row * size;
+      if constexpr (kWidth == 16) { /* 16 lines are more than a set has: they are set apart */
+        for (int i = 0; i < kWidth; i++) memcpy(lines + i * kLine, from + i * bytes, kLine);
+        from = lines, bytes = kLine;
+      }
+#pragma GCC unroll 1 /* together, sums would not stay in registers */
+      for (int k = 0; k < kLineOf<Number>; k += kTurned<Number>) {
+        for (int i = 0; i < kWidth / 4; i++, next += row) __builtin_prefetch(next, 0, 3);
+        vf words[4];
+        turn_words(from + k * size, bytes, words);
 #pragma GCC unroll 4
-      for (int k = 0; k < kLineOf<Number>; k += kTurned<Number>)
-        turn(w + g * kWidth * row + line + k, row, turned[g] + k);
-#pragma GCC unroll 4
-    for (int k = 0; k < kLineOf<Number>; k++)
+        for (int i = 0; i < 4; i++) {
+          vf turned[kWord];
+          if constexpr (kWord == 1)
+            turned[0] = words[i];
+          else
+            widen_pairs<Number>(words[i], turned, turned + 1);
+#pragma GCC unroll 2
+          for (int j = 0; j < kWord; j++)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int g = 0; g < G; g++) sums[g][r] += all(a[r * a_stride + line + k]) * turned[g][k];
+            for (int r = 0; r < R; r++)
+              sums[g][r] += all(a[r * a_stride + line + k + i * kWord + j]) * turned[j];
+        }
+      }
+    }
   }
   for (int64_t k = whole; k < K; k++)
 #pragma GCC unroll 4

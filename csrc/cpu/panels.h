@@ -10,9 +10,9 @@ namespace {
 /* A plain matrix of one type of number. */
 template <class Number>
 struct Numbers {
-  /* Rows of x up to which each number is used where it is read; vectors of sums for one row. */
+  /* Rows of x up to which each number is used where it is read; vectors of sums for few rows. */
   static constexpr int64_t kNarrow = 8;
-  static constexpr int kGroups = sizeof(Number) == 2 && kWidth == 8 ? 2 : 1;
+  static constexpr int kGroups = kWidth == 8 ? 2 : 1;
 
   const Number *data;
   int64_t row, along;
@@ -40,19 +40,18 @@ struct Numbers {
               int64_t K, const float *a, int64_t a_stride, float *c, int64_t c_stride,
               bool add) const {
     const Number *w = data + n * row + k;
-    const Number *next = k + piece < K ? w + piece : data + following * row;
     switch (rows) {
 #define TRANSOM_NARROW(R)                                                                     \
   case R:                                                                                     \
     transom::TRANSOM_LEVEL::narrow<R, G>(piece, a, a_stride, w, row * gap, c, c_stride, add, \
-                                         next);                                               \
+                                         K - k, data + following * row);                      \
     break;
       TRANSOM_NARROW(2) TRANSOM_NARROW(3) TRANSOM_NARROW(4)
       TRANSOM_NARROW(5) TRANSOM_NARROW(6) TRANSOM_NARROW(7) TRANSOM_NARROW(8)
 #undef TRANSOM_NARROW
       default:
         transom::TRANSOM_LEVEL::narrow<1, G>(piece, a, a_stride, w, row * gap, c, c_stride, add,
-                                             next);
+                                             K - k, data + following * row);
     }
   }
 };

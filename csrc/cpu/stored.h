@@ -6,6 +6,7 @@
  * products are those of the dequantised weight. Internal linkage, as in vector.h. */
 #pragma once
 
+#include "e4m3.h"
 #include "weight.h"
 
 namespace transom::TRANSOM_LEVEL {
@@ -293,7 +294,8 @@ inline __attribute__((always_inline)) void each_column(const Stored &w, int64_t 
 template <class Format>
 struct Blocks {
   static constexpr int64_t kNarrow = 1;
-  static constexpr int kGroups = 4;
+  /* More rows of E4M3 side by side would leave L1 before they are used up. */
+  static constexpr int kGroups = Format::kNan && kWidth == 8 ? 2 : 4;
 
   const Stored &w;
 
@@ -314,6 +316,19 @@ struct Blocks {
   template <int G>
   void narrow(int64_t, int64_t n, int64_t gap, int64_t following, int64_t k, int64_t piece,
               int64_t K, const float *a, int64_t, float *c, int64_t, bool add) const {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (Format::kNan && G > 1) {
+      vf sums[G];
+      if (narrow_e4m3<G>(w, n, gap, following, k, piece, K, a, sums)) {
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+          float *to = c + g * kWidth;
+          store(to, add ? load(to) + sums[g] : sums[g]);
+        }
+        return;
+      }
+    }
+#endif
     /* What is read soon: this far along the rows, or at the beginning of those that follow. */
     constexpr int64_t kSoon = 1024;
     const int64_t row = bytes(K), soon = min_of(kSoon, row);

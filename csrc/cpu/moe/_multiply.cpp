@@ -52,13 +52,14 @@ inline int64_t multiply_turned(const Source &w, int64_t rows, int64_t K, const f
   int64_t n = 0, gap = 1;
   while (gap < kMostGap && gap * w.row_bytes() < kApart) gap *= 2;
   for (; gap > 0; gap /= 2) {
-    /* One row of narrow numbers comes too fast for one sum in each element of a vector. */
+    /* Of few rows, numbers come too fast for one sum in each element of a vector. */
     const auto columns_by = [&]<int G>() __attribute__((always_inline)) {
       if constexpr (G <= Source::kGroups)
         n += multiply_narrow<G>(w, rows, K, x, x_stride, first + n, gap, columns - n, c + n,
                                 c_stride);
     };
-    if (rows == 1) columns_by.template operator()<4>(), columns_by.template operator()<2>();
+    if (rows == 1) columns_by.template operator()<4>();
+    if (rows <= 3) columns_by.template operator()<2>();
     columns_by.template operator()<1>();
   }
   return n;
