@@ -243,7 +243,6 @@ inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w,
                    float *c, int64_t c_stride, bool add, int64_t left, const Number *following) {
   constexpr int64_t size = sizeof(Number), kWord = kTurned<Number> / 4;
   vf sums[G][R] = {};
-  [[maybe_unused]] alignas(64) char lines[kWidth * kLine];
   const int64_t whole = K - K % kLineOf<Number>;
   for (int64_t line = 0; line < whole; line += kLineOf<Number>) {
     const int64_t soon = line + kFetched / size;
@@ -251,18 +250,13 @@ inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w,
     /* The line of kWidth rows before the next ones: rows a multiple of 4 KiB apart share the sets
      * of L1, from which they would have gone before their next 16 bytes are wanted. */
 #pragma GCC unroll 4
-    for (int g = 0; g < G; g++) {
-      const char *from = reinterpret_cast<const char *>(w + g * kWidth * row + line);
-      int64_t bytes = row * size;
-      if constexpr (kWidth == 16) { /* 16 lines are more than a set has: they are set apart */
-        for (int i = 0; i < kWidth; i++) memcpy(lines + i * kLine, from + i * bytes, kLine);
-        from = lines, bytes = kLine;
-      }
+    for (int g = 0; g < G; g++)
 #pragma GCC unroll 1 /* together, sums would not stay in registers */
       for (int k = 0; k < kLineOf<Number>; k += kTurned<Number>) {
         for (int i = 0; i < kWidth / 4; i++, next += row) __builtin_prefetch(next, 0, 3);
         vf words[4];
-        turn_words(from + k * size, bytes, words);
+        turn_words(reinterpret_cast<const char *>(w + g * kWidth * row + line + k), row * size,
+                   words);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
           vf turned[kWord];
@@ -277,7 +271,6 @@ inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w,
               sums[g][r] += all(a[r * a_stride + line + k + i * kWord + j]) * turned[j];
         }
       }
-    }
   }
   for (int64_t k = whole; k < K; k++)
 #pragma GCC unroll 4
