@@ -40,6 +40,7 @@ struct Work : Places {
   float scale;
   int64_t padded, key_stride, sum_stride; /* heads in panels; floats of a row of a tile, of a sum */
   bool split;                             /* a query's pieces are shared by threads */
+  bool past_caches;                       /* the output is stored past them */
   int64_t block, at_once, local_rows;     /* queries of a task, in hand at a time; rows of a tile */
   int64_t thread_floats;
   int32_t threads;
@@ -225,7 +226,7 @@ void attend_queries(const Work *work, Desk *desk, int64_t b, int64_t s, int64_t 
   }
   for (int64_t i = 0; i < count; i++)
     finish(total(i), any[i], 0, H, work->sum_stride, work->sink, work->call->outs[0],
-           work->call->outs[1], (b * work->S + s + i) * H);
+           work->call->outs[1], (b * work->S + s + i) * H, work->past_caches);
 }
 
 void blocks(void *context, int32_t thread) {
@@ -236,7 +237,7 @@ void blocks(void *context, int32_t thread) {
   int16_t before[kKeys + kQueries];
   for (;;) {
     const int64_t task = __atomic_fetch_add(work->next, 1, __ATOMIC_RELAXED);
-    if (task >= work->B * each) return;
+    if (task >= work->B * each) break;
     const int64_t b = task / each, s = task % each * work->block;
     const int64_t count = min_of(work->block, work->S - s);
     const bool lasting = work->window > 0 && work->window <= kKeys;
@@ -245,6 +246,7 @@ void blocks(void *context, int32_t thread) {
       attend_queries(work, &desk, b, s + i, min_of(work->at_once, count - i), s,
                      lasting ? before : nullptr);
   }
+  fence();
 }
 
 /* Waits until `done` has reached `all`. What is missing is in the hands of threads that run. */
@@ -324,7 +326,7 @@ void merge_pieces(Work *work) {
     }
     if (last)
       finish(into, any, h, 1, stride, work->sink, work->call->outs[0], work->call->outs[1],
-             (work->b * work->S + work->s) * work->H);
+             (work->b * work->S + work->s) * work->H, work->past_caches);
   }
 }
 
@@ -347,6 +349,7 @@ void round_of_pieces(void *context, int32_t thread) {
   }
   attend_pieces(work, &desk);
   merge_pieces(work);
+  fence();
 }
 
 void attend_one(Work *work) {
@@ -379,7 +382,7 @@ int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
   if (work.B == 0 || work.S == 0 || work.H == 0) return 0;
   const transom_tensor *o = call->outs[0];
-  about_to_write(o->data, work.B * work.S * work.H * work.v_dim * size_of(o));
+  work.past_caches = goes_past_caches(o, work.B * work.S * work.H, work.v_dim);
   if (!work.split) {
     parallel(work.threads, blocks, &work);
     return 0;

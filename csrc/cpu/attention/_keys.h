@@ -7,6 +7,7 @@
  * outside its range of the tile: there are no masks. Internal linkage, as in vector.h. */
 #pragma once
 
+#include "../output.h"
 #include "_cache_rows.h"
 #include "_softmax.h"
 
@@ -144,10 +145,10 @@ inline void merge(Collected into, Collected next, int64_t heads, int64_t stride)
 }
 
 /* The result of `heads` heads from `first` on, as element `row` + head of o and lse; what was
- * collected is used up. */
+ * collected is used up. `past`: o is stored past the caches, see goes_past_caches(). */
 inline void finish(Collected from, bool any, int64_t first, int64_t heads, int64_t stride,
                    const transom_tensor *sink, const transom_tensor *o, const transom_tensor *lse,
-                   int64_t row) {
+                   int64_t row, bool past) {
   const int64_t n = o->shape[3];
   for (int64_t h = 0; h < heads; h++) {
     float *sum = from.sum + h * stride;
@@ -157,7 +158,12 @@ inline void finish(Collected from, bool any, int64_t first, int64_t heads, int64
     if (any) {
       const vf share = all(share_of(from.largest[h], from.mass[h], sink ? &given : nullptr));
       int64_t d = 0;
-      if (kind(o) == 0)
+      if (past)
+        as_held(o, [&]<class Number>(const Number *) {
+          for (Number *to = static_cast<Number *>(out); d < n; d += kWidth)
+            stream(to + d, load(sum + d) * share);
+        });
+      else if (kind(o) == 0)
         for (float *to = static_cast<float *>(out); d + kWidth <= n; d += kWidth)
           store(to + d, load(sum + d) * share);
       const int64_t done = d;

@@ -23,6 +23,7 @@ struct Work : Blocks {
   int64_t given_size; /* block_size as given */
   int64_t padded, sum_stride, block, thread_floats;
   int32_t threads;
+  bool past_caches; /* the output is stored past them */
   int64_t next;
 };
 
@@ -97,7 +98,7 @@ void attend_queries(const Work *work, Desk *desk, int64_t b, int64_t s, int64_t 
     }
   for (int64_t i = 0; i < count; i++)
     finish(total(i), any[i], g * G, G, work->sum_stride, work->sink, work->call->outs[0],
-           work->call->outs[1], (b * work->S + s + i) * work->Hkv * G);
+           work->call->outs[1], (b * work->S + s + i) * work->Hkv * G, work->past_caches);
 }
 
 void attend_tasks(void *context, int32_t thread) {
@@ -107,11 +108,12 @@ void attend_tasks(void *context, int32_t thread) {
   const int64_t each = (work->S + work->block - 1) / work->block;
   for (;;) {
     const int64_t task = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (task >= work->B * each * work->Hkv) return;
+    if (task >= work->B * each * work->Hkv) break;
     const int64_t g = task % work->Hkv, at = task / work->Hkv;
     const int64_t s = at % each * work->block;
     attend_queries(work, &desk, at / each, s, min_of(work->block, work->S - s), g);
   }
+  fence();
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
@@ -126,7 +128,7 @@ uint64_t workspace(const transom_call *call) {
 int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
   const transom_tensor *o = call->outs[0];
-  about_to_write(o->data, work.B * work.S * work.Hkv * work.G * work.Dv * size_of(o));
+  work.past_caches = goes_past_caches(o, work.B * work.S * work.Hkv * work.G, work.Dv);
   parallel(work.threads, attend_tasks, &work);
   return 0;
 }
