@@ -82,8 +82,10 @@ def extensions() -> list[Extension]:
         flags = ["-std=c++20", "-O2", "-fvisibility=hidden"]
         found.append(
             Extension(
-                "transom._C", ["csrc/bind.cpp"], include_dirs=["csrc/include", pybind11],
-                depends=["csrc/include/transom_plugin.h"], extra_compile_args=flags,
+                "transom._C", ["csrc/bind.cpp", "csrc/direct.cpp"],
+                include_dirs=["csrc/include", pybind11],
+                depends=["csrc/include/transom_plugin.h", "csrc/python.h"],
+                extra_compile_args=flags,
                 language="c++",
             )
         )  # fmt: skip
@@ -103,7 +105,7 @@ def pybind11_include() -> str | None:
 
 
 class build_compiled(build_ext):
-    """Compiles csrc/bind.cpp as any extension, and csrc/cpu as a library: files of the folder
+    """Compiles transom._C as any extension, and csrc/cpu as a library: files of the folder
     itself once, those below it once for each level.
 
     Of the library, what is up to date in the build folder is kept; the rest is compiled on all

@@ -5,7 +5,7 @@
  * on the stack, has torch make the outputs, and runs the implementation without Python's lock.
  * Nothing of libtorch is included or linked, so that one build serves every torch that has the
  * table; without it, or without this module, runtime/abi/call.py does the same through cffi. */
-#include <pybind11/pybind11.h>
+#include "python.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -19,45 +19,17 @@
 #include <utility>
 #include <vector>
 
-extern "C" {
-#include "transom_plugin.h"
-}
+namespace transom_c {
 
-namespace py = pybind11;
+Names names;
 
 namespace {
 
-constexpr uint32_t kMostPlaces = 48;            /* of a call's arguments */
 constexpr uint32_t kMostOutputs = 16;
-constexpr size_t kMostKey = 512;                /* words of a call's shapes and plain arguments */
 constexpr size_t kKept = 1024;                  /* signatures kept of an implementation */
 constexpr uint64_t kKeptWorkspace = 64 << 20;   /* bytes kept by a thread: new pages are dear */
 constexpr uint64_t kMostWorkspace = 1ULL << 40; /* more is taken for a mistake */
 constexpr int32_t kHost = 1;                    /* DLPack's device type of the processor */
-
-/* DLPackExchangeAPI of dlpack.h, as far as it is used; it only grows within a major version. The
- * tensor that it writes is DLTensor, which transom_tensor equals field by field. */
-struct Exchange {
-  uint32_t major, minor;
-  const Exchange *previous;
-  void *allocate, *from_object, *to_object;
-  int (*read)(void *object, transom_tensor *tensor);
-};
-
-/* What is asked of Python, looked up once; never freed, since Python may end before this does. */
-struct Names {
-  const Exchange *exchange;
-  PyObject *tensor, *quantized;       /* types */
-  PyObject *threads, *deterministic;  /* functions of torch */
-  PyCFunction is_neg; /* the function of Tensor.is_neg: looking it up takes as long as it does */
-  PyObject *resolve_neg, *device, *buffers, *spec;
-  PyObject *parts[3]; /* of a quantised weight */
-} names;
-
-py::object owned(PyObject *result) {
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
 
 int64_t integer(PyObject *object) {
   const int64_t number = PyLong_AsLongLong(object);
@@ -96,8 +68,6 @@ class Scratch {
 };
 
 thread_local Scratch kept;
-
-enum : int32_t { kTensor = -1, kWeight = -2 }; /* kinds of a parameter; else a plain one's tag */
 
 struct Parameter {
   std::string name;
@@ -383,14 +353,8 @@ PyObject *enter(PyObject *self, PyObject *const *values, Py_ssize_t count) {
       throw py::type_error(function.op + ": has " + std::to_string(count) + " arguments; expected " +
                            std::to_string(function.parameters.size()));
     return Call(function)(values).release().ptr();
-  } catch (py::error_already_set &error) {
-    error.restore();
-  } catch (const py::builtin_exception &error) {
-    error.set_error();
-  } catch (const std::bad_alloc &) {
-    PyErr_NoMemory();
-  } catch (const std::exception &error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (...) {
+    raise_in_python();
   }
   return nullptr;
 }
@@ -459,12 +423,15 @@ py::object bind(uintptr_t impl, std::string op, const py::list &parameters, py::
 }
 
 }  // namespace
+}  // namespace transom_c
 
 PYBIND11_MODULE(_C, module) {
+  using namespace transom_c;
   module.doc() = "Calls of C implementations without cffi between them; see csrc/bind.cpp.";
   module.attr("ABI") = py::make_tuple(TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR);
   module.attr("TENSOR") = static_cast<int>(kTensor);
   module.attr("WEIGHT") = static_cast<int>(kWeight);
   module.def("set_up", &set_up);
   module.def("bind", &bind);
+  add_direct(module);
 }

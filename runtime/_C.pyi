@@ -20,6 +20,35 @@ def set_up(
     """Learn the types and functions that calls use. None, or why this torch's tensors cannot be
     read."""
 
+def watch(
+    parameter: type,
+    grad_enabled: Callable[[], bool],
+    dispatch_modes: Callable[[], int],
+    function_modes: Callable[[], int],
+    transforms: Callable[[], Any],
+    tracing: Callable[[], Any],
+    autocast: Callable[[str], bool],
+    capturing: Callable[[], bool],
+) -> None:
+    """Learn whom direct() asks whether a call may go past torch's dispatcher."""
+
+def direct(
+    parameters: list[tuple[int, bool]],
+    plans: dict[Any, Any],
+    selection: dict[str, Any],
+    recorders: list[Any],
+    plan_of: Callable[[tuple[Any, ...], Any], Any],
+    otherwise: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A built-in function of one operator's declared arguments, for eager calls.
+
+    parameters  (kind, may be None) in declared order
+    plans       the operator's own; plan_of (arguments, key) makes a missing one and keeps it there
+    selection   holds `_choice`, what use() asks for
+    recorders   while there are any, and for calls that are out of the ordinary, otherwise (every
+                argument) answers
+    """
+
 def bind(
     impl: int,
     op: str,

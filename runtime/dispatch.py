@@ -111,8 +111,8 @@ _warned: set[tuple[str, tuple[str, ...]]] = set()
 
 
 def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> Any:
-    """Run a call of plain tensors by its plan; the direct path of eager inference and the kernel of
-    the torch operator."""
+    """Run a call of plain tensors by its plan; the kernel of the torch operator, and the direct
+    path of eager inference where abi/direct.py does not run the plan itself."""
     key = (op._key(*values), _choice, gradient, torch.are_deterministic_algorithms_enabled())
     try:
         plan = op._plans.get(key)
@@ -120,7 +120,7 @@ def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> An
         op._check_types(values)
         raise
     if plan is None or (plan.facts.device == "cuda" and torch.cuda.is_current_stream_capturing()):
-        plan = _make_plan(op, values, key, gradient)
+        plan = make_plan(op, values, key, gradient)
     if plan.check is not None:
         plan.check(values)
     if _recorders:
@@ -128,7 +128,8 @@ def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> An
     return plan.run(*values)
 
 
-def _make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bool) -> Plan:
+def make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bool = False) -> Plan:
+    """The plan of a call, kept under `key`; raises where the call is wrong or nothing can run."""
     facts = facts_of(op, values, gradient)
     explanation = select(op, facts)
     if explanation.chosen is None:
@@ -273,14 +274,15 @@ def _value_check(op: Op[..., Any], facts: Facts) -> Callable[[Sequence[Any]], No
     rule = op._check_values
     if rule is None or not (facts.device == "cpu" or config.debug()):
         return None
-    index = [op._rank.get(n) for n in op._check_values_asks]
     known = [facts.dims.get(n) for n in op._check_values_asks]
+    asked = [(at, op._rank[n]) for at, n in enumerate(op._check_values_asks) if n in op._rank]
     far = facts.device != "cpu"
 
     def check(values: Sequence[Any]) -> None:
-        given = [k if i is None else values[i] for i, k in zip(index, known, strict=True)]
-        if far:
-            given = [g.cpu() if isinstance(g, torch.Tensor) else g for g in given]
+        given = known.copy()
+        for at, i in asked:
+            value = values[i]
+            given[at] = value.cpu() if far and isinstance(value, torch.Tensor) else value
         text = rule(*given)
         if text:
             raise ValueError(f"{op.name}: {text}")

@@ -272,12 +272,22 @@ class Op(Generic[P, R]):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The declared operator, without its front."""
         values = self._bind(*args, **kwargs)
-        if torch_op.direct(self, values):
-            return dispatch.run(self, values)
+        if not torch_op.compiling():
+            result = self._direct(*values)
+            if result is not NotImplemented:
+                return result
         self._check_types(values)
         if torch_op.transformed(self):
             return torch_op.apply_transformed(self, self._flatten(*values))
         return self.torch_op(*self._flatten(*values))
+
+    def _direct(self, *values: Any) -> Any:
+        """The result of an eager call that nothing in torch wants to see, else NotImplemented; the
+        first call puts what abi/direct.py makes in this method's place."""
+        from .abi.direct import entrance
+
+        self._direct = entrance(self)  # type: ignore[method-assign]
+        return self._direct(*values)
 
     def explain(self, *args: Any, **kwargs: Any) -> dispatch.Explanation:
         """Which implementation this call would take, why, and each other one's reasons."""

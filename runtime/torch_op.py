@@ -4,7 +4,7 @@ Each Op becomes `torch.ops.transom.<name>`: one kernel under CompositeExplicitAu
 device reaches and which goes to our selection; a fake kernel from the declared shapes and dtypes;
 autograd that calls backward operators; vmap over the declared batch dim; autocast. Its schema is
 flat and positional: a weight is four arguments (values, scales, zeros, spec). Eager inference on
-ordinary tensors skips all of it (`direct`).
+ordinary tensors skips all of it (abi/direct.py).
 """
 
 from __future__ import annotations
@@ -32,26 +32,7 @@ _AUTOCAST_KEYS = (
 )
 
 compiling = torch.compiler.is_compiling
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-
-
-def direct(op: Op[..., Any], values: tuple[Any, ...]) -> bool:
-    """True if a call may skip the dispatcher: eager, nothing to differentiate, ordinary tensors, no
-    mode in force."""
-    if compiling() or not op._plain(*values):
-        return False
-    if torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) is True for v in values):
-        return False
-    if _dispatch_modes() or _function_modes() or _functorch_level() is not None:
-        return False
-    first = values[0]
-    return not (
-        first.is_meta
-        or torch.is_autocast_enabled(first.device.type)
-        or torch._C._get_tracing_state()
-    )
+functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def define(op: Op[..., Any]) -> Any:
@@ -149,7 +130,7 @@ class Saved:
 def transformed(op: Op[..., Any]) -> bool:
     """True within torch.func.grad, vmap, ...: there the call must enter as an autograd.Function
     from the outside."""
-    return _functorch_level() is not None and not op.mutates and not compiling()
+    return functorch_level() is not None and not op.mutates and not compiling()
 
 
 def apply_transformed(op: Op[..., Any], flat: tuple[Any, ...]) -> Any:

@@ -3,6 +3,7 @@
 table   opening a library, checking its table, registering what it offers
 frame   a call as C sees it
 call    calling: outputs and workspace, errors
+direct  eager inference: past torch's dispatcher to the plan of the call
 """
 
 from __future__ import annotations

@@ -32,7 +32,15 @@ def _found() -> tuple[Any, str | None]:
     reason: str | None = extension.set_up(
         torch.Tensor, QuantizedWeight, torch.get_num_threads, deterministic
     )
-    return (extension, None) if reason is None else (None, reason)
+    if reason is not None:
+        return None, reason
+    extension.watch(
+        torch.nn.Parameter, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack, torch._C._functorch.peek_interpreter_stack,
+        torch._C._get_tracing_state, torch.is_autocast_enabled,
+        torch.cuda.is_current_stream_capturing,
+    )  # fmt: skip
+    return extension, None
 
 
 def extension() -> Any:
