@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import add
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transom import config
+from transom.kernels.extremes import FEW, extremes, few
 from transom.op import op
 
 INT32_MAX = 2**31 - 1
@@ -219,9 +221,9 @@ def hash_rules(n: int, pad: int) -> str | None:
 
 def modulus_rules(moduli: Tensor, offsets: Tensor | None) -> str | None:
     """The rules on the values of moduli and offsets, shared by the operators that hash."""
-    if moduli.numel() and (smallest := int(moduli.numpy().min())) <= 0:
+    if moduli.numel() and (smallest := extremes(moduli)[0]) <= 0:
         return f"moduli has {smallest}; every entry must be > 0"
-    if offsets is not None and offsets.numel() and (smallest := int(offsets.numpy().min())) < 0:
+    if offsets is not None and offsets.numel() and (smallest := extremes(offsets)[0]) < 0:
         return f"offsets has {smallest}; every entry must be >= 0"
     return None
 
@@ -230,8 +232,11 @@ def last_row(moduli: Tensor, offsets: Tensor | None) -> int:
     """The largest row number that a hash can give; -1 where there are no columns."""
     if not moduli.numel():
         return -1
-    ends = moduli.numpy().reshape(-1).astype(np.int64)
-    return int((ends if offsets is None else ends + offsets.numpy()).max()) - 1
+    if offsets is None:
+        return extremes(moduli)[1] - 1
+    if moduli.numel() <= FEW:
+        return max(map(add, few(moduli), few(offsets))) - 1
+    return int((moduli.numpy().reshape(-1).astype(np.int64) + offsets.numpy()).max()) - 1
 
 
 @ngram_hash.check

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.kernels.extremes import extremes
 from transom.op import Weight, op
 
 from .gated import (
@@ -207,10 +208,10 @@ def _fault(activation: str, limit: float | None, weight_position: str) -> str | 
 
 
 def _ids_fault(ids: Tensor, E: int) -> str | None:
-    a = ids.numpy()
-    if a.size and (low := int(a.min())) < -1:
+    low, high = extremes(ids) if ids.numel() else (-1, -1)
+    if low < -1:
         return f"ids holds {low}; must be in -1..E-1 = -1..{E - 1}"
-    if a.size and (high := int(a.max())) >= E:
+    if high >= E:
         return f"ids holds {high}; must be in -1..E-1 = -1..{E - 1}; an empty slot is -1"
     return None
 

@@ -18,7 +18,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 import transom
 from transom.kernels.attention.compress_kv import CompressState
 
-from .linear import REPLACEMENTS, narrow
+from .linear import REPLACEMENTS, ends, narrow, product, slow_here
 from .patching import Family, Replacement
 from .slots import SLOTS, covered
 
@@ -52,12 +52,12 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
                 **kwargs,
             )
         batch, queries = hidden_states.shape[:2]
-        cos, sin = position_embeddings[self.rope_layer_type]
+        turn = _Rotation(*position_embeddings[self.rope_layer_type], slots.kept)
         q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_norm(self.q_b_proj(q_residual).view(batch, queries, -1, self.head_dim))
-        q = hf.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2)
+        q = turn(q, 2)
         kv = self.kv_norm(self.kv_proj(hidden_states)).view(batch, 1, queries, self.head_dim)
-        kv = hf.apply_rotary_pos_emb(kv, cos, sin)
+        kv = turn(kv, 1)
         if past_key_values is not None:
             kv = past_key_values.update(kv, kv, self.layer_idx)[0]
         local = kv.squeeze(1)
@@ -92,9 +92,38 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
             local_valid=slots.last(local.shape[1], local.device),
         )
         # Values were rotated with their keys: turned back at the query's position.
-        o = hf.apply_rotary_pos_emb(o, cos, -sin, unsqueeze_dim=2)
+        o = turn(o, 2, back=True)
         grouped = o.reshape(batch, queries, self.config.o_groups, -1)
         return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
+
+
+class _Rotation:
+    """Rotary embedding on complex numbers: a third of the operations of Hugging Face's.
+
+    Where a gradient may pass or the call is traced, and for dims that make no pairs, it is theirs.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, kept: dict[Any, Any]) -> None:
+        self.cos, self.sin, self.kept = cos, sin, kept
+
+    def __call__(self, x: Tensor, dim: int, *, back: bool = False) -> Tensor:
+        """x turned by the angles, which lack its `dim`, or back."""
+        cos, sin = self.cos, self.sin
+        width = 2 * cos.shape[-1]
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or sin.is_meta
+        if plain or x.shape[-1] % 2 or not x.is_contiguous():
+            return hf.apply_rotary_pos_emb(x, cos, -sin if back else sin, unsqueeze_dim=dim)
+        key = id(cos), dim, back
+        _, turns = self.kept.get(key, (None, None))
+        if turns is None:
+            turns = torch.complex(cos.float(), -sin.float() if back else sin.float())
+            turns = turns.unsqueeze(dim)
+            self.kept[key] = cos, turns  # while cos is held, no other tensor has its id
+        x = x.clone()  # a hook may have kept what came in
+        tail = x[..., -width:]
+        pairs = torch.view_as_complex(tail.float().unflatten(-1, (-1, 2)))
+        tail.copy_(torch.view_as_real(pairs * turns).flatten(-2))
+        return x
 
 
 class DeepseekV4GroupedLinear(hf.DeepseekV4GroupedLinear):
@@ -106,8 +135,8 @@ class DeepseekV4GroupedLinear(hf.DeepseekV4GroupedLinear):
             return super().forward(x)
         groups, dim = x.shape[-2:]
         rows = x.reshape(-1, groups, dim).transpose(0, 1)
-        ends = torch.arange(1, groups + 1) * rows.shape[1]
-        y = _ops.grouped_gemm(rows.reshape(-1, dim), self.weight.view(groups, -1, dim), ends)
+        weight = self.weight.view(groups, -1, dim)
+        y = _ops.grouped_gemm(rows.reshape(-1, dim), weight, ends(groups, rows.shape[1]))
         return y.view(groups, rows.shape[1], -1).transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -169,7 +198,7 @@ def _select(
         hidden_states, position_ids=position_ids, layer_type=indexer.rope_layer_type
     )
     q = indexer.q_b_proj(q_residual).view(batch, queries, -1, indexer.head_dim)
-    q = hf.apply_rotary_pos_emb(q, cos, sin, unsqueeze_dim=2)
+    q = _Rotation(cos, sin, {})(q, 2)
     scorer = indexer.scorer
     weights = scorer.weights_proj(hidden_states).float() * (
         scorer.weights_scaling * scorer.softmax_scale
@@ -178,12 +207,19 @@ def _select(
     return _ops.lightning_indexer(q, keys.to(q.dtype), weights, top_k, visible=count)
 
 
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """The products of a router: [..., D] -> [B * S, E]."""
+    x = x.reshape(-1, x.shape[-1])
+    fast = narrow(x, weight) and slow_here()
+    return product(x, weight) if fast else nn.functional.linear(x, weight)
+
+
 class DeepseekV4TopKRouter(hf.DeepseekV4TopKRouter):
     """Top-k routing: `route` on the logits of the learned gate."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the original: logits, weights, ids."""
-        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        logits = _logits(hidden_states, self.weight)
         ids, weights = _ops.route(
             logits,
             self.top_k,
@@ -199,7 +235,7 @@ class DeepseekV4HashRouter(hf.DeepseekV4HashRouter):
 
     def forward(self, hidden_states: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the original: logits, weights, ids."""
-        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        logits = _logits(hidden_states, self.weight)
         preset = self.tid2eid[input_ids.reshape(-1)].long()
         ids, weights = _ops.route(
             logits,

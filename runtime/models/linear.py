@@ -38,16 +38,34 @@ def narrow(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x[..., K] times weight[N, K] turned, both of 16 bits: [..., N]."""
+    *lead, inner = x.shape
+    rows = x.reshape(-1, inner)
+    y: Tensor = _ops.grouped_gemm(rows, weight[None], ends(1, rows.shape[0]))
+    return y.view(*lead, weight.shape[0])
+
+
+def ends(groups: int, rows: int) -> Tensor:
+    """The inclusive ends of `groups` groups of `rows` rows each; not to be written to."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.arange(1, groups + 1) * rows  # a constant of no traced graph
+    return _ends(groups, rows)
+
+
+@functools.lru_cache(256)
+def _ends(groups: int, rows: int) -> Tensor:
+    with torch.inference_mode(False):  # made here, they may be saved for a gradient later
+        return torch.arange(1, groups + 1) * rows
+
+
 class Linear(nn.Linear):
     """A linear layer without bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As the original; other dtypes and devices run the original."""
-        if not narrow(input, self.weight):
-            return super().forward(input)
-        rows = input.reshape(-1, self.in_features)
-        y = _ops.grouped_gemm(rows, self.weight[None], torch.full((1,), rows.shape[0]))
-        return y.view(*input.shape[:-1], self.out_features)
+        weight = self.weight
+        return product(input, weight) if narrow(input, weight) else super().forward(input)
 
 
 REPLACEMENTS: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: Linear}

@@ -38,6 +38,8 @@ class Slots:
 
     past: int
     valid: Tensor | None = None
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What the layers of this call compute once for all of them."""
     _packed: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def last(self, count: int, device: torch.device) -> Tensor | None:
