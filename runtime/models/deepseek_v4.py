@@ -52,7 +52,8 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
                 **kwargs,
             )
         batch, queries = hidden_states.shape[:2]
-        turn = _Rotation(*position_embeddings[self.rope_layer_type], slots.kept)
+        cos, sin = position_embeddings[self.rope_layer_type]
+        turn = _Rotation(cos, sin, slots.kept)
         q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
         q = self.q_b_norm(self.q_b_proj(q_residual).view(batch, queries, -1, self.head_dim))
         q = turn(q, 2)
