@@ -212,7 +212,9 @@ def numba(
         norm = lses.masked_fill(lses == -torch.inf, torch.inf)
         numbers = torch.stack((norm, delta, kept_share(lses, sinks), dlses), -1)
         x, dy, numbers = (
-            t.view(count, heads, group, -1).transpose(0, 1).reshape(heads, count * group, -1)
+            t.view(count, heads, group, t.shape[2])
+            .transpose(0, 1)
+            .reshape(heads, count * group, t.shape[2])
             for t in (x, dy, numbers)
         )
         dx = torch.zeros(held_units * heads, lanes, width)
@@ -225,7 +227,7 @@ def numba(
                 np.float32(scale), array(numbers), held, array(dx), outs, room, tiles,
             )  # fmt: skip
     dk, dv = (
-        sums.view(B, N, heads, -1)[..., :size].to(like.dtype).contiguous()
+        sums.view(B, N, heads, sums.shape[2])[..., :size].to(like.dtype).contiguous()
         for sums, size, like in ((dk, D, k), (dv, Dv, v))
     )
     return dq, dk, dv, dsink.to(sink.dtype)

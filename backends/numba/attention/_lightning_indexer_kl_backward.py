@@ -98,7 +98,7 @@ def numba(
     """dq, dk, dweights, dtarget; sums over queries are float32, in the order of the queries."""
     (B, S, H, D), N, L = q.shape, k.shape[1], indices.shape[2]
     dq, dtarget = torch.zeros(q.shape, dtype=q.dtype), torch.zeros(target.shape, dtype=target.dtype)
-    width, lanes, count = padded(D), padded(H), B * S if L and H else 0
+    width, lanes, count = padded(D), max(LANES, padded(H)), B * S if L else 0
     dweights, sums = torch.zeros((B * S, H)), torch.zeros((B * N, width))
     used = threads(3 * count * L * H * D)
     some = max(1, min(count, HELD // max(1, 4 * L * lanes)))
