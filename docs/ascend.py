@@ -22,6 +22,7 @@ def compact(reports: list[dict[str, Any]]) -> dict[str, Any]:
     of calls by operator, and the plans."""
     work = importlib.import_module("transom.backends.ascend._toolchain.verify")
     chips = importlib.import_module("transom.backends.ascend._toolchain.chips")
+    offered = importlib.import_module("transom.backends.triton.compile").offered()
     last = {name: at for at, r in enumerate(reports) for name in _operators(r)}
     ran, refused, fits = [], [], []
     for at, report in enumerate(reports):
@@ -51,7 +52,7 @@ def compact(reports: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": round(sum(r["seconds"] for r in reports if "seconds" in r)),
         "levels": found.levels, "schemas changed": schemas, "passed": not found.failed,
         "capacity": {f.plan.target: f.plan.capacity for f in found.fits if f.plan.fits},
-        "ops": ops, "plans": plans,
+        "missing": [n for n in offered if n not in last], "ops": ops, "plans": plans,
     }  # fmt: skip
 
 
@@ -74,7 +75,9 @@ def rendered(kept: dict[str, Any]) -> str:
 
 def page(kept: dict[str, Any]) -> str:
     """docs/ascend.md."""
-    out = [HEAD.format(note=kept["note"], tools=" and ".join(kept["tools"][:2]))]
+    count = kept["reports"]
+    runs = "one report" if count == 1 else f"{count} reports, an operator at a time"
+    out = [HEAD.format(note=kept["note"], tools=" and ".join(kept["tools"][:2]), reports=runs)]
     out += ["| level | passed | failed | refused |", "|---|---:|---:|---:|"]
     out += [f"| {n} | {a} | {b} | {c} |" for n, (a, b, c) in kept["levels"].items()]
     schemas = kept["schemas changed"]
@@ -85,6 +88,9 @@ def page(kept: dict[str, Any]) -> str:
     for name, o in kept["ops"].items():
         counts = (o["calls"], o["failed"] or "", o["refused"] or "", o["launches"])
         out.append(f"| `{name}` | {' | '.join(map(str, counts))} |")
+    if kept["missing"]:
+        names = ", ".join(f"`{n}`" for n in kept["missing"])
+        out.append(f"\nNot run for this page: {names}.")
     reasons = [(n, why) for n, o in kept["ops"].items() for why in o["why"]]
     if reasons:
         out.append("\nRefused, as `transom explain` says on device `npu`:\n")
@@ -111,10 +117,11 @@ HEAD = """\
 
 {note}
 
-Made with {tools} by `transom verify --target ascend --quick --json FILE`: every operator's
-small calls (three dtypes, sizes 0 and 1, models' shapes shrunk), and its kernels at a model's full
-size in bfloat16, and in mxfp4 where it has weights. Without `--quick` all dtypes, formats and tiles
-are planned; that has not been run whole.
+Made with {tools} from {reports}: an operator's small calls (three dtypes, sizes 0 and 1, models'
+shapes shrunk; of some operators four of them, see the counts), and its kernels at a model's full
+size in bfloat16, and in mxfp4 where it has weights. `transom verify --target ascend --quick` runs
+the small calls of every operator; without `--quick` all dtypes, formats and tiles are planned too.
+Neither has been run whole by one command.
 """
 PLANNED = """\
 KiB of a core's memories that the compiler gives each kernel with its tile. `yes`: it fits; `no`: it
