@@ -39,7 +39,9 @@ Examples:
 
 Every candidate's result is checked before it is timed; candidates and probes
 of the machine take turns; medians are shown. "attained" is the least time
-that the machine's own rates allow, over the time taken.
+that the machine's own rates allow, over the time taken. Large outputs of native
+kernels lie in memory that transom keeps (TRANSOM_KEPT_MB, 0: none), those of
+others in fresh pages: it is part of what a call takes.
 
 To measure as on a machine without AVX-512, set TRANSOM_NATIVE_LEVEL=avx2 and,
 for torch, ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2 and
