@@ -51,6 +51,7 @@ struct Weight {
   Plain plain;
   Stored stored;
   bool turned;
+  int64_t fixed; /* fixed_block() where rows of x went through fix_row(), else 0 */
 };
 
 namespace {
@@ -112,6 +113,25 @@ inline Weight weight_at(const transom_call *call, int first, int64_t e) {
   return weight;
 }
 
+/* Numbers of a block if rows of x with K numbers of `x_kind` are multiplied in integers, else 0.
+ * Rows of 16 bits lose less by it than their result's rounding; float32 rows would show it, and
+ * sums of few products. */
+inline int64_t fixed_block([[maybe_unused]] const Weight &w, [[maybe_unused]] int64_t K,
+                           [[maybe_unused]] int x_kind) {
+#if defined(__AVX2__)
+  if (w.number >= 0 || w.turned || w.stored.format == kFp8 || x_kind == 0 || K < 256) return 0;
+  if (K % 64 != 0) return 0;
+  for (int64_t block = 128; block >= 32; block /= 2)
+    if (w.stored.block_columns % block == 0 && K % block == 0) return block;
+#endif
+  return 0;
+}
+
+/* Floats between rows of x that fix_row() turns. */
+inline int64_t fixed_stride(int64_t K, int64_t block) {
+  return padded(K) + (block > 0 ? up_to(2 * (K / block) + 1, kWidth) : 0);
+}
+
 /* w[n][k] read as [k][n]. */
 inline Weight transposed(Weight w) {
   const int64_t row = w.plain.row;
@@ -121,6 +141,13 @@ inline Weight transposed(Weight w) {
 }
 
 }  // namespace
+
+/* A row of x, in place, as w.fixed wants it (integers.h). */
+void fix_row(const Weight &w, int64_t K, float *x);
+
+/* multiply() with w.fixed > 0. */
+void multiply_integers(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
+                       int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2);
 
 /* c[r][i] = sum over k of x[r][k] * w[first + i][k]. Rows of c have room for a multiple of kPanel
  * columns beyond any multiple of kWidth. l2: bytes of the second-level cache. */

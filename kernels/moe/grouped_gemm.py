@@ -97,9 +97,12 @@ def grouped_gemm(x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
              most M.
 
     Returns a new [M,N] tensor in the dtype of x; sums are float32 (float64 for float64) and rounded
-    once.  Rows at or beyond offsets[-1] belong to nobody: they are not read (NaN there never
-    matters) and are zero in y.  Under torch.use_deterministic_algorithms(True) the bits of a row do
-    not depend on the other rows.
+    once.  Rows of 16 bits times int8, int4 or mxfp4: an implementation may round a row first to
+    16-bit fixed point within blocks of the weight's group along K (at most 128), with an error of
+    2^-15 of the block's largest element; products and sums of a block are then exact.  Rows at or
+    beyond offsets[-1] belong to nobody: they are not read (NaN there never matters) and are zero in
+    y.  Under torch.use_deterministic_algorithms(True) the bits of a row do not depend on the other
+    rows.
 
     Raises ValueError for offsets that decrease, are negative or exceed M.
 

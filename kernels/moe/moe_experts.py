@@ -88,10 +88,12 @@ def moe_experts(
                   rounding.
 
     Returns a new [T,D] tensor in the dtype of x; products, activation and the sum over slots, which
-    runs in slot order, are float32 (float64 for float64) and rounded once.  A token without experts
-    gets zero.  Temporaries stay within the workspace (TRANSOM_WORKSPACE_MB) or those of one token.
-    Under torch.use_deterministic_algorithms(True) a token's bits do not depend on the other tokens
-    of the batch.
+    runs in slot order, are float32 (float64 for float64) and rounded once.  With x of 16 bits and
+    int8, int4 or mxfp4 weights an implementation may round the rows of x and h first to 16-bit
+    fixed point, as in `grouped_gemm`.  A token without experts gets zero.  Temporaries stay within
+    the workspace (TRANSOM_WORKSPACE_MB) or those of one token.  Under
+    torch.use_deterministic_algorithms(True) a token's bits do not depend on the other tokens of the
+    batch.
 
     Raises ValueError for ids outside -1..E-1, unknown names, or a limit that is not > 0.
 

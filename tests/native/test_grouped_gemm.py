@@ -127,6 +127,9 @@ def test_a_quantised_weight_gives_the_bits_of_the_dequantised_one(form, N, K):
     w = quantised(*form, 3, N, K)
     plain = w.dequantize()
     for dtype in HALVES:
+        # test_integer_products.py: longer rows of 16 bits are multiplied in fixed point
+        if dtype != torch.float32 and K >= 256 and form[0] != "fp8":
+            continue
         x = draw(40, 1, K, 1, dtype)[0]
         for ends in ([1, 3, 40], [0, 30, 31]):
             offsets = torch.tensor(ends)

@@ -17,7 +17,7 @@ struct Grouped {
   const transom_tensor *x, *offsets;
   int weight; /* which argument */
   bool turned;
-  int64_t M, K, x_stride, thread_floats, l2;
+  int64_t M, K, fixed, x_stride, thread_floats, l2;
   Tasks tasks;
   int64_t end(int64_t e) const { return integer(offsets, e * offsets->strides[0]); }
 };
@@ -31,7 +31,9 @@ inline Grouped grouped_from(const transom_call *call, int x, int weight, int off
   work.weight = weight;
   work.turned = turned;
   work.M = work.x->shape[0], work.K = work.x->shape[1];
-  work.x_stride = padded(work.K);
+  if (!turned)
+    work.fixed = fixed_block(weight_at(call, weight, 0), work.K, kind(work.x));
+  work.x_stride = fixed_stride(work.K, work.fixed);
   work.l2 = l2_bytes();
   const int64_t rows = clamp(work.M, 1, kMostRows), N = call->outs[0]->shape[1];
   work.tasks = {work.offsets->shape[0], work.M, N, rows, kMostColumns, 0};
@@ -48,11 +50,14 @@ inline void grouped_tasks(void *context, int32_t thread) {
   Walk walk;
   Task task;
   while (take(&work->tasks, &walk, [&](int64_t e) { return work->end(e); }, &task)) {
-    for (int64_t r = 0; r < task.rows && held != task.row; r++)
-      read_row(x, (task.row + r) * x->strides[0], x->strides[1], work->K,
-               rows + r * work->x_stride);
+    Weight weight = weight_at(work->call, work->weight, task.e);
+    weight.fixed = work->fixed;
+    for (int64_t r = 0; r < task.rows && held != task.row; r++) {
+      float *row = rows + r * work->x_stride;
+      read_row(x, (task.row + r) * x->strides[0], x->strides[1], work->K, row);
+      fix_row(weight, work->K, row);
+    }
     held = task.row;
-    const Weight weight = weight_at(work->call, work->weight, task.e);
     multiply(task.rows, work->K, rows, work->x_stride, work->turned ? transposed(weight) : weight,
              task.column, task.columns, out, kProductStride, work->l2);
     for (int64_t r = 0; r < task.rows; r++)

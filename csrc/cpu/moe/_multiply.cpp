@@ -128,6 +128,10 @@ inline void multiply_stored(const Weight &weight, int64_t rows, int64_t K, const
 
 void multiply(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
               int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2) {
+  if (w.fixed > 0) {
+    multiply_integers(rows, K, x, x_stride, w, first, columns, c, c_stride, l2);
+    return;
+  }
 #define TRANSOM_MULTIPLY(how, w) how(w, rows, K, x, x_stride, first, columns, c, c_stride, l2)
   switch (w.number) {
     case 0: return TRANSOM_MULTIPLY(multiply_plain<float>, w.plain);

@@ -23,6 +23,7 @@ struct Work {
   const transom_call *call;
   const transom_tensor *x, *gate_up_bias, *down_bias;
   int64_t T, D, I;
+  int64_t x_fixed, h_fixed; /* fixed_block() of gate_up, of down */
   int64_t x_stride, h_stride, block, thread_floats, l2;
   Gated gated;
   bool interleaved, before;
@@ -63,7 +64,10 @@ Work describe(const transom_call *call) {
                           args[ARGUMENT(ALPHA)].f);
   work.interleaved = args[ARGUMENT(INTERLEAVED)].i != 0;
   work.before = strcmp(args[ARGUMENT(WEIGHT_POSITION)].string, "before") == 0;
-  work.x_stride = padded(work.D), work.h_stride = padded(work.I);
+  work.x_fixed = fixed_block(weight_at(call, ARGUMENT(GATE_UP), 0), work.D, kind(work.x));
+  work.h_fixed = fixed_block(weight_at(call, ARGUMENT(DOWN), 0), work.I, kind(work.x));
+  work.x_stride = fixed_stride(work.D, work.x_fixed);
+  work.h_stride = fixed_stride(work.I, work.h_fixed);
   work.l2 = l2_bytes();
   /* More than half for the sums: with all tokens at once each weight is read once. */
   const int64_t budget = workspace_budget();
@@ -100,11 +104,15 @@ void gate_and_up(void *context, int32_t thread) {
   Walk walk(work->from);
   Task task;
   while (take(&work->tasks, &walk, [&](int64_t e) { return routed.ends[e]; }, &task)) {
-    for (int64_t r = 0; r < task.rows && held != task.row; r++)
+    Weight weight = weight_at(work->call, ARGUMENT(GATE_UP), task.e);
+    weight.fixed = work->x_fixed;
+    for (int64_t r = 0; r < task.rows && held != task.row; r++) {
+      float *row = rows + r * work->x_stride;
       read_row(x, (routed.first + routed.token(task.row + r)) * x->strides[0], x->strides[1],
-               work->D, rows + r * work->x_stride);
+               work->D, row);
+      fix_row(weight, work->D, row);
+    }
     held = task.row;
-    const Weight weight = weight_at(work->call, ARGUMENT(GATE_UP), task.e);
     const auto columns_into = [&](int64_t first, int64_t columns, int64_t at) {
       multiply(task.rows, work->D, rows, work->x_stride, weight, first, columns, tile + at,
                kTileStride, work->l2);
@@ -131,6 +139,21 @@ void gate_and_up(void *context, int32_t thread) {
       memcpy(work->h + (task.row + r - work->from) * work->h_stride + task.column, activated,
              static_cast<size_t>(task.columns) * sizeof(float));
     }
+  }
+}
+
+/* Each thread takes some rows of h, which all threads have written. */
+void fix_h(void *context, int32_t) {
+  Work *work = static_cast<Work *>(context);
+  Weight weight = weight_at(work->call, ARGUMENT(DOWN), 0);
+  weight.fixed = work->h_fixed;
+  constexpr int64_t kAtOnce = 16;
+  for (;;) {
+    const int64_t from =
+        kAtOnce * __atomic_fetch_add(&work->tasks.next, 1, __ATOMIC_RELAXED);
+    const int64_t to = min_of(from + kAtOnce, work->to - work->from);
+    if (from >= to) return;
+    for (int64_t r = from; r < to; r++) fix_row(weight, work->I, work->h + r * work->h_stride);
   }
 }
 
@@ -172,7 +195,8 @@ void down(void *context, int32_t thread) {
     for (task.e = 0; task.e < routed.E && start < work->to; task.e++) {
       const int64_t stop = min_of(routed.ends[task.e], work->to);
       if (stop <= start) continue;
-      const Weight weight = weight_at(work->call, ARGUMENT(DOWN), task.e);
+      Weight weight = weight_at(work->call, ARGUMENT(DOWN), task.e);
+      weight.fixed = work->h_fixed;
       read_bias(work->down_bias, task.e, task.column, task.columns, bias);
       for (task.row = start; task.row < stop; task.row += task.rows) {
         task.rows = min_of(work->block, stop - task.row);
@@ -219,6 +243,8 @@ int32_t run(const transom_call *call, transom_status *status) {
       const int64_t columns = columns_at_once(work.I, blocks, threads, kTile);
       work.tasks = {routed->E, work.to, work.I, work.block, columns, 0};
       if (blocks > 0) parallel(threads, gate_and_up, &work);
+      work.tasks.next = 0;
+      if (work.h_fixed > 0) parallel(threads, fix_h, &work);
       work.tasks.next = 0;
       work.tasks.columns = columns_at_once(work.D, 1, threads, kMostColumns);
       parallel(threads, down, &work);

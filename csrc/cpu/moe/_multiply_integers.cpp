@@ -1,0 +1,368 @@
+/* multiply() with rows in fixed point (integers.h) and a weight of 4 or 8 bits.
+ *
+ * One row: memory is the limit. Eight columns at a time are read as stored; products of bytes are
+ * added in 16 bits, a block at a time in 32, and the sums of eight columns are brought into one
+ * vector. More rows: a piece of the weight becomes a panel of pairs of 16-bit numbers in L1, and
+ * pairs of x are multiplied with it. */
+#include "../integers.h"
+
+namespace transom::TRANSOM_LEVEL {
+
+#if defined(__AVX2__)
+
+namespace {
+
+/* Columns side by side in a vector, and in a panel. */
+constexpr int kEight = 8, kSixteen = 16;
+/* Blocks whose scales are read at a time, and numbers along k of a panel. */
+constexpr int64_t kBlocks = 64, kPiece = 256;
+
+/* Scales and zero points of N columns, block after block. */
+template <int N>
+struct Grids {
+  alignas(32) float scales[kBlocks * N];
+  alignas(32) int32_t zeros[kBlocks * N];
+
+  void read(const Stored &w, const int64_t *columns, int64_t k, int64_t blocks, int64_t block) {
+    for (int i = 0; i < N; i++) {
+      const int64_t row = w.grid_row(columns[i]) * w.scale_row;
+      if (w.e8m0 && w.scale_along == 1 && w.block_columns == block) {
+        const uint8_t *from = w.scales + row + k / block;
+        for (int64_t b = 0; b < blocks; b++) {
+          const uint32_t byte = from[b];
+          scales[b * N + i] = bits_as<float>(byte == 0 ? 1u << 22
+                                             : byte == 255 ? 0x7fc00000u : byte << 23);
+        }
+      } else {
+        for (int64_t b = 0; b < blocks; b++)
+          scales[b * N + i] = w.scale(columns[i], k + b * block);
+      }
+      if (w.format == kInt4)
+        for (int64_t b = 0; b < blocks; b++)
+          zeros[b * N + i] = static_cast<int32_t>(w.zero(columns[i], k + b * block));
+    }
+  }
+};
+
+inline __m256i mxfp4_table() {
+  /* twice the number plus kOffset, by code */
+  return _mm256_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0, 12, 13, 14, 15,
+                          16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+}
+
+/* Sums of the four 32-bit numbers in each half of eight vectors: first halves, second halves. */
+inline void sum_halves(const __m256i v[kEight], __m256i *first, __m256i *second) {
+  const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+  const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+  *first = _mm256_permute2x128_si256(a, b, 0x20);
+  *second = _mm256_permute2x128_si256(a, b, 0x31);
+}
+
+/* Adds what one block gives, of which `sum` are the products' sums, to eight columns. */
+template <StoredFormat format>
+inline __m256 add_block(__m256 out, __m256i sum, const FixedRow &x, int64_t at,
+                        const Grids<kEight> &grids, int64_t block) {
+  if constexpr (format != kInt8) {
+    __m256i beside = _mm256_set1_epi32(x.sums[at]);
+    if constexpr (format == kInt4)
+      beside = _mm256_mullo_epi32(beside, load_256(grids.zeros + block * kEight));
+    sum = _mm256_sub_epi32(sum, beside);
+  }
+  const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(x.scales[at]));
+  return _mm256_fmadd_ps(scaled, _mm256_load_ps(grids.scales + block * kEight), out);
+}
+
+/* 64 products along k of a row with a column, in 16 bits: by the high bytes, by the low ones. */
+template <StoredFormat format>
+inline void products(const uint8_t *codes, const int8_t *x, __m256i *high, __m256i *low) {
+  const __m256i both = load_256(codes), mask = _mm256_set1_epi8(15);
+  __m256i even = _mm256_and_si256(both, mask);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+  if constexpr (format == kMxfp4) {
+    even = _mm256_shuffle_epi8(mxfp4_table(), even);
+    odd = _mm256_shuffle_epi8(mxfp4_table(), odd);
+  }
+  *high = _mm256_add_epi16(_mm256_maddubs_epi16(even, load_256(x)),
+                           _mm256_maddubs_epi16(odd, load_256(x + 64)));
+  *low = _mm256_add_epi16(_mm256_maddubs_epi16(even, load_256(x + 32)),
+                          _mm256_maddubs_epi16(odd, load_256(x + 96)));
+}
+
+/* One row times eight columns, `blocks` blocks from `first` on. */
+template <StoredFormat format, int block>
+inline __m256 narrow_blocks(__m256 out, const FixedRow &x, const uint8_t *const columns[kEight],
+                            const uint8_t *next, int64_t row, int64_t first, int64_t blocks,
+                            const Grids<kEight> &grids) {
+  constexpr int kStep = block < 64 && format != kInt8 ? 64 : block; /* of k */
+  constexpr int kBytes = format == kInt8 ? kStep : kStep / 2;
+  const __m256i by_256 = _mm256_set1_epi16(256), by_1 = _mm256_set1_epi16(1);
+  for (int64_t b = 0; b < blocks; b += kStep / block) {
+    const int64_t k = (first + b) * block;
+    const int64_t at = format == kInt8 ? k : k / 2;
+    __m256i sums[kEight];
+#pragma GCC unroll 8
+    for (int i = 0; i < kEight; i++) {
+      const uint8_t *from = columns[i] + at;
+      /* The same place of the next columns: they follow at once, more than the prefetchers see. */
+      if (kBytes >= 64 || (at & 32) == 0) {
+        __builtin_prefetch(next + i * row + at, 0, 3);
+        if constexpr (kBytes > 64) __builtin_prefetch(next + i * row + at + 64, 0, 3);
+      }
+      if constexpr (format == kInt8) {
+        __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (int j = 0; j < kStep; j += 16)
+          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(load_128(from + j)),
+                                                        load_256(x.numbers + k + j)));
+        sums[i] = sum;
+      } else {
+        __m256i high, low;
+        products<format>(from, x.bytes + 2 * k, &high, &low);
+        if constexpr (kStep == 128) {
+          __m256i more_high, more_low;
+          products<format>(from + 32, x.bytes + 2 * k + 128, &more_high, &more_low);
+          high = _mm256_add_epi16(high, more_high), low = _mm256_add_epi16(low, more_low);
+        }
+        sums[i] = _mm256_add_epi32(_mm256_madd_epi16(high, by_256), _mm256_madd_epi16(low, by_1));
+      }
+    }
+    __m256i one, two;
+    sum_halves(sums, &one, &two);
+    if constexpr (block == 32 && format != kInt8) {
+      out = add_block<format>(out, one, x, first + b, grids, b);
+      out = add_block<format>(out, two, x, first + b + 1, grids, b + 1);
+    } else {
+      out = add_block<format>(out, _mm256_add_epi32(one, two), x, first + b, grids, b);
+    }
+  }
+  return out;
+}
+
+template <StoredFormat format, int block>
+void narrow(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Stored &w,
+            int64_t first, int64_t columns, float *c, int64_t c_stride) {
+  Grids<kEight> grids;
+  for (int64_t n = 0; n < columns; n += kEight) {
+    int64_t number[kEight];
+    const uint8_t *from[kEight];
+    for (int i = 0; i < kEight; i++) {
+      number[i] = first + min_of(n + i, columns - 1);
+      from[i] = w.values + number[i] * w.row;
+    }
+    for (int64_t b = 0; b < K / block; b += kBlocks) {
+      const int64_t blocks = min_of(kBlocks, K / block - b);
+      grids.read(w, number, b * block, blocks, block);
+      for (int64_t r = 0; r < rows; r++) {
+        float *to = c + r * c_stride + n;
+        const __m256 out = b > 0 ? _mm256_loadu_ps(to) : _mm256_setzero_ps();
+        _mm256_storeu_ps(to, narrow_blocks<format, block>(
+                                 out, fixed_row(x + r * x_stride, K, block), from,
+                                 w.values + (first + n + kEight) * w.row, w.row, b, blocks, grids));
+      }
+    }
+  }
+}
+
+/* words[j]: the j-th 32 bits of each of eight columns. */
+inline void turn_words(const uint8_t *const columns[kEight], int64_t at, __m256i words[4]) {
+  __m256i v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    v[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(columns[i] + at)),
+                                   load_128(columns[i + 4] + at), 1);
+  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+  const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+  words[0] = _mm256_unpacklo_epi64(a, b), words[1] = _mm256_unpackhi_epi64(a, b);
+  words[2] = _mm256_unpacklo_epi64(c, d), words[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+/* Pairs of numbers along k, from one word of each column to `to`, one after the other. */
+template <StoredFormat format>
+inline void unpack_word(__m256i word, __m256i zeros, int16_t *to) {
+  constexpr int kStride = 2 * kSixteen;
+  if constexpr (format == kInt8) {
+    const __m256i lane = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        -128, 0, -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13));
+    const __m256i next = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        -128, 2, -128, 3, -128, 6, -128, 7, -128, 10, -128, 11, -128, 14, -128, 15));
+    store_256(to, _mm256_srai_epi16(_mm256_shuffle_epi8(word, lane), 8));
+    store_256(to + kStride, _mm256_srai_epi16(_mm256_shuffle_epi8(word, next), 8));
+  } else {
+    const __m256i mask = _mm256_set1_epi32(0x000f000f);
+    /* Codes 2 m and 2 m + 1 of a word stand at bits 8 m and 8 m + 4. */
+    const __m256i pairs[4] = {
+        _mm256_blend_epi16(word, _mm256_slli_epi32(word, 12), 0xaa),
+        _mm256_blend_epi16(_mm256_srli_epi32(word, 8), _mm256_slli_epi32(word, 4), 0xaa),
+        _mm256_blend_epi16(_mm256_srli_epi32(word, 16), _mm256_srli_epi32(word, 4), 0xaa),
+        _mm256_blend_epi16(_mm256_srli_epi32(word, 24), _mm256_srli_epi32(word, 12), 0xaa)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      __m256i codes = _mm256_and_si256(pairs[j], mask);
+      if constexpr (format == kMxfp4)
+        codes = _mm256_shuffle_epi8(
+            mxfp4_table(), _mm256_or_si256(codes, _mm256_set1_epi16(static_cast<int16_t>(0x8000))));
+      store_256(to + j * kStride, _mm256_sub_epi16(codes, zeros));
+    }
+  }
+}
+
+/* panel[k / 2][i]: the pair of numbers at k of column i. */
+template <StoredFormat format>
+inline void pack(const uint8_t *const columns[kSixteen], const uint8_t *const next[kSixteen],
+                 int64_t k, int64_t K, int64_t block, const Grids<kSixteen> &grids,
+                 int16_t *panel) {
+  constexpr int kStep = format == kInt8 ? 16 : 32; /* of k in 16 bytes */
+  for (int64_t done = 0; done < K; done += kStep) {
+    const int64_t at = format == kInt8 ? k + done : (k + done) / 2;
+    for (int half = 0; half < 2; half++) {
+      __m256i words[4], zeros = _mm256_set1_epi16(kOffset);
+      if constexpr (format == kInt4) {
+        zeros = load_256(grids.zeros + done / block * kSixteen + half * kEight);
+        zeros = _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 16));
+      }
+      turn_words(columns + half * kEight, at, words);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++)
+        unpack_word<format>(words[j], zeros,
+                            panel + (done + j * kStep / 4) * kSixteen + half * 2 * kEight);
+    }
+    if (done % (4 * kStep) == 0)
+      for (int i = 0; i < kSixteen; i++)
+        __builtin_prefetch(next[i] + (format == kInt8 ? done : done / 2), 0, 3);
+  }
+}
+
+/* R rows times a panel of `blocks` blocks, from block `first` of the rows on. */
+template <int R>
+inline void tile(int64_t blocks, int64_t block, const float *x, int64_t x_stride, int64_t K,
+                 int64_t first, const int16_t *panel, const float *scales, float *c,
+                 int64_t c_stride, bool add) {
+  const int32_t *pairs[R];
+  for (int r = 0; r < R; r++) {
+    const void *row = x + r * x_stride;
+    pairs[r] = static_cast<const int32_t *>(row) + first * block / 2;
+  }
+  const float *by = x + padded(K) + first;
+  for (int64_t b = 0; b < blocks; b++) {
+    __m256i sums[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    const int16_t *from = panel + b * block * kSixteen;
+    for (int64_t p = 0; p < block / 2; p++) {
+      const __m256i left = load_256(from + p * 2 * kSixteen);
+      const __m256i right = load_256(from + p * 2 * kSixteen + kSixteen);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const __m256i pair = _mm256_set1_epi32(pairs[r][b * (block / 2) + p]);
+        sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(pair, left));
+        sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(pair, right));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m256 scale = _mm256_set1_ps(by[r * x_stride + b]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) {
+        float *to = c + r * c_stride + v * kEight;
+        const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][v]), scale);
+        const __m256 before = add || b > 0 ? _mm256_loadu_ps(to) : _mm256_setzero_ps();
+        const __m256 by_weight = _mm256_load_ps(scales + b * kSixteen + v * kEight);
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(scaled, by_weight, before));
+      }
+    }
+  }
+}
+
+template <StoredFormat format>
+void wide(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stride,
+          const Stored &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
+  alignas(64) int16_t panel[kPiece * kSixteen];
+  Grids<kSixteen> grids;
+  for (int64_t n = 0; n < columns; n += kSixteen) {
+    int64_t number[kSixteen];
+    const uint8_t *from[kSixteen], *next[kSixteen];
+    for (int i = 0; i < kSixteen; i++) {
+      number[i] = first + min_of(n + i, columns - 1);
+      from[i] = w.values + number[i] * w.row;
+    }
+    for (int64_t k = 0; k < K; k += kPiece) {
+      const int64_t piece = min_of(kPiece, K - k), blocks = piece / block;
+      const int64_t following = k + kPiece;
+      for (int i = 0; i < kSixteen; i++)
+        next[i] = following < K ? from[i] + (format == kInt8 ? following : following / 2)
+                                : from[i] + kSixteen * w.row;
+      grids.read(w, number, k, blocks, block);
+      pack<format>(from, next, k, piece, block, grids, panel);
+      int64_t left = (rows + 5) / 6;
+      for (int64_t r = 0; left > 0; left--) {
+        const int64_t here = (rows - r + left - 1) / left;
+#define TRANSOM_TILE(R)                                                                    \
+  case R:                                                                                  \
+    tile<R>(blocks, block, x + r * x_stride, x_stride, K, k / block, panel, grids.scales, \
+            c + r * c_stride + n, c_stride, k > 0);                                        \
+    break;
+        switch (here) {
+          TRANSOM_TILE(1) TRANSOM_TILE(2) TRANSOM_TILE(3) TRANSOM_TILE(4) TRANSOM_TILE(5)
+          TRANSOM_TILE(6)
+        }
+#undef TRANSOM_TILE
+        r += here;
+      }
+    }
+  }
+}
+
+template <StoredFormat format>
+void by_format(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stride,
+               const Stored &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
+  if (rows > 1)
+    wide<format>(rows, K, block, x, x_stride, w, first, columns, c, c_stride);
+  else if (block == 32)
+    narrow<format, 32>(rows, K, x, x_stride, w, first, columns, c, c_stride);
+  else if (block == 64)
+    narrow<format, 64>(rows, K, x, x_stride, w, first, columns, c, c_stride);
+  else
+    narrow<format, 128>(rows, K, x, x_stride, w, first, columns, c, c_stride);
+}
+
+}  // namespace
+
+void fix_row(const Weight &w, int64_t K, float *x) {
+  if (w.fixed > 0) turn_row(w.stored.format, w.fixed, K, x);
+}
+
+void multiply_integers(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
+                       int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2) {
+  Weight exact = w;
+  exact.fixed = 0;
+  for (int64_t r = 0, end; r < rows; r = end) {
+    const bool turned = fixed_row(x + r * x_stride, K, w.fixed).turned;
+    for (end = r + 1; end < rows; end++)
+      if (fixed_row(x + end * x_stride, K, w.fixed).turned != turned) break;
+    const float *from = x + r * x_stride;
+    float *to = c + r * c_stride;
+#define TRANSOM_INTEGERS(format) \
+  by_format<format>(end - r, K, w.fixed, from, x_stride, w.stored, first, columns, to, c_stride)
+    if (!turned)
+      multiply(end - r, K, from, x_stride, exact, first, columns, to, c_stride, l2);
+    else if (w.stored.format == kInt8)
+      TRANSOM_INTEGERS(kInt8);
+    else if (w.stored.format == kInt4)
+      TRANSOM_INTEGERS(kInt4);
+    else
+      TRANSOM_INTEGERS(kMxfp4);
+#undef TRANSOM_INTEGERS
+  }
+}
+
+#else
+
+/* fixed_block() is 0 here. */
+void fix_row(const Weight &, int64_t, float *) {}
+
+void multiply_integers(int64_t, int64_t, const float *, int64_t, const Weight &, int64_t, int64_t,
+                       float *, int64_t, int64_t) {}
+
+#endif
+
+}  // namespace transom::TRANSOM_LEVEL
