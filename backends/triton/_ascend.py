@@ -37,6 +37,15 @@ def _several(dim: str) -> Requirement:
     return condition(f"{dim} > 1", (dim,), test)
 
 
+def _elsewhere(*archs: str) -> Requirement:
+    def test(f: Facts) -> str | None:
+        if not f.arch.startswith(archs):
+            return None
+        return f"architecture is {f.arch!r}; Ascend's compiler fails at the kernel for it"
+
+    return condition(f"architecture not {', '.join(archs)}", ("arch",), test)
+
+
 REFUSED: dict[str, tuple[Requirement, ...]] = {
     # "strides must not be zero", of a row of biases that all rows share
     "compress_kv": (on_ascend(_several("m")),),
@@ -44,5 +53,8 @@ REFUSED: dict[str, tuple[Requirement, ...]] = {
     # the same, of an output without elements
     "sparse_attention": (on_ascend(_some("v_dim")),),
     "sparse_attention_rows": (on_ascend(_some("v_dim")),),
+    # the compiler ends in an assertion (950), or refuses a copy from L1 to L0C (910)
+    "sparse_attention_backward": (on_ascend(_elsewhere("ascend950")),),
+    "block_sparse_attention_backward": (on_ascend(_elsewhere("ascend910", "ascend950")),),
 }
 """By operator."""

@@ -36,6 +36,12 @@ def test_what_ascend_does_not_take_has_its_sentence():
         case = cases.build(op, {**op.examples[0], "m": 1})
         why = calls.refused(op, impls[op.name], case.values, "Ascend910B3")
     assert why == "m = 1; supported by Ascend's compiler: 2 or more"
+    op = transom.ops()["sparse_attention_backward"]
+    with calls.implementations([op.name]) as impls:
+        case = cases.build(op, dict(op.examples[0]))
+        assert calls.refused(op, impls[op.name], case.values, "Ascend910B3") is None
+        why = calls.refused(op, impls[op.name], case.values, "Ascend950PR_9589")
+    assert why and why.startswith("architecture is 'ascend950pr_9589'; Ascend's compiler fails")
 
 
 @needs_triton

@@ -84,7 +84,9 @@ def _dq(
             place, seen, keys = _listed(
                 k, indices, query, first, S, N, L, k_batch, k_row, D, BD, BK
             )  # fmt: skip
-            slope = tl.load(dscores + query * L + place, mask=seen, other=0.0)[None, :]
+            slope = tl.load(dscores + query * L + place, mask=place < L, other=0.0)
+            # Selected, no mask: where a mask is itself loaded, Ascend reads the whole tile.
+            slope = tl.where(seen, slope, 0.0)[None, :]
             dots = dot(x, tl.trans(keys), tl.zeros((BH, BK), tl.float32), PRECISION)
             along += tl.sum(tl.where(dots < 0, 0.0, dots) * slope, 1)
             ddots = tl.where(dots > 0, factor[:, None] * slope, 0.0)
@@ -110,7 +112,8 @@ def _give(
         place, seen, keys = _listed(
             k, indices, query, number % tiles * BK, S, N, L, k_batch, k_row, D, BD, BK
         )  # fmt: skip
-        slope = tl.load(dscores + query * L + place, mask=seen, other=0.0)[None, :]
+        slope = tl.load(dscores + query * L + place, mask=place < L, other=0.0)
+        slope = tl.where(seen, slope, 0.0)[None, :]
         total = tl.zeros((BK, BD), tl.float32)
         for h in range(0, H, BH):
             _, _, x, factor = _heads(q, weights, query, h, H, D, BD, BH)
