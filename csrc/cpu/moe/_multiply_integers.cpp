@@ -1,6 +1,6 @@
 /* multiply() with rows in fixed point (integers.h) and a weight of 4 or 8 bits.
  *
- * One row: memory is the limit. Eight columns at a time are read as stored; products of bytes are
+ * Up to three rows: memory is the limit. Eight columns at a time are read as stored; products of bytes are
  * added in 16 bits, a block at a time in 32, and the sums of eight columns are brought into one
  * vector. More rows: a piece of the weight becomes a panel of pairs of 16-bit numbers in L1, and
  * pairs of x are multiplied with it. */
@@ -17,6 +17,32 @@ constexpr int kEight = 8, kSixteen = 16;
 /* Blocks whose scales are read at a time, and numbers along k of a panel. */
 constexpr int64_t kBlocks = 64, kPiece = 256;
 
+/* Scales of eight columns for eight blocks, E8M0 each: to[b * stride + i] from column i. */
+inline void eight_e8m0(const uint8_t *const columns[kEight], int64_t at, float *to,
+                       int64_t stride) {
+  __m128i v[kEight];
+#pragma GCC unroll 8
+  for (int i = 0; i < kEight; i++)
+    v[i] = _mm_loadu_si64(columns[i] + at);
+  const __m128i a = _mm_unpacklo_epi8(v[0], v[1]), b = _mm_unpacklo_epi8(v[2], v[3]);
+  const __m128i c = _mm_unpacklo_epi8(v[4], v[5]), d = _mm_unpacklo_epi8(v[6], v[7]);
+  const __m128i ab = _mm_unpacklo_epi16(a, b), cd = _mm_unpacklo_epi16(c, d);
+  const __m128i a2 = _mm_unpackhi_epi16(a, b), c2 = _mm_unpackhi_epi16(c, d);
+  const __m128i pairs[4] = {_mm_unpacklo_epi32(ab, cd), _mm_unpackhi_epi32(ab, cd),
+                            _mm_unpacklo_epi32(a2, c2), _mm_unpackhi_epi32(a2, c2)};
+#pragma GCC unroll 8
+  for (int i = 0; i < kEight; i++) {
+    const __m128i both = pairs[i / 2];
+    const __m256i byte = _mm256_cvtepu8_epi32(i % 2 == 0 ? both : _mm_srli_si128(both, 8));
+    /* 0 is the subnormal 2^-127, 255 is NaN */
+    const __m256i number =
+        _mm256_max_epi32(_mm256_slli_epi32(byte, 23), _mm256_set1_epi32(1 << 22));
+    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255)),
+                                         _mm256_set1_epi32(1 << 22));
+    store_256(to + i * stride, _mm256_or_si256(number, nan));
+  }
+}
+
 /* Scales and zero points of N columns, block after block. */
 template <int N>
 struct Grids {
@@ -24,23 +50,35 @@ struct Grids {
   alignas(32) int32_t zeros[kBlocks * N];
 
   void read(const Stored &w, const int64_t *columns, int64_t k, int64_t blocks, int64_t block) {
-    for (int i = 0; i < N; i++) {
-      const int64_t row = w.grid_row(columns[i]) * w.scale_row;
-      if (w.e8m0 && w.scale_along == 1 && w.block_columns == block) {
-        const uint8_t *from = w.scales + row + k / block;
-        for (int64_t b = 0; b < blocks; b++) {
-          const uint32_t byte = from[b];
-          scales[b * N + i] = bits_as<float>(byte == 0 ? 1u << 22
-                                             : byte == 255 ? 0x7fc00000u : byte << 23);
-        }
-      } else {
-        for (int64_t b = 0; b < blocks; b++)
-          scales[b * N + i] = w.scale(columns[i], k + b * block);
-      }
-      if (w.format == kInt4)
-        for (int64_t b = 0; b < blocks; b++)
-          zeros[b * N + i] = static_cast<int32_t>(w.zero(columns[i], k + b * block));
+    if (w.format == kInt4 && w.zeros == nullptr) memset(zeros, 0, sizeof zeros);
+    int64_t done = 0;
+    if (w.e8m0 && w.scale_along == 1 && w.block_columns == block) {
+      const uint8_t *from[N];
+      for (int i = 0; i < N; i++)
+        from[i] = w.scales + w.grid_row(columns[i]) * w.scale_row + k / block;
+      for (; done + 8 <= blocks; done += 8)
+        for (int i = 0; i < N; i += kEight) eight_e8m0(from + i, done, scales + done * N + i, N);
     }
+    if (!w.e8m0 && w.block_columns == block) {
+      for (int i = 0; i < N; i++) {
+        const int64_t row = w.grid_row(columns[i]), at = k / block;
+        const void *start = w.scales;
+        const float *from = static_cast<const float *>(start) + row * w.scale_row;
+        for (int64_t b = 0; b < blocks; b++)
+          scales[b * N + i] = from[(at + b) * w.scale_along];
+        if (w.zeros == nullptr) continue;
+        const uint8_t *zero = w.zeros + row * w.zero_row;
+        for (int64_t b = 0; b < blocks; b++) zeros[b * N + i] = zero[(at + b) * w.zero_along];
+      }
+      return;
+    }
+    for (int i = 0; i < N; i++)
+      for (int64_t b = done; b < blocks; b++)
+        scales[b * N + i] = w.scale(columns[i], k + b * block);
+    if (w.zeros == nullptr) return;
+    for (int i = 0; i < N; i++)
+      for (int64_t b = 0; b < blocks; b++)
+        zeros[b * N + i] = static_cast<int32_t>(w.zero(columns[i], k + b * block));
   }
 };
 
@@ -48,6 +86,12 @@ inline __m256i mxfp4_table() {
   /* twice the number plus kOffset, by code */
   return _mm256_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0, 12, 13, 14, 15,
                           16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+}
+
+/* *sum += more, where it stands in the source: else gcc first loads and multiplies
+ * for all sums, and has no registers left for them. */
+inline void add_to(__m256i *sum, __m256i more) {
+  asm volatile("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(more));
 }
 
 /* Sums of the four 32-bit numbers in each half of eight vectors: first halves, second halves. */
@@ -91,7 +135,7 @@ inline void products(const uint8_t *codes, const int8_t *x, __m256i *high, __m25
 /* One row times eight columns, `blocks` blocks from `first` on. */
 template <StoredFormat format, int block>
 inline __m256 narrow_blocks(__m256 out, const FixedRow &x, const uint8_t *const columns[kEight],
-                            const uint8_t *next, int64_t row, int64_t first, int64_t blocks,
+                            int64_t row, int64_t first, int64_t blocks,
                             const Grids<kEight> &grids) {
   constexpr int kStep = block < 64 && format != kInt8 ? 64 : block; /* of k */
   constexpr int kBytes = format == kInt8 ? kStep : kStep / 2;
@@ -105,8 +149,8 @@ inline __m256 narrow_blocks(__m256 out, const FixedRow &x, const uint8_t *const 
       const uint8_t *from = columns[i] + at;
       /* The same place of the next columns: they follow at once, more than the prefetchers see. */
       if (kBytes >= 64 || (at & 32) == 0) {
-        __builtin_prefetch(next + i * row + at, 0, 3);
-        if constexpr (kBytes > 64) __builtin_prefetch(next + i * row + at + 64, 0, 3);
+        __builtin_prefetch(from + kEight * row, 0, 3);
+        if constexpr (kBytes > 64) __builtin_prefetch(from + kEight * row + 64, 0, 3);
       }
       if constexpr (format == kInt8) {
         __m256i sum = _mm256_setzero_si256();
@@ -123,7 +167,8 @@ inline __m256 narrow_blocks(__m256 out, const FixedRow &x, const uint8_t *const 
           products<format>(from + 32, x.bytes + 2 * k + 128, &more_high, &more_low);
           high = _mm256_add_epi16(high, more_high), low = _mm256_add_epi16(low, more_low);
         }
-        sums[i] = _mm256_add_epi32(_mm256_madd_epi16(high, by_256), _mm256_madd_epi16(low, by_1));
+        sums[i] = _mm256_madd_epi16(high, by_256);
+        add_to(&sums[i], _mm256_madd_epi16(low, by_1));
       }
     }
     __m256i one, two;
@@ -156,8 +201,8 @@ void narrow(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Sto
         float *to = c + r * c_stride + n;
         const __m256 out = b > 0 ? _mm256_loadu_ps(to) : _mm256_setzero_ps();
         _mm256_storeu_ps(to, narrow_blocks<format, block>(
-                                 out, fixed_row(x + r * x_stride, K, block), from,
-                                 w.values + (first + n + kEight) * w.row, w.row, b, blocks, grids));
+                                 out, fixed_row(x + r * x_stride, K, block), from, w.row, b,
+                                 blocks, grids));
       }
     }
   }
@@ -254,8 +299,8 @@ inline void tile(int64_t blocks, int64_t block, const float *x, int64_t x_stride
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const __m256i pair = _mm256_set1_epi32(pairs[r][b * (block / 2) + p]);
-        sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(pair, left));
-        sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(pair, right));
+        add_to(&sums[r][0], _mm256_madd_epi16(pair, left));
+        add_to(&sums[r][1], _mm256_madd_epi16(pair, right));
       }
     }
 #pragma GCC unroll 8
@@ -315,7 +360,7 @@ void wide(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stri
 template <StoredFormat format>
 void by_format(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stride,
                const Stored &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
-  if (rows > 1)
+  if (rows > 3)
     wide<format>(rows, K, block, x, x_stride, w, first, columns, c, c_stride);
   else if (block == 32)
     narrow<format, 32>(rows, K, x, x_stride, w, first, columns, c, c_stride);
