@@ -1,9 +1,9 @@
 /* multiply() with rows in fixed point (integers.h) and a weight of 4 or 8 bits.
  *
- * Up to three rows: memory is the limit. Eight columns at a time are read as stored; products of bytes are
- * added in 16 bits, a block at a time in 32, and the sums of eight columns are brought into one
- * vector. More rows: a piece of the weight becomes a panel of pairs of 16-bit numbers in L1, and
- * pairs of x are multiplied with it. */
+ * Up to three rows: memory is the limit. Eight columns at a time are read as stored; products of
+ * bytes are added in 16 bits, a block at a time in 32, and the sums of eight columns are brought
+ * into one vector. More rows: a piece of the weight becomes a panel of pairs of 16-bit numbers in
+ * L1, and pairs of x are multiplied with it. */
 #include "../integers.h"
 
 namespace transom::TRANSOM_LEVEL {
@@ -277,44 +277,102 @@ inline void pack(const uint8_t *const columns[kSixteen], const uint8_t *const ne
   }
 }
 
-/* R rows times a panel of `blocks` blocks, from block `first` of the rows on. */
+/* The sums of a tile: of R rows with the sixteen columns of a panel. */
+#if defined(__AVX512F__)
+
+constexpr int kTallest = 12;
+
+/* Whether the processor multiplies pairs and adds them at once. */
+inline bool has_pairs() { return __builtin_cpu_supports("avx512vnni") != 0; }
+
 template <int R>
-inline void tile(int64_t blocks, int64_t block, const float *x, int64_t x_stride, int64_t K,
-                 int64_t first, const int16_t *panel, const float *scales, float *c,
-                 int64_t c_stride, bool add) {
-  const int32_t *pairs[R];
+struct Sums {
+  __m512i of[R];
+
+  void clear() {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) of[r] = _mm512_setzero_si512();
+  }
+  /* Pairs of x at k times the panel's; the instruction is beyond this level's flags. */
+  template <bool pairs>
+  void add(const int32_t *const x[R], int64_t k, const int16_t *panel) {
+    const __m512i right = _mm512_loadu_si512(panel);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const __m512i pair = _mm512_set1_epi32(x[r][k]);
+      if constexpr (pairs)
+        asm volatile("vpdpwssd %1, %2, %0" : "+v"(of[r]) : "v"(pair), "v"(right));
+      else
+        of[r] = _mm512_add_epi32(of[r], _mm512_madd_epi16(pair, right));
+    }
+  }
+  /* c += sums * x_scale * scales */
+  void scale(int r, float x_scale, const float *scales, float *c, bool add) const {
+    const __m512 sum = _mm512_maskz_cvtepi32_ps(0xffff, of[r]);
+    const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(x_scale));
+    const __m512 before = add ? _mm512_loadu_ps(c) : _mm512_setzero_ps();
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(scaled, _mm512_loadu_ps(scales), before));
+  }
+};
+
+#else
+
+constexpr int kTallest = 6;
+
+inline bool has_pairs() { return false; }
+
+template <int R>
+struct Sums {
+  __m256i of[R][2];
+
+  void clear() {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) of[r][0] = of[r][1] = _mm256_setzero_si256();
+  }
+  /* Pairs of x at k times the panel's. */
+  template <bool>
+  void add(const int32_t *const x[R], int64_t k, const int16_t *panel) {
+    const __m256i left = load_256(panel), right = load_256(panel + kSixteen);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m256i pair = _mm256_set1_epi32(x[r][k]);
+      add_to(&of[r][0], _mm256_madd_epi16(pair, left));
+      add_to(&of[r][1], _mm256_madd_epi16(pair, right));
+    }
+  }
+  /* c += sums * x_scale * scales */
+  void scale(int r, float x_scale, const float *scales, float *c, bool add) const {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++, c += kEight, scales += kEight) {
+      const __m256 sum = _mm256_cvtepi32_ps(of[r][v]);
+      const __m256 scaled = _mm256_mul_ps(sum, _mm256_set1_ps(x_scale));
+      const __m256 before = add ? _mm256_loadu_ps(c) : _mm256_setzero_ps();
+      _mm256_storeu_ps(c, _mm256_fmadd_ps(scaled, _mm256_load_ps(scales), before));
+    }
+  }
+};
+
+#endif
+
+/* R rows times a panel of `blocks` blocks, from block `first` of the rows on. */
+template <int R, bool pairs>
+void tile(int64_t blocks, int64_t block, const float *x, int64_t x_stride, int64_t K,
+          int64_t first, const int16_t *panel, const float *scales, float *c, int64_t c_stride,
+          bool add) {
+  const int32_t *from[R];
   for (int r = 0; r < R; r++) {
     const void *row = x + r * x_stride;
-    pairs[r] = static_cast<const int32_t *>(row) + first * block / 2;
+    from[r] = static_cast<const int32_t *>(row) + first * block / 2;
   }
   const float *by = x + padded(K) + first;
   for (int64_t b = 0; b < blocks; b++) {
-    __m256i sums[R][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
-    const int16_t *from = panel + b * block * kSixteen;
-    for (int64_t p = 0; p < block / 2; p++) {
-      const __m256i left = load_256(from + p * 2 * kSixteen);
-      const __m256i right = load_256(from + p * 2 * kSixteen + kSixteen);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const __m256i pair = _mm256_set1_epi32(pairs[r][b * (block / 2) + p]);
-        add_to(&sums[r][0], _mm256_madd_epi16(pair, left));
-        add_to(&sums[r][1], _mm256_madd_epi16(pair, right));
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const __m256 scale = _mm256_set1_ps(by[r * x_stride + b]);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) {
-        float *to = c + r * c_stride + v * kEight;
-        const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][v]), scale);
-        const __m256 before = add || b > 0 ? _mm256_loadu_ps(to) : _mm256_setzero_ps();
-        const __m256 by_weight = _mm256_load_ps(scales + b * kSixteen + v * kEight);
-        _mm256_storeu_ps(to, _mm256_fmadd_ps(scaled, by_weight, before));
-      }
-    }
+    Sums<R> sums;
+    sums.clear();
+    for (int64_t k = b * block / 2; k < (b + 1) * block / 2; k++)
+      sums.template add<pairs>(from, k, panel + k * 2 * kSixteen);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+      sums.scale(r, by[r * x_stride + b], scales + b * kSixteen, c + r * c_stride, add || b > 0);
   }
 }
 
@@ -322,6 +380,7 @@ template <StoredFormat format>
 void wide(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stride,
           const Stored &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
   alignas(64) int16_t panel[kPiece * kSixteen];
+  const bool pairs = has_pairs();
   Grids<kSixteen> grids;
   for (int64_t n = 0; n < columns; n += kSixteen) {
     int64_t number[kSixteen];
@@ -338,17 +397,23 @@ void wide(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stri
                                 : from[i] + kSixteen * w.row;
       grids.read(w, number, k, blocks, block);
       pack<format>(from, next, k, piece, block, grids, panel);
-      int64_t left = (rows + 5) / 6;
+      int64_t left = (rows + kTallest - 1) / kTallest;
       for (int64_t r = 0; left > 0; left--) {
         const int64_t here = (rows - r + left - 1) / left;
-#define TRANSOM_TILE(R)                                                                    \
-  case R:                                                                                  \
-    tile<R>(blocks, block, x + r * x_stride, x_stride, K, k / block, panel, grids.scales, \
-            c + r * c_stride + n, c_stride, k > 0);                                        \
-    break;
+        const auto rows_by = [&]<int R>() {
+          (pairs ? tile<R, true> : tile<R, false>)(blocks, block, x + r * x_stride, x_stride, K,
+                                                   k / block, panel, grids.scales,
+                                                   c + r * c_stride + n, c_stride, k > 0);
+        };
+#define TRANSOM_TILE(R) \
+  case R: rows_by.template operator()<R>(); break;
         switch (here) {
           TRANSOM_TILE(1) TRANSOM_TILE(2) TRANSOM_TILE(3) TRANSOM_TILE(4) TRANSOM_TILE(5)
           TRANSOM_TILE(6)
+#if defined(__AVX512F__)
+          TRANSOM_TILE(7) TRANSOM_TILE(8) TRANSOM_TILE(9) TRANSOM_TILE(10) TRANSOM_TILE(11)
+          TRANSOM_TILE(12)
+#endif
         }
 #undef TRANSOM_TILE
         r += here;
