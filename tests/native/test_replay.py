@@ -52,6 +52,24 @@ def test_guard_pages_poison_and_threads(driver, tmp_path, level):
 
 @needs_library
 @pytest.mark.parametrize("level", HERE)
+def test_rows_of_16_bits_and_quantised_weights_stay_within_their_bounds(driver, tmp_path, level):
+    """Long enough for products in integers (csrc/cpu/integers.h)."""
+    gemm, experts = (transom.ops()[name] for name in ("grouped_gemm", "moe_experts"))
+    given = [
+        call for dtype in calls.DTYPES[1:] for call in (
+            *calls.quantised(gemm, dtype, M=1, K=320, N=35, E=1),
+            *calls.quantised(gemm, dtype, M=40, K=576, N=50, E=3),
+            *calls.quantised(experts, dtype, T=1, D=320, I=256, E=2),
+            *calls.quantised(experts, dtype, T=40, D=256, I=384, E=3),
+        )
+    ]  # fmt: skip
+    answers = run_at(level, [driver], library(), given, tmp_path)
+    assert calls.wrong(given, answers) == []
+    assert calls.threads_of(given, answers) == {"grouped_gemm", "moe_experts"}
+
+
+@needs_library
+@pytest.mark.parametrize("level", HERE)
 def test_every_dim_of_every_tensor_is_addressed_with_64_bits(driver, tmp_path, level):
     given = [
         call for op in OPERATORS for dtype in calls.DTYPES[:2]

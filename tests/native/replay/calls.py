@@ -6,7 +6,7 @@ import os
 import struct
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,6 +87,20 @@ def everything(count: int) -> list[Call]:
 def example(op: Op[..., Any], dtype: torch.dtype = torch.float32, **dims: Any) -> Call:
     """The operator's first example, which is small."""
     return Call(build(op, {**op.examples[0], **dims}, dtype))
+
+
+def quantised(op: Op[..., Any], dtype: torch.dtype, **dims: Any) -> list[Call]:
+    """The operator's first example with other dims, its weights in each format of integers."""
+    plain = example(op, dtype, **dims).case
+    found = []
+    for format in ("int8", "int4", "mxfp4"):
+        values = [
+            transom.quantize(v.float(), format)
+            if isinstance(v, torch.Tensor) and v.dim() == 3 and v.is_floating_point() else v
+            for v in plain.values
+        ]  # fmt: skip
+        found.append(Call(replace(plain, values=tuple(values), text=f"{format}: {plain.text}")))
+    return found
 
 
 FAR = 2**31 + 64
