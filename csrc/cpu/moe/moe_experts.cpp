@@ -142,16 +142,18 @@ void gate_and_up(void *context, int32_t thread) {
   }
 }
 
+/* Rows of h that a thread turns at a time. */
+constexpr int64_t kRowsOfH = 16;
+
 /* Each thread takes some rows of h, which all threads have written. */
 void fix_h(void *context, int32_t) {
   Work *work = static_cast<Work *>(context);
   Weight weight = weight_at(work->call, ARGUMENT(DOWN), 0);
   weight.fixed = work->h_fixed;
-  constexpr int64_t kAtOnce = 16;
   for (;;) {
     const int64_t from =
-        kAtOnce * __atomic_fetch_add(&work->tasks.next, 1, __ATOMIC_RELAXED);
-    const int64_t to = min_of(from + kAtOnce, work->to - work->from);
+        kRowsOfH * __atomic_fetch_add(&work->tasks.next, 1, __ATOMIC_RELAXED);
+    const int64_t to = min_of(from + kRowsOfH, work->to - work->from);
     if (from >= to) return;
     for (int64_t r = from; r < to; r++) fix_row(weight, work->I, work->h + r * work->h_stride);
   }
@@ -244,7 +246,8 @@ int32_t run(const transom_call *call, transom_status *status) {
       work.tasks = {routed->E, work.to, work.I, work.block, columns, 0};
       if (blocks > 0) parallel(threads, gate_and_up, &work);
       work.tasks.next = 0;
-      if (work.h_fixed > 0) parallel(threads, fix_h, &work);
+      if (work.h_fixed > 0)
+        parallel(work.to - work.from > kRowsOfH ? threads : 1, fix_h, &work);
       work.tasks.next = 0;
       work.tasks.columns = columns_at_once(work.D, 1, threads, kMostColumns);
       parallel(threads, down, &work);
