@@ -12,6 +12,7 @@ if __name__ != "transom":
         "this folder is the package 'transom'; install it (pip install -e .) and `import transom`"
     )
 
+import gc
 import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,15 @@ def _declare_operators() -> None:
     """Import every file below kernels/: each declares its operators."""
     from . import kernels
 
+    collecting = gc.isenabled()
+    gc.disable()  # it would go through all that torch has loaded, for half of the time
     for family in pkgutil.iter_modules(kernels.__path__):
         if family.ispkg:
             package = importlib.import_module(f"{kernels.__name__}.{family.name}")
             for file in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{package.__name__}.{file.name}")
+    if collecting:
+        gc.enable()
 
 
 _declare_operators()

@@ -98,10 +98,15 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
         return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), None
 
 
+_COMPLEX = ("cpu", "cuda")
+"""Devices of which torch's own kernels take complex numbers; others need not have any."""
+
+
 class _Rotation:
     """Rotary embedding on complex numbers: a third of the operations of Hugging Face's.
 
-    Where a gradient may pass or the call is traced, and for dims that make no pairs, it is theirs.
+    Where a gradient may pass or the call is traced, on other devices, and for dims that make no
+    pairs, it is theirs.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor, kept: dict[Any, Any]) -> None:
@@ -111,7 +116,8 @@ class _Rotation:
         """x turned by the angles, which lack its `dim`, or back."""
         cos, sin = self.cos, self.sin
         width = 2 * cos.shape[-1]
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or sin.is_meta
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        plain |= x.device.type not in _COMPLEX
         if plain or x.shape[-1] % 2 or not x.is_contiguous():
             return hf.apply_rotary_pos_emb(x, cos, -sin if back else sin, unsqueeze_dim=dim)
         key = id(cos), dim, back
