@@ -38,13 +38,15 @@ def _declare_operators() -> None:
 
     collecting = gc.isenabled()
     gc.disable()  # it would go through all that torch has loaded, for half of the time
-    for family in pkgutil.iter_modules(kernels.__path__):
-        if family.ispkg:
-            package = importlib.import_module(f"{kernels.__name__}.{family.name}")
-            for file in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{package.__name__}.{file.name}")
-    if collecting:
-        gc.enable()
+    try:
+        for family in pkgutil.iter_modules(kernels.__path__):
+            if family.ispkg:
+                package = importlib.import_module(f"{kernels.__name__}.{family.name}")
+                for file in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{package.__name__}.{file.name}")
+    finally:
+        if collecting:
+            gc.enable()
 
 
 _declare_operators()
