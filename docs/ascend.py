@@ -39,7 +39,8 @@ def compact(reports: list[dict[str, Any]]) -> dict[str, Any]:
         left = [r for r in refused if r.op == name]
         ops[name] = {
             "calls": len(calls), "failed": sum(bool(r.stage) for r in calls),
-            "launches": sum(r.launches for r in calls), "refused": len(left),
+            "launches": sum(r.launches for r in calls),
+            "refused": sum(not r.planned for r in left),
             "why": sorted({r.why for r in left}),
         }  # fmt: skip
     plans = [

@@ -243,15 +243,19 @@ def main(request: dict[str, Any]) -> None:
 
 
 def launches(
-    op: Op[..., Any], wanted: tuple[str, ...], every: bool
-) -> Iterator[tuple[str, Launch, str, bool]]:
-    """(target, launch, call, Compiled.chosen) of every kernel that differs."""
+    op: Op[..., Any], wanted: tuple[str, ...], every: bool,
+    taken: Callable[[str, tuple[Any, ...]], bool] = lambda *_: True,
+) -> Iterator[tuple[str, Launch, str, bool]]:  # fmt: skip
+    """(target, launch, call, Compiled.chosen) of every kernel that differs, of the calls (in words,
+    values) that are `taken`."""
     from ._launch import record
 
     function = implementation(op)
     for target in wanted:
         seen = set()
         for call, values in calls(op, every):
+            if not taken(call, values):
+                continue
             nth = more = 0
             while nth <= more:
                 listed: list[int] = []

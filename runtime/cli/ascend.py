@@ -69,7 +69,7 @@ def show(console: Console, outcome: Any, note: str) -> None:
     for op in dict.fromkeys(r.op for r in outcome.ran):
         mine = [r for r in outcome.ran if r.op == op]
         wrong = sum(bool(r.stage) for r in mine)
-        refused = sum(r.op == op for r in outcome.refused)
+        refused = sum(r.op == op and not r.planned for r in outcome.refused)
         counts = (len(mine), wrong or "", refused or "", sum(r.launches for r in mine))
         shown.add_row(op, *map(str, counts))
     console.print(shown)

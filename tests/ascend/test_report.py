@@ -17,6 +17,10 @@ pytestmark = pytest.mark.skipif(
 ABOUT = {"transom": "1.0", "date": "2026-11-22", "rows": [("torch", "2.13")]}
 
 
+CALLS = (("route(T=2)", False), ("T=4096", True))
+"""What a requirement excludes: a call that would be executed, and one whose kernels planned."""
+
+
 @pytest.fixture
 def outcome():
     """A call that is right, one that isn't; a tile that fits, one that doesn't and is only listed
@@ -35,7 +39,8 @@ def outcome():
         Fit("route", "moe.route: _top", "route.rows", "BT=64", False, "T=4096", large),
         Fit("route", "moe.route: _back", "route.rows", "BT=8", True, "T=4096", large),
     ]
-    refused = [Refused("route", "route(T=2)", "Ascend910B3", "K = 0; supported: 1 or more")]
+    why = "K = 0; supported: 1 or more"
+    refused = [Refused("route", call, "Ascend910B3", why, large) for call, large in CALLS]
     return Outcome(ran, refused, fits, ["npu_swiglu: torch_npu 9.9 has no such operator"])
 
 
@@ -49,7 +54,7 @@ def test_what_failed_is_what_a_user_gets(outcome):
     assert [getattr(f, "kernel", f.op) for f in outcome.failed] == ["route", "moe.route: _back"]
     assert not outcome.passed
     assert outcome.levels == {
-        "L1 lowered": (2, 0, 1), "L2 executed": (1, 1, 1), "L3 planned": (1, 1, 0),
+        "L1 lowered": (2, 0, 1), "L2 executed": (1, 1, 1), "L3 planned": (1, 1, 1),
     }  # fmt: skip
     assert json.loads(json.dumps(outcome.plain()))["fits"][1]["plan"]["use"] == {"UB": 393216}
 

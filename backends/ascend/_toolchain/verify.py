@@ -53,6 +53,8 @@ class Refused:
     call: str
     chip: str
     why: str
+    planned: bool = False
+    """True of a call in a model's size, whose kernels L3 would plan."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,12 @@ class Outcome:
         unlowered = sum(s in lowering for s in stages)
         right, chosen = stages.count(""), [f for f in self.fits if f.chosen]
         fitting = sum(f.plan.fits for f in chosen)
+        large = sum(r.planned for r in self.refused)
+        small = len(self.refused) - large
         return {
-            "L1 lowered": (len(stages) - unlowered, unlowered, len(self.refused)),
-            "L2 executed": (right, len(stages) - unlowered - right, len(self.refused)),
-            "L3 planned": (fitting, len(chosen) - fitting, 0),
+            "L1 lowered": (len(stages) - unlowered, unlowered, small),
+            "L2 executed": (right, len(stages) - unlowered - right, small),
+            "L3 planned": (fitting, len(chosen) - fitting, large),
         }
 
     @property
@@ -135,8 +139,11 @@ def verify(
             op = transom.ops()[name]
             for case in calls.small(op, examples):
                 jobs.append(lambda o=op, i=impl, c=case: ran(environment, o, i, c, targets))
-            for launch in kernels(op, targets, every):
-                jobs.append(lambda o=op, k=launch: [fit(environment, o, *k)])
+            for chip in targets:
+                launches, left = kernels(op, impl, chip, every)
+                outcome.refused += left
+                for launch in launches:
+                    jobs.append(lambda o=op, k=launch: [fit(environment, o, *k)])
         done, lock = 0, threading.Lock()
 
         def work(job: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -229,11 +236,21 @@ Kernel = tuple[str, Any, str, bool]
 """(chip, launch, call, True for the table's first tile)."""
 
 
-def kernels(op: Op[..., Any], targets: Iterable[str], every: bool) -> Iterator[Kernel]:
-    """What the operator launches in models' sizes on each chip, each kernel that differs once."""
-    for chip in targets:
-        for _, launch, call, chosen in triton.launches(op, (chip.lower(),), every):
-            yield chip, launch, call, chosen
+def kernels(
+    op: Op[..., Any], impl: Impl, chip: str, every: bool
+) -> tuple[list[Kernel], list[Refused]]:
+    """What the operator launches in models' sizes on a chip, each kernel that differs once, and the
+    calls that a requirement excludes there."""
+    left: list[Refused] = []
+
+    def taken(call: str, values: tuple[Any, ...]) -> bool:
+        why = calls.refused(op, impl, values, chip)
+        if why is not None:
+            left.append(Refused(op.name, call, chip, why, planned=True))
+        return why is None
+
+    launches = triton.launches(op, (chip.lower(),), every, taken)
+    return [(chip, launch, call, chosen) for _, launch, call, chosen in launches], left
 
 
 def fit(
