@@ -61,3 +61,12 @@ def test_figures_are_kept_for_one_source_one_target_and_one_set_of_constants(on_
     with kept.path.open("a") as file:
         file.write('{"key": "cut')  # as a process leaves it that is ended while it writes
     assert module("_figures").Kept().get(key) == {"registers": 7}
+
+
+def test_cache_rows_compile_beside_keys_of_float16(monkeypatch, tmp_path):
+    """What a row holds does not fit into float16: query and keys become float32, in the kernel."""
+    kit, op = module("compile"), transom.ops()["sparse_attention_rows"]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = kit.launches(op, ("sm_90",), True, lambda call, values: call.startswith("float16"))
+    launch = next(n for _, n, _, chosen in found if chosen and n.name.endswith(": _forward"))
+    assert kit.compile_launch(launch, "sm_90").asm["cubin"]

@@ -30,14 +30,14 @@ def gathered(
     """BLOCK columns of the rows that start `row` elements behind `base`, [rows, BLOCK]; 0 in rows
     that are not seen, whatever they hold, and beyond D.
 
-    `row` is safe to read, seen or not. BYTES: 0 for plain elements of DTYPE, else the length of a
-    cache row (see pack_cache_rows), whose values are decoded to DTYPE.
+    `row` is safe to read, seen or not. BYTES: 0 for plain elements, else the length of a cache row
+    (see pack_cache_rows), whose values are decoded. The tile is of DTYPE in any case.
     """
     column = columns(FIRST, BLOCK, D)
     wanted = seen[:, None] & (FIRST + tl.arange(0, BLOCK) < D)[None, :]
     at = base + row[:, None]
     if BYTES == 0:
-        tile = tl.load(at + column[None, :], mask=wanted, other=0.0)
+        tile = tl.load(at + column[None, :], mask=wanted, other=0.0).to(DTYPE)
     elif BYTES == 584:
         plain = tl.minimum(column, PLAIN - 1)
         value = e4m3(tl.load(at + plain[None, :], mask=wanted, other=0))

@@ -26,16 +26,9 @@ INFINITE = tl.constexpr(0x7F800000)
 
 
 @jit
-def _blocks(kv, t, N, by_batch, by_row, by_element, column):
-    """Elements of the tokens t as float32: kv[t, column], [tokens, *column's dims]."""
-    token = t // N * by_batch + t % N * by_row
-    return tl.load(kv + token[:, None, None] + (column * by_element)[None]).to(tl.float32)
-
-
-@jit
-def _largest(x):
-    """The bits of the largest magnitude along the last dim; those of NaN are above infinity's."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
+def _largest(x, AXIS: tl.constexpr):
+    """The bits of the largest magnitude along a dim; those of NaN are above infinity's."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
 
 
 @jit
@@ -44,13 +37,15 @@ def _pack8(
 ):  # fmt: skip
     # 584 bytes of BT tokens: 7 blocks of 64 as E4M3, one of 64 as bfloat16, 7 scales and a zero.
     # Bound by memory.
-    block, inner = tl.arange(0, 8), tl.arange(0, 64)
-    column = block[:, None] * 64 + inner[None, :]
+    block, byte = tl.arange(0, 8), tl.arange(0, 128)
+    column = block[:, None] * 64 + tl.arange(0, 64)[None, :]
     for number in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         t = tl.cast(number, tl.int64) * BT + tl.arange(0, BT)
         there = t < T
-        x = _blocks(kv, tl.minimum(t, T - 1), N, by_batch, by_row, by_element, column)
-        bits = _largest(x)
+        token = tl.minimum(t, T - 1)
+        token = token // N * by_batch + token % N * by_row
+        x = tl.load(kv + token[:, None, None] + (column * by_element)[None]).to(tl.float32)
+        bits = _largest(x, 2)
         finite = bits < INFINITE
         most = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
         scale = tl.where(finite, tl.div_rn(tl.maximum(most, LEAST), 448.0), float("nan"))
@@ -60,13 +55,13 @@ def _pack8(
         at = into[:, None, None] + column[None, :, :]
         plain = there[:, None, None] & (block < 7)[None, :, None]
         tl.store(at, code.to(tl.uint8), mask=plain)
+        x = tl.load(kv + token[:, None] + (448 + byte // 2)[None, :] * by_element).to(tl.float32)
         both = x.to(tl.int32, bitcast=True)
         # To nearest, ties to even, whatever the device's own conversion makes of NaN.
         high = tl.where(x == x, (both + 0x7FFF + ((both >> 16) & 1)) >> 16, (both >> 16) | 0x40)
-        at = into[:, None, None] + (448 + 2 * inner)[None, None, :] + (block * 0)[None, :, None]
-        rotated = there[:, None, None] & (block == 7)[None, :, None]
-        tl.store(at, (high & 255).to(tl.uint8), mask=rotated)
-        tl.store(at + 1, ((high >> 8) & 255).to(tl.uint8), mask=rotated)
+        half = (high >> (byte % 2 * 8)[None, :]) & 255
+        at = into[:, None] + (448 + byte)[None, :]
+        tl.store(at, half.to(tl.uint8), mask=there[:, None])
         last = tl.where((block < 7)[None, :], stored, 0)
         tl.store(into[:, None] + (576 + block)[None, :], last.to(tl.uint8), mask=there[:, None])
 
@@ -76,24 +71,25 @@ def _pack4(
     kv, rows, T, N, by_batch, by_row, by_element, BT: tl.constexpr
 ):  # fmt: skip
     # 288 bytes of BT tokens: 32 blocks of 16 as E2M1, then their scales as E4M3. Bound by memory.
-    block, pair = tl.arange(0, 32), tl.arange(0, 8)
-    column = block[:, None] * 16 + 2 * pair[None, :]
+    block, pair, one = tl.arange(0, 32), tl.arange(0, 8), tl.arange(0, 2)
+    byte = block[:, None] * 8 + pair[None, :]
+    column = 2 * byte[:, :, None] + one[None, None, :]
     for number in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         t = tl.cast(number, tl.int64) * BT + tl.arange(0, BT)
         there, token = t < T, tl.minimum(t, T - 1)
-        even = _blocks(kv, token, N, by_batch, by_row, by_element, column)
-        odd = _blocks(kv, token, N, by_batch, by_row, by_element, column + 1)
-        bits = tl.maximum(_largest(even), _largest(odd))
+        token = token // N * by_batch + token % N * by_row
+        at = kv + token[:, None, None, None] + (column * by_element)[None]
+        x = tl.load(at).to(tl.float32)
+        bits = tl.max(_largest(x, 3), 2)
         finite = bits < INFINITE
         most = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
         stored = tl.where(finite, e4m3_code(tl.div_rn(most, 6.0), finite), 127)
-        scale = e4m3(stored)[:, :, None]
-        usable = (finite & (stored != 0))[:, :, None]
-        low = e2m1_code(tl.div_rn(even, scale), usable)
-        high = e2m1_code(tl.div_rn(odd, scale), usable)
+        usable = (finite & (stored != 0))[:, :, None, None]
+        code = e2m1_code(tl.div_rn(x, e4m3(stored)[:, :, None, None]), usable)
+        code = tl.sum(code << (4 * one)[None, None, None, :], 3)
         into = rows + t * 288
-        at = into[:, None, None] + (block[:, None] * 8 + pair[None, :])[None, :, :]
-        tl.store(at, (low | (high << 4)).to(tl.uint8), mask=there[:, None, None])
+        at = into[:, None, None] + byte[None, :, :]
+        tl.store(at, code.to(tl.uint8), mask=there[:, None, None])
         at = into[:, None] + (256 + block)[None, :]
         tl.store(at, stored.to(tl.uint8), mask=there[:, None])
 

@@ -57,7 +57,8 @@ def _scales(
 ):  # fmt: skip
     # The scale (int4: and the zero point) of BB blocks of ROWS x COLUMNS, BE elements of each at a
     # time. Magnitudes are compared by their bits, among which NaN is the largest. Bound by memory.
-    # WHOLE: no block reaches beyond a row's end, no BE elements beyond a block's.
+    # WHOLE: no block reaches beyond a row's end, no BE elements beyond a block's. FLOOR is the
+    # least magnitude, int4: the least scale.
     for number in range(tl.program_id(0), tl.cdiv(total, BB), tl.num_programs(0)):
         block = number * BB + tl.arange(0, BB)
         there = block < total
@@ -92,7 +93,7 @@ def _scales(
             # Each side is divided first, because their sum may overflow.
             least = tl.where(finite, low, 0).to(tl.float32, bitcast=True)
             scale = tl.div_rn(most, LARGEST) + tl.div_rn(least, LARGEST)
-            scale = tl.maximum(scale, tl.div_rn(tl.full((BB,), FLOOR, tl.float32), LARGEST))
+            scale = tl.maximum(scale, FLOOR)
             zero = tl.where(finite, rounded(tl.div_rn(least, scale)), 0.0)
             tl.store(zeros + block, zero.to(tl.int32).to(tl.uint8), mask=there)
         else:
@@ -213,8 +214,11 @@ def quantized(
         return outputs
     x = weight.reshape(-1, n, k)
     block = dict(FORMAT=name, ROWS=min(rows, n), COLUMNS=min(columns, k))
+    if name == "int4":  # in float32, as the composite divides
+        floor = float(torch.tensor(floor) / largest)
     tile = tile_for("quantize.scales", x)
-    each = min(tile["BE"], 1 << (block["ROWS"] * block["COLUMNS"] - 1).bit_length())
+    # Two at least: Ascend's compiler takes no tile of one column.
+    each = max(2, min(tile["BE"], 1 << (block["ROWS"] * block["COLUMNS"] - 1).bit_length()))
     sizes = dict(BE=each, BB=tile["ELEMENTS"] // each)
     launch(
         _scales, programs(x, cdiv(scales.numel(), sizes["BB"]), tile), x, scales, zeros,
