@@ -77,7 +77,8 @@ def rendered(kept: dict[str, Any]) -> str:
 def page(kept: dict[str, Any]) -> str:
     """docs/ascend.md."""
     count = kept["reports"]
-    runs = "one report" if count == 1 else f"{count} reports, an operator at a time"
+    one = "one run of `transom verify --target ascend --quick`"
+    runs = one if count == 1 else f"{count} reports, the last one of an operator counting"
     out = [HEAD.format(note=kept["note"], tools=" and ".join(kept["tools"][:2]), reports=runs)]
     out += ["| level | passed | failed | refused |", "|---|---:|---:|---:|"]
     out += [f"| {n} | {a} | {b} | {c} |" for n, (a, b, c) in kept["levels"].items()]
@@ -118,11 +119,9 @@ HEAD = """\
 
 {note}
 
-Made with {tools} from {reports}: an operator's small calls (three dtypes, sizes 0 and 1, models'
-shapes shrunk; of some operators four of them, see the counts), and its kernels at a model's full
-size in bfloat16, and in mxfp4 where it has weights. `transom verify --target ascend --quick` runs
-the small calls of every operator; without `--quick` all dtypes, formats and tiles are planned too.
-Neither has been run whole by one command.
+Made with {tools} from {reports}: each operator's small calls (three dtypes, sizes 0 and 1, models'
+shapes shrunk), and its kernels at a model's full size in bfloat16, and in mxfp4 where it has
+weights. Without `--quick` all dtypes, formats and tiles are planned too: that was not run whole.
 """
 PLANNED = """\
 KiB of a core's memories that the compiler gives each kernel with its tile. `yes`: it fits; `no`: it
