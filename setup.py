@@ -82,7 +82,7 @@ def extensions() -> list[Extension]:
         flags = ["-std=c++20", "-O2", "-fvisibility=hidden"]
         found.append(
             Extension(
-                "transom._C", ["csrc/bind.cpp", "csrc/direct.cpp"],
+                "transom._C", [f"csrc/{name}.cpp" for name in ("bind", "direct", "ranges")],
                 include_dirs=["csrc/include", pybind11],
                 depends=["csrc/include/transom_plugin.h", "csrc/python.h"],
                 extra_compile_args=flags,

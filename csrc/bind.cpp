@@ -29,7 +29,6 @@ constexpr uint32_t kMostOutputs = 16;
 constexpr size_t kKept = 1024;                  /* signatures kept of an implementation */
 constexpr uint64_t kKeptWorkspace = 64 << 20;   /* bytes kept by a thread: new pages are dear */
 constexpr uint64_t kMostWorkspace = 1ULL << 40; /* more is taken for a mistake */
-constexpr int32_t kHost = 1;                    /* DLPack's device type of the processor */
 
 int64_t integer(PyObject *object) {
   const int64_t number = PyLong_AsLongLong(object);
@@ -90,6 +89,7 @@ struct Function {
   py::object greedy;    /* (bytes of workspace): raises */
   py::object far;       /* (device, bytes) -> stream as a number, workspace; not for the host */
   py::object packed;    /* None, or (place, weight) -> its packed form, a tensor, or None */
+  std::vector<size_t> written; /* arguments: torch is told that they were */
   Known known;          /* what makers_of() answered, by key */
   const Known::value_type *last = nullptr;
 
@@ -128,6 +128,7 @@ class Call {
     const py::object makers = f_.makers({reinterpret_cast<char *>(key_), 8 * words_}, values);
     py::object result = outputs(makers.ptr());
     run(values);
+    if (!f_.written.empty()) tell(values);
     return result;
   }
 
@@ -295,6 +296,13 @@ class Call {
     }
   }
 
+  /* So that autograd sees what it saved change. */
+  void tell(PyObject *const *values) {
+    py::tuple all(f_.written.size());
+    for (size_t i = 0; i < f_.written.size(); i++) all[i] = py::handle(values[f_.written[i]]);
+    owned(PyObject_CallOneArg(names.written, all.ptr()));
+  }
+
   /* The implementation's answer; it may not look at data yet. */
   uint64_t workspace_bytes(const transom_call &call) {
     if (f_.impl->workspace == nullptr) return 0;
@@ -365,7 +373,7 @@ PyMethodDef definition = {
 
 /* None, or the sentence why this torch's tensors cannot be read. */
 py::object set_up(py::object tensor, py::object quantized, py::object threads,
-                  py::object deterministic) {
+                  py::object deterministic, py::object written) {
   constexpr const char *kTable = "__dlpack_c_exchange_api__";
   if (!py::hasattr(tensor, kTable)) return py::str("this torch has no DLPack exchange table");
   const py::object capsule = tensor.attr(kTable);
@@ -387,6 +395,7 @@ py::object set_up(py::object tensor, py::object quantized, py::object threads,
   names.quantized = quantized.release().ptr();
   names.threads = threads.release().ptr();
   names.deterministic = deterministic.release().ptr();
+  names.written = written.release().ptr();
   const std::pair<PyObject **, const char *> texts[] = {
       {&names.resolve_neg, "resolve_neg"}, {&names.device, "device"},
       {&names.buffers, "_buffers"},        {&names.spec, "spec"},
@@ -399,7 +408,8 @@ py::object set_up(py::object tensor, py::object quantized, py::object threads,
 
 /* A built-in function that runs `impl` with every declared argument in order. */
 py::object bind(uintptr_t impl, std::string op, const py::list &parameters, py::object makers_of,
-                py::object fail, py::object greedy, py::object far, py::object packed) {
+                py::object fail, py::object greedy, py::object far, py::object packed,
+                const py::list &written) {
   auto function = std::make_unique<Function>();
   function->impl = reinterpret_cast<const transom_impl *>(impl);
   function->op = std::move(op);
@@ -416,6 +426,7 @@ py::object bind(uintptr_t impl, std::string op, const py::list &parameters, py::
   function->greedy = std::move(greedy);
   function->far = std::move(far);
   function->packed = std::move(packed);
+  for (const py::handle place : written) function->written.push_back(py::cast<size_t>(place));
   const py::capsule self(function.release(), kFunction, [](PyObject *capsule) {
     delete static_cast<Function *>(PyCapsule_GetPointer(capsule, kFunction));
   });
@@ -434,4 +445,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_up", &set_up);
   module.def("bind", &bind);
   add_direct(module);
+  add_ranges(module);
 }

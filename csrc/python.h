@@ -15,6 +15,7 @@ namespace py = pybind11;
 
 constexpr uint32_t kMostPlaces = 48; /* of a call's arguments */
 constexpr size_t kMostKey = 512;     /* words of a call's shapes and plain arguments */
+constexpr int32_t kHost = 1;         /* DLPack's device type of the processor */
 
 enum : int32_t { kTensor = -1, kWeight = -2 }; /* kinds of a parameter; else a plain one's tag */
 
@@ -31,7 +32,7 @@ struct Exchange {
 struct Names {
   const Exchange *exchange;
   PyObject *tensor, *quantized;       /* types */
-  PyObject *threads, *deterministic;  /* functions of torch */
+  PyObject *threads, *deterministic, *written; /* functions of torch */
   PyCFunction is_neg; /* the function of Tensor.is_neg: looking it up takes as long as it does */
   PyObject *resolve_neg, *device, *buffers, *spec;
   PyObject *parts[3]; /* of a quantised weight */
@@ -59,5 +60,6 @@ inline void raise_in_python() {
 }
 
 void add_direct(py::module_ &module); /* direct.cpp */
+void add_ranges(py::module_ &module); /* ranges.cpp */
 
 }  // namespace transom_c

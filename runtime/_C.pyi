@@ -16,6 +16,7 @@ def set_up(
     quantized: type,
     threads: Callable[[], int],
     deterministic: Callable[[], bool],
+    written: Callable[[Sequence[Tensor]], None],
 ) -> str | None:
     """Learn the types and functions that calls use. None, or why this torch's tensors cannot be
     read."""
@@ -27,6 +28,7 @@ def watch(
     function_modes: Callable[[], int],
     transforms: Callable[[], Any],
     tracing: Callable[[], Any],
+    any_autocast: Callable[[], bool],
     autocast: Callable[[str], bool],
     capturing: Callable[[], bool],
 ) -> None:
@@ -61,6 +63,7 @@ def bind(
     greedy: Callable[[int], NoReturn],
     far: Callable[[Any, int], tuple[int, Tensor | None]],
     packed: Callable[[int, Any], Tensor | None] | None,
+    written: list[int],
 ) -> Callable[..., Any]:
     """A built-in function that runs the transom_impl at this address.
 
@@ -69,4 +72,14 @@ def bind(
     fail        (code, status code, text) raises; greedy (bytes of workspace) likewise
     far         (device, bytes) -> stream, workspace; asked for devices other than the host
     packed      (place, weight) -> its packed form or None
+    written     arguments that it writes to, by number
+    """
+
+def ranges(
+    given: list[tuple[int, int, bool, int, int]], count: int, otherwise: Callable[..., None]
+) -> Callable[..., None]:
+    """A built-in function of one operator's declared arguments, `count` of them: does nothing where
+    every range holds, else otherwise (every argument) is called.
+
+    given  (argument, argument to add or the same one, rising, low, high) for each range
     """

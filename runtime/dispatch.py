@@ -21,6 +21,7 @@ import torch
 
 from . import config, guard
 from . import device as _device
+from .abi import ranges
 from .abi.frame import described
 from .dtypes import Kind
 from .errors import NotSupported, SlowPath
@@ -66,9 +67,9 @@ class Plan:
 
     impl: Impl
     facts: Facts
-    check: Callable[[Sequence[Any]], None] | None
+    check: Callable[..., None] | None
     run: Callable[..., Any]
-    """Of the declared arguments in order."""
+    """Of the declared arguments in order, as check."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> An
     if plan is None or (plan.facts.device == "cuda" and torch.cuda.is_current_stream_capturing()):
         plan = make_plan(op, values, key, gradient)
     if plan.check is not None:
-        plan.check(values)
+        plan.check(*values)
     if _recorders:
         return _run_recorded(op, plan, values)
     return plan.run(*values)
@@ -270,7 +271,7 @@ def _caller() -> int:
     return level
 
 
-def _value_check(op: Op[..., Any], facts: Facts) -> Callable[[Sequence[Any]], None] | None:
+def _value_check(op: Op[..., Any], facts: Facts) -> Callable[..., None] | None:
     rule = op._check_values
     if rule is None or not (facts.device == "cpu" or config.debug()):
         return None
@@ -278,7 +279,7 @@ def _value_check(op: Op[..., Any], facts: Facts) -> Callable[[Sequence[Any]], No
     asked = [(at, op._rank[n]) for at, n in enumerate(op._check_values_asks) if n in op._rank]
     far = facts.device != "cpu"
 
-    def check(values: Sequence[Any]) -> None:
+    def check(*values: Any) -> None:
         given = known.copy()
         for at, i in asked:
             value = values[i]
@@ -287,7 +288,7 @@ def _value_check(op: Op[..., Any], facts: Facts) -> Callable[[Sequence[Any]], No
         if text:
             raise ValueError(f"{op.name}: {text}")
 
-    return check
+    return check if far else ranges.ahead_of(check, op, {**facts.arguments, **facts.dims})
 
 
 def forget_plans() -> None:

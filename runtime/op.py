@@ -264,7 +264,7 @@ class Op(Generic[P, R]):
             for at, name, weight, optional in self._front_tensors:
                 if at < len(args) or name in kwargs:
                     value = args[at] if at < len(args) else kwargs[name]
-                    if not (optional and value is None):
+                    if type(value) is not Tensor and not (optional and value is None):
                         self._check_tensor(name, value, weight)
             return self._front(self.call, *args, **kwargs)
         return self.call(*args, **kwargs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.abi.ranges import satisfied_by
 from transom.kernels.ordered_sum import add_rows
 from transom.op import Weight, op
 from transom.weights import gather_rows
@@ -121,7 +122,7 @@ def _(
                 "hashed_embedding: out is given and table requires a gradient; out has none;"
                 " leave out away, or call under torch.no_grad()"
             )
-        hashed_embedding_out(tokens, table, out, **hashed)
+        hashed_embedding_out.call(tokens, table, out, **hashed)
         return out
     if sparse_gradient and torch.is_grad_enabled() and table.requires_grad:
         return _SparseGradient.apply(
@@ -436,14 +437,26 @@ def lookup_rules(n: int, pad: int, shard: tuple[int, ...]) -> str | None:
     return hash_rules(n, pad)
 
 
+# A shard need not hold every row; the whole table must.
+LOOKUP_RANGES = (
+    "1 <= moduli; 0 <= offsets; 1 <= moduli + offsets <= (2**63 - 1 if shard else {rows})"
+)
+
+
+@satisfied_by(LOOKUP_RANGES.format(rows="V"))
 def row_rules(moduli: Tensor, offsets: Tensor, V: int, shard: tuple[int, ...]) -> str | None:
     """The rules on the values of a lookup's moduli and offsets in a table of V rows."""
     if (text := modulus_rules(moduli, offsets)) is not None:
         return text
-    # A shard need not hold every row; the whole table must.
     if not shard and (last := last_row(moduli, offsets)) >= V:
         return f"offsets + moduli give rows up to {last}; table has {V} rows"
     return None
+
+
+@satisfied_by(LOOKUP_RANGES.format(rows="rows"))
+def _gradient_row_rules(moduli: Tensor, offsets: Tensor, rows: int, shard: tuple[int, ...]):
+    """The same in the gradients, which have no table to tell its rows."""
+    return row_rules(moduli, offsets, rows, shard)
 
 
 def sample_lookup(rng: np.random.Generator, dims: dict) -> dict:
@@ -463,5 +476,5 @@ for _op in (hashed_embedding, hashed_embedding_out):
     _op.sample(sample_lookup)
 for _op in (hashed_embedding_backward, hashed_embedding_row_gradient):
     _op.check(lookup_rules)
-    _op.check_values(lambda moduli, offsets, rows, shard: row_rules(moduli, offsets, rows, shard))
+    _op.check_values(_gradient_row_rules)
     _op.sample(sample_lookup)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transom import config
+from transom.abi.ranges import satisfied_by
 from transom.kernels.extremes import FEW, extremes, few
 from transom.op import op
 
@@ -236,7 +237,9 @@ def last_row(moduli: Tensor, offsets: Tensor | None) -> int:
         return extremes(moduli)[1] - 1
     if moduli.numel() <= FEW:
         return max(map(add, few(moduli), few(offsets))) - 1
-    return int((moduli.numpy().reshape(-1).astype(np.int64) + offsets.numpy()).max()) - 1
+    # Both are known to be positive: a sum that passes 63 bits does not pass 64.
+    ends = moduli.numpy().reshape(-1).astype(np.uint64) + offsets.numpy().astype(np.uint64)
+    return int(ends.max()) - 1
 
 
 @ngram_hash.check
@@ -245,6 +248,7 @@ def _(n, pad):
 
 
 @ngram_hash.check_values
+@satisfied_by("1 <= moduli; 0 <= offsets; 1 <= moduli + offsets <= 2**31")
 def _(moduli, offsets):
     if (text := modulus_rules(moduli, offsets)) is not None:
         return text

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.abi.ranges import satisfied_by
 from transom.kernels.same_bits import ROW_TILE, multiply
 from transom.op import Weight, op
 from transom.weights import weight_tile
@@ -132,10 +133,7 @@ def _(x: np.ndarray, weight: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 @grouped_gemm.check_values
-def _(offsets: Tensor, M: int) -> str | None:
-    return _offsets_fault(offsets, M)
-
-
+@satisfied_by("0 <= rising offsets <= M")
 def _offsets_fault(offsets: Tensor, M: int) -> str | None:
     ends = offsets.tolist()
     # Sorting a sorted list is one pass in C: 4 us less than NumPy for the sizes that occur.
@@ -210,9 +208,7 @@ def _(dy: np.ndarray, weight: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return dx
 
 
-@grouped_gemm_dx.check_values
-def _(offsets: Tensor, M: int) -> str | None:
-    return _offsets_fault(offsets, M)
+grouped_gemm_dx.check_values(_offsets_fault)
 
 
 grouped_gemm_dx.sample(_sample_offsets)
@@ -271,9 +267,7 @@ def _(dy: np.ndarray, x: np.ndarray, offsets: np.ndarray, weight: np.ndarray) ->
     return dw
 
 
-@grouped_gemm_dw.check_values
-def _(offsets: Tensor, M: int) -> str | None:
-    return _offsets_fault(offsets, M)
+grouped_gemm_dw.check_values(_offsets_fault)
 
 
 grouped_gemm_dw.sample(_sample_offsets)

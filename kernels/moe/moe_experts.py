@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.abi.ranges import satisfied_by
 from transom.kernels.extremes import extremes
 from transom.op import Weight, op
 
@@ -209,6 +210,7 @@ def _fault(activation: str, limit: float | None, weight_position: str) -> str | 
     return None
 
 
+@satisfied_by("-1 <= ids <= E - 1")
 def _ids_fault(ids: Tensor, E: int) -> str | None:
     low, high = extremes(ids) if ids.numel() else (-1, -1)
     if low < -1:

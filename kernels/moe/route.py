@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.abi.ranges import satisfied_by
 from transom.dtypes import accumulator
 from transom.kernels.same_bits import sigmoid
 from transom.op import op
@@ -245,6 +246,7 @@ def _basic_fault(k: int, E: int, score: str) -> str | None:
 
 
 @route.check_values
+@satisfied_by("-1 <= preset <= E - 1")
 def _(preset: Tensor | None, E: int) -> str | None:
     return None if preset is None else _ids_fault("preset", preset, E)
 
@@ -410,6 +412,7 @@ def _(k: int, E: int, score: str) -> str | None:
 
 
 @route_backward.check_values
+@satisfied_by("-1 <= ids <= E - 1")
 def _(ids: Tensor, E: int) -> str | None:
     return _ids_fault("ids", ids, E)
 

@@ -3,6 +3,7 @@
 table   opening a library, checking its table, registering what it offers
 frame   a call as C sees it
 call    calling: outputs and workspace, errors
+ranges  values of tensors, checked where a rule of the operator need not be asked
 direct  eager inference: past torch's dispatcher to the plan of the call
 """
 

@@ -101,17 +101,9 @@ class CFunction:
         address = int(table.interface().cast("uintptr_t", self.entry.pointer))
         call: Run = extension.bind(
             address, op.name, parameters, self._makers_of, fail, self.greedy, self._far,
-            self._look(gradient),
+            self._look(gradient), [op._rank[name] for name in op.mutates],
         )  # fmt: skip
-        if not op.mutates:
-            return call
-        written = [op._rank[name] for name in op.mutates]
-
-        def writing(*values: Any) -> None:
-            call(*values)
-            increment_version([values[i] for i in written])
-
-        return writing
+        return call
 
     def _makers_of(self, values: Sequence[Any]) -> tuple[Maker, ...]:
         on = _device_of(values)

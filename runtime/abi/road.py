@@ -30,15 +30,19 @@ def _found() -> tuple[Any, str | None]:
     # What torch.are_deterministic_algorithms_enabled, a function in Python, asks.
     deterministic = torch._C._get_deterministic_algorithms
     reason: str | None = extension.set_up(
-        torch.Tensor, QuantizedWeight, torch.get_num_threads, deterministic
+        torch.Tensor,
+        QuantizedWeight,
+        torch.get_num_threads,
+        deterministic,
+        torch._C._increment_version,
     )
     if reason is not None:
         return None, reason
     extension.watch(
         torch.nn.Parameter, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack,
         torch._C._len_torch_function_stack, torch._C._functorch.peek_interpreter_stack,
-        torch._C._get_tracing_state, torch.is_autocast_enabled,
-        torch.cuda.is_current_stream_capturing,
+        torch._C._get_tracing_state, torch._C._is_any_autocast_enabled,
+        torch.is_autocast_enabled, torch.cuda.is_current_stream_capturing,
     )  # fmt: skip
     return extension, None
 

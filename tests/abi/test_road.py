@@ -43,4 +43,5 @@ def test_a_torch_whose_tensors_cannot_be_read_is_left_to_cffi(found):
 @pytest.mark.skipif(road.extension() is None, reason=str(road.why_cffi()))
 def test_the_extension_says_what_it_misses_of_a_torch():
     extension = road.extension()
-    assert extension.set_up(object, object, int, int) == "this torch has no DLPack exchange table"
+    reason = extension.set_up(object, object, int, int, int)
+    assert reason == "this torch has no DLPack exchange table"

@@ -178,7 +178,7 @@ def build(
     bound = op.validate(given, kinds, arguments)
     check = transom.dispatch._value_check(op, _facts(bound, kinds, arguments))
     if check is not None:  # rules on values read them on the host
-        check([v.cpu() if isinstance(v, torch.Tensor) else v for v in values])
+        check(*[v.cpu() if isinstance(v, torch.Tensor) else v for v in values])
     text = ", ".join(
         f"{n}={_describe(v)}" for n, v in zip((p.name for p in op.parameters), values, strict=True)
     )
