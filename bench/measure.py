@@ -156,8 +156,17 @@ def ours(case: Case, values: Mapping[str, Any]) -> tuple[list[Candidate], str | 
 
         return lambda _: _under(op.name, name, call)
 
-    found = [Candidate(name, "transom", prepare(name)) for name in able]
+    found = [Candidate(name, "transom", prepare(name), _note(op, name)) for name in able]
     return found, dispatch.select(op, facts).chosen
+
+
+def _note(op: Any, name: str) -> str:
+    """Whether the implementation keeps packed weights, as some peers do."""
+    packed = getattr(op.impls[name].function, "packed", None)
+    budget = None if packed is None else packed.budget
+    if budget is None or not any(p.role == "weight" for p in op.parameters):
+        return ""
+    return f"up to {budget.limit / 2**20:g} MiB of weights packed"
 
 
 class _under:
@@ -187,7 +196,9 @@ def measure(
     rates      seconds by unit of work of candidates in earlier cases of this kind: one that would
                take longer than LONG is left out.
     """
-    inputs = case.make(Draw(case.dtype)) if inputs is None else inputs
+    if inputs is None:
+        with torch.inference_mode(False):  # where weights have no version, none is packed
+            inputs = case.make(Draw(case.dtype))
     found, chosen = ours(case, inputs.draws[0])
     if not composite:
         found = [c for c in found if c.name != "composite"] or found

@@ -29,24 +29,29 @@ PLUGINS = Variable("TRANSOM_PLUGINS", "all", "plugins to load: all | none | name
 DEBUG = Variable("TRANSOM_DEBUG", "0", "1: check values of tensors on every device (synchronises)")
 WORKSPACE = Variable("TRANSOM_WORKSPACE_MB", "64", "temporaries of a composite, in MiB")
 KEPT = Variable("TRANSOM_KEPT_MB", "1024", "memory of large outputs kept for later ones, in MiB")
+PACKED = Variable("TRANSOM_PACKED_MB", "0", "packed weights that native kernels keep, in MiB")
 TUNE = Variable("TRANSOM_TUNE", "on", "off: ignore measured choices (transom tune)")
 CACHE = Variable("TRANSOM_CACHE", "~/.cache/transom", "folder of measured choices and peaks")
 GUARD = Variable("TRANSOM_GUARD", "0", "N: compare every Nth call with the composite")
 LEVEL = Variable("TRANSOM_NATIVE_LEVEL", "", "CPU kernels: baseline | avx2 | avx512 | neon")
 
-VARIABLES = (USE, FALLBACK, PLUGINS, DEBUG, WORKSPACE, KEPT, TUNE, CACHE, GUARD, LEVEL)
+VARIABLES = (USE, FALLBACK, PLUGINS, DEBUG, WORKSPACE, KEPT, PACKED, TUNE, CACHE, GUARD, LEVEL)
 
 
 def workspace_bytes() -> int:
-    """Bytes that a composite's temporaries may take beyond its inputs and outputs (soft: one tile
-    always fits)."""
-    text = WORKSPACE.get()
+    """Bytes of a composite's temporaries beside inputs and outputs (soft: one tile always fits)."""
+    return at_most(WORKSPACE, zero=False)
+
+
+def at_most(variable: Variable, zero: bool = True) -> int:
+    """Bytes of a variable in MiB, which may be 0 if `zero`."""
+    text, least = variable.get(), ">= 0" if zero else "> 0"
     try:
         mib = float(text)
     except ValueError:
         mib = -1.0
-    if not mib > 0:
-        raise ValueError(f"{WORKSPACE.name}: value is {text!r}; expected MiB > 0")
+    if not 0 <= mib < float("inf") or (mib == 0 and not zero):
+        raise ValueError(f"{variable.name}: value is {text!r}; expected MiB {least}")
     return int(mib * 2**20)
 
 

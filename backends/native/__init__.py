@@ -1,15 +1,19 @@
 """Our own CPU kernels: csrc/cpu, compiled into transom/_native.so, called through the plugin table.
 
 TRANSOM_NATIVE_LEVEL (baseline, avx2, avx512, neon) asks for another level than the best one here.
+Weights are packed only where TRANSOM_PACKED_MB gives memory for it: the form is a second copy.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import transom
+from transom import config
 from transom.abi import Library, open_library
+from transom.abi.services import Budget
 from transom.errors import PluginError
 
 DEVICES = ("cpu",)
@@ -24,7 +28,7 @@ def library() -> Library:
             "this installation has no compiled kernels; expected transom/_native.so; "
             "install a platform wheel, or build from source with a C++ compiler"
         )
-    return open_library(path)
+    return replace(open_library(path), budget=Budget(config.at_most(config.PACKED)))
 
 
 def register(op: str) -> None:

@@ -12,9 +12,10 @@
 
 /* Each level's sources define these; transom_kernels.h, which the build writes, lists them and the
  * levels, the best one first. */
-#define TRANSOM_DECLARE(level, op)  \
-  namespace transom::level {        \
-  extern const transom_impl op;     \
+#define TRANSOM_DECLARE(level, op)        \
+  namespace transom::level {              \
+  extern const transom_impl op;           \
+  extern const transom_services services; \
   }
 #define TRANSOM_ENTRY(level, op) &transom::level::op,
 #define TRANSOM_TABLE(level)                                                            \
@@ -23,7 +24,7 @@
   static const transom_plugin level##_plugin = {                                           \
       sizeof(transom_plugin), TRANSOM_ABI_MAJOR, TRANSOM_ABI_MINOR,                     \
       "transom", "1." #level, "cpu", sizeof level##_impls / sizeof level##_impls[0],    \
-      0, level##_impls, nullptr};
+      0, level##_impls, &transom::level::services};
 
 struct Level {
   const char *name;

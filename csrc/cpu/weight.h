@@ -52,6 +52,8 @@ struct Weight {
   Stored stored;
   bool turned;
   int64_t fixed; /* fixed_block() where rows of x went through fix_row(), else 0 */
+  const char *panels; /* the same in panels (packed.h), of this many columns; or NULL */
+  int64_t columns;
 };
 
 namespace {
@@ -67,10 +69,12 @@ inline int shift_of(int64_t block) {
   return (block & (block - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(block)) : -1;
 }
 
-inline Stored stored_at(const transom_call *call, int argument, int64_t e) {
-  const transom_tensor *values = tensor(call, argument), *scales = tensor(call, argument + 1);
-  const transom_tensor *zeros = tensor(call, argument + 2);
-  const char *spec = call->args[argument + 3].string;
+/* Matrix e of a quantised weight in its four places. */
+inline Stored stored_at(const transom_value *places, int64_t e) {
+  const transom_tensor *values = places[0].tensor, *scales = places[1].tensor;
+  const transom_tensor *zeros =
+      places[2].tag == TRANSOM_VALUE_TENSOR ? places[2].tensor : nullptr;
+  const char *spec = places[3].string;
   Stored out = {};
   out.format = strncmp(spec, "int8", 4) == 0   ? kInt8
                : strncmp(spec, "int4", 4) == 0 ? kInt4
@@ -102,15 +106,18 @@ inline Weight plain_weight(const transom_tensor *w, int64_t e) {
   return weight;
 }
 
-/* Matrix e of a weight, which stands in four arguments: one plain tensor and three times nothing,
- * or values, scales, zero points and format. */
-inline Weight weight_at(const transom_call *call, int first, int64_t e) {
-  if (call->args[first + 3].tag != TRANSOM_VALUE_STRING)
-    return plain_weight(tensor(call, first), e);
+/* Matrix e of a weight, which stands in four places: one plain tensor and three times nothing, or
+ * values, scales, zero points and format. */
+inline Weight weight_in(const transom_value *places, int64_t e) {
+  if (places[3].tag != TRANSOM_VALUE_STRING) return plain_weight(places[0].tensor, e);
   Weight weight = {};
   weight.number = -1;
-  weight.stored = stored_at(call, first, e);
+  weight.stored = stored_at(places, e);
   return weight;
+}
+
+inline Weight weight_at(const transom_call *call, int first, int64_t e) {
+  return weight_in(call->args + first, e);
 }
 
 /* Numbers of a block if rows of x with K numbers of `x_kind` are multiplied in integers, else 0.
@@ -134,6 +141,7 @@ inline int64_t fixed_stride(int64_t K, int64_t block) {
 
 /* w[n][k] read as [k][n]. */
 inline Weight transposed(Weight w) {
+  w.panels = nullptr;
   const int64_t row = w.plain.row;
   w.plain.row = w.plain.along, w.plain.along = row;
   w.turned = !w.turned;
@@ -141,6 +149,16 @@ inline Weight transposed(Weight w) {
 }
 
 }  // namespace
+
+/* Bytes of a weight in panels: its four places, whose data may be NULL; 0 where multiply() takes it
+ * as it is stored. */
+uint64_t panels_bytes(const transom_value *places);
+
+/* Writes them. */
+void write_panels(const transom_value *places, void *panels);
+
+/* Adds matrix e of the panels to it, if the call brings some. */
+void find_panels(const transom_call *call, int first, int64_t e, Weight *weight);
 
 /* A row of x, in place, as w.fixed wants it (integers.h). */
 void fix_row(const Weight &w, int64_t K, float *x);

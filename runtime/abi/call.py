@@ -51,8 +51,11 @@ class CFunction:
         self._bound: dict[bool, Run] = {}
         services = library.services
         packs = services is not None and services.packed_bytes and services.pack
-        self.packed = Packed(self, services) if packs else None
-        """Of weights; None where the library packs none."""
+        budget = library.budget
+        if budget is not None and not budget.limit:
+            packs = False
+        self.packed = Packed(self, services, budget) if packs else None
+        """Of weights; None where the library packs none, or may not."""
 
     def __repr__(self) -> str:
         return f"<{self.op.name} of {self.library.path.name}: {self.entry.name}>"

@@ -87,11 +87,4 @@ def _limit() -> int:
     """Bytes to keep; 0 where the system can't be told to take them."""
     if not (sys.platform.startswith("linux") and hasattr(mmap, "MADV_FREE")):
         return 0
-    text = config.KEPT.get()
-    try:
-        mib = float(text)
-    except ValueError:
-        mib = -1.0
-    if not 0 <= mib < float("inf"):
-        raise ValueError(f"{config.KEPT.name}: value is {text!r}; expected MiB >= 0")
-    return int(mib * 2**20)
+    return config.at_most(config.KEPT)

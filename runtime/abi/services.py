@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,6 +104,25 @@ class _Seen:
         self.form: Tensor | None = None
 
 
+class Budget:
+    """The memory that the packed forms of a library's weights may take together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        """Bytes."""
+        self._lock = threading.Lock()
+        self._forms: list[weakref.ref[Tensor]] = []
+
+    def form(self, size: int, on: torch.device) -> Tensor:
+        """Memory for a form; empty if that much is not left."""
+        with self._lock:
+            forms = [form for each in self._forms if (form := each()) is not None]
+            left = self.limit - sum(form.numel() for form in forms)
+            made = torch.empty(size if size <= left else 0, dtype=torch.uint8, device=on)
+            self._forms = [weakref.ref(form) for form in (*forms, made)]
+        return made
+
+
 class Packed:
     """The packed forms of the weights of one implementation.
 
@@ -111,11 +131,11 @@ class Packed:
     (as the tensor of its values, for a quantised one) and is dropped when a call finds it changed
     or is differentiated. Changes are seen by torch's version counter, address and storage: writing
     through `.data` or NumPy is not, and tensors made under inference_mode, which have no version,
-    are not packed.
+    are not packed. A weight for which `budget` has no room when it is to be packed stays as it is.
     """
 
-    def __init__(self, function: CFunction, services: Any) -> None:
-        self.function, self.services = function, services
+    def __init__(self, function: CFunction, services: Any, budget: Budget | None = None) -> None:
+        self.function, self.services, self.budget = function, services, budget
         self._seen: dict[tuple[int, int], _Seen] = {}
 
     def form(self, at: int, weight: Tensor | QuantizedWeight) -> Tensor | None:
@@ -139,15 +159,18 @@ class Packed:
         self._seen.pop((at, id(_parts(weight)[0])), None)
 
     def _pack(self, at: int, weight: Tensor | QuantizedWeight) -> Tensor:
-        """The packed form; empty if the library wants none of this weight."""
+        """The packed form; empty if the library wants none of this weight, or none may be kept."""
         ffi, services, impl = table.interface(), self.services, self.function.entry.pointer
         on = weight.device
         values, keep = weight_values(described(weight), on)  # data is NULL
         wanted = services.packed_bytes(impl, at, values)
         if wanted > MOST_WORKSPACE:
             self.function.greedy(wanted, "a packed weight")
-        form = torch.empty(wanted, dtype=torch.uint8, device=on)
-        if wanted:
+        if self.budget is None:
+            form = torch.empty(wanted, dtype=torch.uint8, device=on)
+        else:
+            form = self.budget.form(wanted, on)
+        if form.numel():
             status = ffi.new("transom_status *")
             stream = ffi.cast("void *", self.function.stream(on))
             values, keep = weight_values(addressed(weight), on)

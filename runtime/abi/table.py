@@ -23,7 +23,7 @@ from ..requires import Requirement, device
 if TYPE_CHECKING:
     from ..dispatch import Facts
     from ..op import Op
-    from .services import Services
+    from .services import Budget, Services
 
 FIRST_SIZE = {"transom_plugin": 48, "transom_impl": 64, "transom_services": 64}
 """Bytes of each struct in the minor version that brought it: the least that a library can have."""
@@ -99,6 +99,8 @@ class Library:
     handle: Any = field(repr=False)
     services: Any = field(default=None, repr=False)
     """The transom_services in C, or None."""
+    budget: Budget | None = field(default=None, repr=False)
+    """Of the packed forms of weights; None for no limit."""
     registered: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def register(self, entry: Entry, backend: str | None = None) -> str | None:

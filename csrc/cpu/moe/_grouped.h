@@ -51,6 +51,7 @@ inline void grouped_tasks(void *context, int32_t thread) {
   Task task;
   while (take(&work->tasks, &walk, [&](int64_t e) { return work->end(e); }, &task)) {
     Weight weight = weight_at(work->call, work->weight, task.e);
+    find_panels(work->call, work->weight, task.e, &weight);
     weight.fixed = work->fixed;
     for (int64_t r = 0; r < task.rows && held != task.row; r++) {
       float *row = rows + r * work->x_stride;

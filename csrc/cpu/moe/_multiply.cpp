@@ -2,9 +2,9 @@
  *
  * Few rows of x: memory is the limit, and each number of the weight is used where it is read. More
  * rows: a piece of the weight is turned into a panel in L1, and while that is multiplied the next
- * piece is fetched. An element of the product has the same bits either way. */
-#include "../panels.h"
-#include "../stored.h"
+ * piece is fetched. A weight in panels (packed.h) has been turned beforehand. An element of the
+ * product has the same bits either way. */
+#include "../packed.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -124,12 +124,129 @@ inline void multiply_stored(const Weight &weight, int64_t rows, int64_t K, const
     multiply_panels(w, rows, K, x, x_stride, first + done, columns - done, c + done, c_stride, l2);
 }
 
+/* f(format) with the panels that a weight would have; false if it has none. */
+template <class Use>
+inline bool as_panels(const Weight &w, Use use) {
+  if (w.number == 1) {
+    use(Bf16Panels());
+  } else if (w.number == 2) {
+    use(F16Panels());
+  } else if (w.number < 0 && w.stored.format == kFp8 &&
+             w.stored.block_columns % Fp8Panels::kSteps == 0) { /* of which all have one scale */
+    use(Fp8Panels());
+  } else {
+    return false;
+  }
+  return true;
+}
+
+/* True if Fp8Panels::decode() gives every number of the matrix. */
+inline bool decodes(const Stored &w, int64_t N) {
+  const int64_t rows = w.block_rows == 0 ? N : w.block_rows;
+  const int64_t columns = w.block_columns == 0 ? w.columns : w.block_columns;
+  for (int64_t n = 0; n < N; n += rows)
+    for (int64_t k = 0; k < w.columns; k += columns)
+      if (const float scale = w.scale(n, k); !(scale < 0x1p100f && scale > -0x1p100f))
+        return false;
+  for (int64_t n = 0; n < N; n++) {
+    uint8_t largest = 0;
+    for (int64_t k = 0; k < w.columns; k++) {
+      const uint8_t magnitude = w.values[n * w.row + k] & 0x7f;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest == 0x7f) return false;
+  }
+  return true;
+}
+
+template <class Format>
+inline void write_matrix(const Weight &w, int64_t N, int64_t K, char *to) {
+  typedef typename Format::Unit Unit;
+  const bool plain = w.number >= 0;
+  const Unit *from = reinterpret_cast<const Unit *>(
+      plain ? w.plain.data : reinterpret_cast<const char *>(w.stored.values));
+  const int64_t row = plain ? w.plain.row : w.stored.row, along = plain ? w.plain.along : 1;
+  const int64_t bytes = panel_bytes<Format>(K);
+  constexpr int64_t kSteps = Format::kSteps;
+  memset(to, 0, static_cast<size_t>(up_to(N, kPanel) / kPanel * bytes));
+  for (int64_t n = 0; n < N; n += kPanel, to += bytes)
+    for (int64_t k = 0; k < K; k += kLine) /* what is written meanwhile stays in L1 */
+      for (int64_t i = 0; i < min_of(kPanel, N - n); i++) {
+        const Unit *next = from + (n + i) * row + k * along;
+        Unit *at = reinterpret_cast<Unit *>(to) + k * kPanel + i * kSteps;
+        const int64_t piece = min_of(kLine, K - k);
+        int64_t j = 0;
+        for (; j + kSteps <= piece; j += kSteps, at += kSteps * kPanel)
+#pragma GCC unroll 4
+          for (int s = 0; s < kSteps; s++, next += along) at[s] = *next;
+        for (int s = 0; j < piece; j++, s++, next += along) at[s] = *next;
+      }
+}
+
 }  // namespace
+
+uint64_t panels_bytes(const transom_value *places) {
+  const transom_tensor *values = places[0].tensor;
+  const Weight w = weight_in(places, 0);
+  const int64_t E = values->shape[0], N = values->shape[1];
+  const int64_t K = w.number >= 0 ? values->shape[2] : w.stored.columns;
+  int64_t bytes = 0;
+  if (E > 0 && N > 0 && K > 0)
+    as_panels(w, [&]<class Format>(Format) {
+      bytes = flag_bytes(E) + E * (up_to(N, kPanel) / kPanel) * panel_bytes<Format>(K);
+    });
+  return static_cast<uint64_t>(bytes);
+}
+
+void write_panels(const transom_value *places, void *panels) {
+  const transom_tensor *values = places[0].tensor;
+  const int64_t E = values->shape[0], N = values->shape[1];
+  char *flags = static_cast<char *>(panels), *to = flags + flag_bytes(E);
+  memset(flags, 0, static_cast<size_t>(flag_bytes(E)));
+  for (int64_t e = 0; e < E; e++) {
+    const Weight w = weight_in(places, e);
+    const int64_t K = w.number >= 0 ? values->shape[2] : w.stored.columns;
+    flags[e] = w.number >= 0 || decodes(w.stored, N);
+    as_panels(w, [&]<class Format>(Format) {
+      write_matrix<Format>(w, N, K, to);
+      to += up_to(N, kPanel) / kPanel * panel_bytes<Format>(K);
+    });
+  }
+}
+
+void find_panels(const transom_call *call, int first, int64_t e, Weight *w) {
+  if (call->packed == nullptr || call->packed[first] == nullptr) return;
+  const transom_tensor *values = tensor(call, first);
+  const char *flags = static_cast<const char *>(call->packed[first]);
+  if (flags[e] == 0) return;
+  const int64_t E = values->shape[0], N = values->shape[1];
+  const int64_t K = w->number >= 0 ? values->shape[2] : w->stored.columns;
+  as_panels(*w, [&]<class Format>(Format) {
+    w->columns = N;
+    w->panels =
+        flags + flag_bytes(E) + e * (up_to(N, kPanel) / kPanel) * panel_bytes<Format>(K);
+  });
+}
 
 void multiply(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
               int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2) {
   if (w.fixed > 0) {
     multiply_integers(rows, K, x, x_stride, w, first, columns, c, c_stride, l2);
+    return;
+  }
+  if (w.panels != nullptr) {
+    /* What lies before the first whole panel comes from where it is stored. */
+    const int64_t before = min_of(up_to(first, kPanel) - first, columns);
+    if (before > 0) {
+      Weight stored = w;
+      stored.panels = nullptr;
+      multiply(rows, K, x, x_stride, stored, first, before, c, c_stride, l2);
+    }
+    if (before < columns)
+      as_panels(w, [&]<class Format>(Format) {
+        multiply_packed<Format>(w, rows, K, x, x_stride, first + before, columns - before,
+                                c + before, c_stride, l2);
+      });
     return;
   }
 #define TRANSOM_MULTIPLY(how, w) how(w, rows, K, x, x_stride, first, columns, c, c_stride, l2)

@@ -105,6 +105,7 @@ void gate_and_up(void *context, int32_t thread) {
   Task task;
   while (take(&work->tasks, &walk, [&](int64_t e) { return routed.ends[e]; }, &task)) {
     Weight weight = weight_at(work->call, ARGUMENT(GATE_UP), task.e);
+    find_panels(work->call, ARGUMENT(GATE_UP), task.e, &weight);
     weight.fixed = work->x_fixed;
     for (int64_t r = 0; r < task.rows && held != task.row; r++) {
       float *row = rows + r * work->x_stride;
@@ -198,6 +199,7 @@ void down(void *context, int32_t thread) {
       const int64_t stop = min_of(routed.ends[task.e], work->to);
       if (stop <= start) continue;
       Weight weight = weight_at(work->call, ARGUMENT(DOWN), task.e);
+      find_panels(work->call, ARGUMENT(DOWN), task.e, &weight);
       weight.fixed = work->h_fixed;
       read_bias(work->down_bias, task.e, task.column, task.columns, bias);
       for (task.row = start; task.row < stop; task.row += task.rows) {
