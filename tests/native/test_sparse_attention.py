@@ -139,6 +139,18 @@ def test_a_query_has_the_same_bits_in_prefill_and_alone(threads, L, window, dtyp
             assert same(alone, tuple(x[:, s : s + 1] for x in whole))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_threads_that_share_the_heads_of_a_window_change_no_bits(threads, count, dtype) -> None:
+    call = inputs(B=1, S=count, H=70, D=512, N=0, M=200, window=100, dtype=dtype)
+    threads(1)
+    alone = attend(**call)
+    for n in (2, 3, 5, 7):
+        threads(n)
+        assert same(attend(**call), alone)
+        check(call)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_output_larger_than_the_caches_has_the_same_bits(dtype) -> None:
     item = dtype.itemsize

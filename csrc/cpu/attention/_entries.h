@@ -8,9 +8,10 @@
  *
  * Prefill: a task is a block of neighbouring queries, which share the tile of their windows, and of
  * entries where there are no lists. With fewer queries than threads can share evenly, a round of
- * tasks computes single pieces of one query, a second one merges them. Bound by FMA; a piece costs
- * a gather of kKeys rows for heads * (D + v_dim) multiplications each. Internal
- * linkage, as in vector.h. */
+ * tasks computes single pieces of one query, a second one merges them; of a query that has one
+ * piece, a window alone, the heads are shared. Bound by FMA; a piece costs a gather of kKeys rows
+ * for heads * (D + v_dim) multiplications each, and rows that only one query reads are fetched
+ * while those before them are multiplied. Internal linkage, as in vector.h. */
 #pragma once
 
 #include <sched.h>
@@ -32,6 +33,8 @@ static_assert(+ARGUMENT(KV) == +TRANSOM_SPARSE_ATTENTION_ROWS_ROWS &&
 constexpr int64_t kQueries = 16;
 /* Pieces of one query that wait for their merge, for each thread. */
 constexpr int64_t kWaiting = 4;
+/* Keys that are gathered at a time where nothing has fetched them: a whole number of tiles. */
+constexpr int64_t kStep = 36;
 
 struct Work : Places {
   const transom_call *call;
@@ -39,6 +42,8 @@ struct Work : Places {
   int64_t H, D, v_dim;
   float scale;
   int64_t padded, key_stride, sum_stride; /* heads in panels; floats of a row of a tile, of a sum */
+  int64_t groups;                         /* of a query's heads, shared by threads */
+  int64_t most_heads;                     /* of a group, in panels */
   bool split;                             /* a query's pieces are shared by threads */
   bool past_caches;                       /* the output is stored past them */
   int64_t block, at_once, local_rows;     /* queries of a task, in hand at a time; rows of a tile */
@@ -67,14 +72,15 @@ struct Desk {
 };
 
 Desk lay_out(const Work *work, Cutter *cutter) {
-  const int64_t queries = work->at_once, sums = work->H * work->sum_stride;
+  const int64_t queries = work->at_once, heads = work->most_heads;
+  const int64_t sums = heads * work->sum_stride;
   Desk desk = {};
-  desk.panels = cutter->part(queries * work->padded * work->D);
-  desk.total = cutter->collected(queries * work->padded, queries * sums);
-  desk.piece = cutter->collected(work->padded, sums);
-  float *scratch = cutter->part(scratch_floats(work->H));
-  desk.scratch = {scratch, scratch + kKeys * kPanel};
-  desk.entries = {cutter->part(work->N > 0 ? kKeys * work->key_stride : 0), -1, -1, 0};
+  desk.panels = cutter->part(queries * heads * work->D);
+  desk.total = cutter->collected(queries * heads, queries * sums);
+  desk.piece = cutter->collected(heads, sums);
+  desk.scratch = cut_scratch(cutter, heads);
+  const bool needed = work->N > 0 || work->block == 1;
+  desk.entries = {cutter->part(needed ? kKeys * work->key_stride : 0), -1, -1, 0};
   desk.local = {cutter->part(work->local_rows * work->key_stride), -1, -1, 0};
   return desk;
 }
@@ -87,6 +93,18 @@ void lay_out_shared(Work *work, Cutter *cutter) {
   work->total = cutter->collected(work->padded, sums);
   work->waiting = cutter->collected(slots * work->padded, slots * sums);
   work->some = reinterpret_cast<bool *>(cutter->part(slots));
+}
+
+/* Into how many groups the heads of a query are cut, `panels` of them: as few as leave the threads
+ * least idle, since each group gathers the keys anew. */
+int64_t groups_for(int64_t units, int64_t panels, int64_t threads) {
+  const auto taken = [&](int64_t groups) {
+    return (units * groups + threads - 1) / threads * ((panels + groups - 1) / groups);
+  };
+  int64_t best = 1;
+  for (int64_t groups = 2; groups <= panels; groups++)
+    if (taken(groups) < taken(best)) best = groups;
+  return best;
 }
 
 Work describe(const transom_call *call) {
@@ -109,8 +127,12 @@ Work describe(const transom_call *call) {
   work.threads = threads_for(products, call->threads);
   /* One query each leaves threads idle where the last round of queries is far from full. */
   const int64_t rounds = (units + work.threads - 1) / work.threads;
-  work.split = work.threads > 1 && 5 * units < 4 * rounds * work.threads && work.pieces > 1;
-  work.block = work.split ? 1 : clamp(units / (4 * work.threads), 1, kQueries);
+  const bool idle = work.threads > 1 && 5 * units < 4 * rounds * work.threads;
+  const int64_t panels = work.padded / kPanel;
+  work.split = idle && work.pieces > 1;
+  work.groups = idle && !work.split ? groups_for(units, panels, work.threads) : 1;
+  work.most_heads = (panels + work.groups - 1) / work.groups * kPanel;
+  work.block = work.split || work.groups > 1 ? 1 : clamp(units / (4 * work.threads), 1, kQueries);
   /* Queries in hand share a tile that does not last: their sums must not push it out of L2. */
   const bool lasting = work.indices != nullptr || work.entry_pieces <= 1;
   const int64_t state = work.padded * (work.D + work.sum_stride) * 4;
@@ -119,11 +141,87 @@ Work describe(const transom_call *call) {
       lasting && work.window <= kKeys ? 1 : clamp(fit, 1, work.block);
   /* Longer windows are taken in pieces, whose tiles last no longer than the queries in hand. */
   if (work.window > kKeys) work.block = work.at_once;
-  work.local_rows = work.window == 0 ? 0 : work.block - 1 + min_of(work.window, kKeys);
+  work.local_rows = work.window == 0 || work.block == 1
+                        ? 0
+                        : work.block - 1 + min_of(work.window, kKeys);
   Cutter cutter = {nullptr};
   lay_out(&work, &cutter);
   work.thread_floats = cutter.floats;
   return work;
+}
+
+/* The rows of a piece that a query sees. */
+struct Rows {
+  const transom_tensor *of;
+  int64_t count, list[kKeys];
+};
+
+void find_rows(const Work *work, int64_t b, int64_t s, int64_t piece, Rows *rows) {
+  const int64_t local = piece - work->entry_pieces;
+  if (local >= 0) {
+    int16_t before[kKeys + 1];
+    rows->of = work->local;
+    rows->count = near(work, b, s, 1, local, rows->list, before);
+  } else if (work->indices != nullptr) {
+    rows->of = work->kv;
+    rows->count = listed(work, b, s, piece, rows->list);
+  } else {
+    const int64_t start = piece * kKeys;
+    rows->of = work->kv;
+    rows->count = clamp(bound_of(work, b, s) - start, 0, kKeys);
+    for (int64_t i = 0; i < rows->count; i++) rows->list[i] = start + i;
+  }
+}
+
+/* Rows from the `from`-th on will be needed. */
+void expect(const Rows *rows, int64_t b, int64_t from, Soon *soon) {
+  const transom_tensor *t = rows->of;
+  for (int64_t i = from; i < rows->count; i++)
+    soon->add(t, b * t->strides[0] + rows->list[i] * t->strides[1]);
+}
+
+/* Some heads of a query against rows that it shares with no other one, gathered `step` at a time;
+ * 0: they are in the tile. */
+void attend_rows(const Work *work, const Rows *rows, int64_t b, int64_t step, const float *panels,
+                 int64_t heads, float *tile, Scratch scratch, Collected out, Soon *soon) {
+  const bool held = step == 0;
+  if (held) step = kKeys;
+  for (int64_t i = 0; i < rows->count; i += step) {
+    const int64_t count = min_of(step, rows->count - i);
+    float *keys = tile + i * work->key_stride;
+    if (!held) gather(rows->of, b, rows->list + i, count, keys, work->key_stride);
+    score(panels, heads, work->D, keys, work->key_stride, count, scratch.scores + i * kPanel, soon);
+  }
+  add_up(heads, work->scale, tile, work->key_stride, work->v_dim, rows->count, scratch, out,
+         work->sum_stride, soon);
+}
+
+/* Heads first .. first + heads of query s, whose rows are fetched while others are in work. */
+void attend_alone(const Work *work, Desk *desk, int64_t b, int64_t s, int64_t first,
+                  int64_t heads) {
+  const transom_tensor *q = work->q;
+  Rows rows[2];
+  bool any = false;
+  find_rows(work, b, s, 0, rows);
+  pack_heads(q, b * q->strides[0] + s * q->strides[1] + first * q->strides[2], heads,
+             desk->panels);
+  for (int64_t p = 0; p < work->pieces; p++) {
+    const Rows *here = rows + p % 2;
+    Rows *next = rows + (p + 1) % 2;
+    Soon soon;
+    if (p == 0) expect(here, b, kStep, &soon);
+    if (p + 1 < work->pieces) {
+      find_rows(work, b, s, p + 1, next);
+      expect(next, b, 0, &soon);
+    }
+    if (here->count == 0) continue;
+    attend_rows(work, here, b, p == 0 ? kStep : kKeys, desk->panels, heads, desk->entries.rows,
+                desk->scratch, any ? desk->piece : desk->total, &soon);
+    if (any) merge(desk->total, desk->piece, heads, work->sum_stride);
+    any = true;
+  }
+  finish(desk->total, any, first, heads, work->sum_stride, work->sink, work->call->outs[0],
+         work->call->outs[1], (b * work->S + s) * work->H, work->past_caches);
 }
 
 /* A piece of a query's list will be needed. Without lists neighbouring rows are, which the
@@ -234,11 +332,19 @@ void blocks(void *context, int32_t thread) {
   Cutter cutter = {static_cast<float *>(work->call->workspace) + thread * work->thread_floats};
   Desk desk = lay_out(work, &cutter);
   const int64_t each = (work->S + work->block - 1) / work->block;
+  const int64_t panels = work->padded / kPanel;
   int16_t before[kKeys + kQueries];
   for (;;) {
     const int64_t task = __atomic_fetch_add(work->next, 1, __ATOMIC_RELAXED);
-    if (task >= work->B * each) break;
-    const int64_t b = task / each, s = task % each * work->block;
+    if (task >= work->B * each * work->groups) break;
+    const int64_t group = task % work->groups, at = task / work->groups;
+    const int64_t b = at / each, s = at % each * work->block;
+    if (work->block == 1) {
+      const int64_t first = group * panels / work->groups * kPanel;
+      const int64_t stop = min_of((group + 1) * panels / work->groups * kPanel, work->H);
+      attend_alone(work, &desk, b, s, first, stop - first);
+      continue;
+    }
     const int64_t count = min_of(work->block, work->S - s);
     const bool lasting = work->window > 0 && work->window <= kKeys;
     if (lasting) gather_local(work, &desk.local, b, s, count, 0, before);
@@ -260,7 +366,10 @@ void await(int64_t *done, int64_t all) {
 void attend_pieces(Work *work, Desk *desk) {
   const int64_t H = work->H, tasks = work->whole + (work->count - work->whole) * work->parts;
   const int64_t panels = work->padded / kPanel;
-  int16_t before[kKeys + kQueries];
+  const int64_t last = work->first + work->count - 1;
+  int64_t held = -1;
+  bool fetched = false;
+  Rows rows, next;
   for (;;) {
     const int64_t task = __atomic_fetch_add(&work->next[1], 1, __ATOMIC_RELAXED);
     if (task >= tasks) break;
@@ -271,24 +380,24 @@ void attend_pieces(Work *work, Desk *desk) {
       from = part * panels / work->parts * kPanel;
       stop = min_of((part + 1) * panels / work->parts * kPanel, H);
     }
-    const int64_t p = work->first + slot, local = p - work->entry_pieces;
-    Range range = {desk->entries.rows, 0};
+    const int64_t p = work->first + slot, after = min_of(p + work->threads, last);
+    find_rows(work, work->b, work->s, p, &rows);
     Soon soon;
-    if (local < 0) {
-      range.count = gather_entries(work, &desk->entries, work->b, work->s, p);
-      expect(work, work->b, work->s, p + work->threads, &soon);
-    } else {
-      gather_local(work, &desk->local, work->b, work->s, 1, local, before);
-      range = {desk->local.rows, before[window_length(work, local)]};
+    if (held != p && !fetched) expect(&rows, work->b, kStep, &soon);
+    if (after > p) {
+      find_rows(work, work->b, work->s, after, &next);
+      expect(&next, work->b, 0, &soon);
     }
     await(&work->done[0], panels);
     const Collected here = {work->waiting.largest + slot * work->padded + from,
                             work->waiting.mass + slot * work->padded + from,
                             work->waiting.sum + (slot * H + from) * work->sum_stride};
-    if (from == 0) work->some[slot] = range.count > 0;
-    bool any = false;
-    take_up(work, work->packed + from * work->D, stop - from, range, desk->scratch, here, here,
-            &soon, &any);
+    if (from == 0) work->some[slot] = rows.count > 0;
+    if (rows.count > 0)
+      attend_rows(work, &rows, work->b, held == p ? 0 : fetched ? kKeys : kStep,
+                  work->packed + from * work->D, stop - from, desk->entries.rows, desk->scratch,
+                  here, &soon);
+    held = p, fetched = true;
     __atomic_fetch_add(&work->done[1], 1, __ATOMIC_RELEASE);
   }
   await(&work->done[1], tasks);

@@ -23,12 +23,13 @@ static_assert(kKeys <= kDepth && kKeys % kWidth == 0);
  * two would share cache sets. */
 inline int64_t tile_stride(int64_t width) { return up_to(width, kPanel) + 16; }
 
-/* Rows that will be needed next, fetched into L2 a few at a time while products run. */
+/* Rows that will be needed next, fetched into L2 line by line while products run: of a burst the
+ * lines beyond those that a core can wait for at once would hold up the products. */
 struct Soon {
   static constexpr int64_t kMost = 3 * kKeys;
   const char *rows[kMost];
   int32_t bytes[kMost];
-  int64_t count = 0, done = 0;
+  int64_t count = 0, done = 0, begun = 0; /* rows; bytes of the next one */
 
   /* A row whose last dim is in one piece. */
   void add(const transom_tensor *t, int64_t first) {
@@ -37,9 +38,21 @@ struct Soon {
     rows[count] = static_cast<const char *>(at(t, first));
     bytes[count++] = static_cast<int32_t>(min_of(t->shape[last] * size_of(t), 1 << 16));
   }
-  void fetch(int64_t most) {
-    for (const int64_t stop = min_of(done + most, count); done < stop; done++)
-      for (int32_t i = 0; i < bytes[done]; i += 64) __builtin_prefetch(rows[done] + i, 0, 2);
+  /* What a tile of K steps fetches: at most kLines of a row every kApart steps. */
+  Ahead next(int64_t K) {
+    constexpr int64_t kLines = 2, kApart = 16, kTogether = 16;
+    if (done == count) return {};
+    /* Their pages are looked up together, several at a time. */
+    if (begun == 0 && done % kTogether == 0)
+      for (int64_t i = done; i < min_of(done + kTogether, count); i++)
+        __builtin_prefetch(rows[i], 0, 2);
+    const int64_t left = bytes[done] - begun, steps = max_of(K / kApart, 1);
+    const int64_t lines = clamp(left / (kLine * steps), 1, kLines);
+    const Ahead out = {rows[done] + begun, lines, kLine, lines * kLine,
+                       max_of(kApart, K * kLine / max_of(left, 1))};
+    begun += steps * lines * kLine;
+    if (begun >= bytes[done]) done++, begun = 0;
+    return out;
   }
 };
 
@@ -99,42 +112,72 @@ struct Cutter {
   }
 };
 
-/* Where attend() keeps its scores, [kKeys][kPanel], and weights, [heads][kKeys]. */
+/* Where scores are kept, a panel of heads after the other, [kKeys][kPanel] each, and weights,
+ * [heads][kKeys]. */
 struct Scratch {
   float *scores, *weights;
 };
-inline int64_t scratch_floats(int64_t heads) { return kKeys * (kPanel + up_to(heads, kPanel)); }
+inline Scratch cut_scratch(Cutter *cutter, int64_t heads) {
+  const int64_t floats = kKeys * up_to(heads, kPanel);
+  return {cutter->part(floats), cutter->part(floats)};
+}
 
-/* Rows of `soon` to fetch with each product: all of them in those of 64 heads of 512. */
-constexpr int64_t kFetch = 8 * kPanel / 16;
+/* multiply_panel(), between whose tiles' steps `soon` is fetched. */
+inline void multiply_panel(int64_t rows, int64_t K, const float *a, int64_t a_stride,
+                           const float *b, int64_t b_stride, float *c, int64_t c_stride, bool add,
+                           Soon *soon) {
+  int64_t left = (rows + kTileRows - 1) / kTileRows;
+  if (soon == nullptr || soon->done == soon->count)
+    return multiply_panel(rows, K, a, a_stride, b, b_stride, c, c_stride, add);
+  for (; left > 0; left--) {
+    const int64_t r = (rows + left - 1) / left;
+    multiply_panel(r, K, a, a_stride, b, b_stride, c, c_stride, add, soon->next(K));
+    rows -= r;
+    a += r * a_stride;
+    c += r * c_stride;
+  }
+}
 
-/* `heads` packed heads against `count` keys, 1..kKeys; values are value_dim columns of their tile.
- * Everything in `out` is overwritten. */
-inline void attend(const float *panels, int64_t heads, int64_t D, float scale, const float *keys,
-                   int64_t key_stride, const float *values, int64_t value_stride,
+/* scores = `count` keys times packed heads; scores begin with those of the first key. */
+inline void score(const float *panels, int64_t heads, int64_t D, const float *keys,
+                  int64_t key_stride, int64_t count, float *scores, Soon *soon) {
+  for (int64_t h = 0; h < heads; h += kPanel, panels += D * kPanel, scores += kKeys * kPanel) {
+    if (D == 0) memset(scores, 0, static_cast<size_t>(count * kPanel) * sizeof(float));
+    for (int64_t d = 0; d < D; d += kDepth) {
+      multiply_panel(count, min_of(kDepth, D - d), keys + d, key_stride, panels + d * kPanel,
+                     kPanel, scores, kPanel, d > 0, soon);
+    }
+  }
+}
+
+/* out = the values of `count` keys, value_dim columns of their tile, under the softmax of the
+ * scores. Everything in `out` is overwritten. */
+inline void add_up(int64_t heads, float scale, const float *values, int64_t value_stride,
                    int64_t value_dim, int64_t count, Scratch scratch, Collected out,
                    int64_t out_stride, Soon *soon) {
-  for (int64_t h = 0; h < heads; h += kPanel, panels += D * kPanel) {
-    if (D == 0) memset(scratch.scores, 0, static_cast<size_t>(count * kPanel) * sizeof(float));
-    for (int64_t d = 0; d < D; d += kDepth) {
-      if (soon != nullptr) soon->fetch(kFetch);
-      multiply_panel(count, min_of(kDepth, D - d), keys + d, key_stride, panels + d * kPanel,
-                     kPanel, scratch.scores, kPanel, d > 0);
-    }
-    weigh(scratch.scores, count, scale, out.largest + h, out.mass + h);
+  for (int64_t h = 0; h < heads; h += kPanel) {
+    float *scores = scratch.scores + h * kKeys;
+    weigh(scores, count, scale, out.largest + h, out.mass + h);
     for (int64_t j = 0; j < count; j += kWidth)
       for (int64_t i = 0; i < kPanel; i += 4) {
         vf turned[4];
-        turn(scratch.scores + j * kPanel + i, kPanel, turned);
+        turn(scores + j * kPanel + i, kPanel, turned);
         for (int64_t r = 0; r < 4; r++)
           store(scratch.weights + (h + i + r) * kKeys + j, turned[r]);
       }
   }
-  for (int64_t d = 0; d < value_dim; d += kPanel) {
-    if (soon != nullptr) soon->fetch(kFetch);
+  for (int64_t d = 0; d < value_dim; d += kPanel)
     multiply_panel(heads, count, scratch.weights, kKeys, values + d, value_stride, out.sum + d,
-                   out_stride, false);
-  }
+                   out_stride, false, soon);
+}
+
+/* `heads` packed heads against `count` keys, 1..kKeys. */
+inline void attend(const float *panels, int64_t heads, int64_t D, float scale, const float *keys,
+                   int64_t key_stride, const float *values, int64_t value_stride,
+                   int64_t value_dim, int64_t count, Scratch scratch, Collected out,
+                   int64_t out_stride, Soon *soon) {
+  score(panels, heads, D, keys, key_stride, count, scratch.scores, soon);
+  add_up(heads, scale, values, value_stride, value_dim, count, scratch, out, out_stride, soon);
 }
 
 /* Takes up the next piece of `heads` heads. */

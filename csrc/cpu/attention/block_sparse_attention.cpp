@@ -40,8 +40,7 @@ Desk lay_out(const Work *work, Cutter *cutter) {
   desk.panels = cutter->part(work->block * work->padded * work->D);
   desk.total = cutter->collected(work->block * work->padded, work->block * sums);
   desk.piece = cutter->collected(work->padded, sums);
-  float *scratch = cutter->part(scratch_floats(work->G));
-  desk.scratch = {scratch, scratch + kKeys * kPanel};
+  desk.scratch = cut_scratch(cutter, work->G);
   desk.tiles.keys = cutter->part(kKeys * tile_stride(work->D));
   desk.tiles.values = cutter->part(kKeys * tile_stride(work->Dv));
   desk.tiles.count = -1;
