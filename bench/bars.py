@@ -151,8 +151,8 @@ BARS = (
     Bar("fp8 experts, T = 1: bf16", ("moe_experts",), _stored(("fp8",), 1, 1), _bf16, 1.7),
     Bar("fp8 experts, T >= 64: bf16", ("moe_experts",), _stored(("fp8",), 64, ANY), _bf16, 0.91),
     Bar(
-        "attention, prefill: SDPA, gather + bmm", ("sparse_attention",), _attention("prefill"),
-        _over("torch", "llama.cpp"), 2.0,
+        "attention, prefill: SDPA, flex, gather + bmm", ("sparse_attention",),
+        _attention("prefill"), _over("torch", "llama.cpp"), 2.0,
     ),
     Bar(
         "attention, prefill at 4k: transformers", ("sparse_attention",), _attention("prefill 4k"),

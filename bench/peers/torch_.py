@@ -49,6 +49,9 @@ def candidates(case: Case, values: Values) -> list[Candidate]:
         d = case.dims
         dense = 4.0 * d["S"] * (d["N"] + d["S"]) * 1.5
         add("torch SDPA", dense_attention, "scaled_dot_product_attention, dense mask", dense)
+        if 1 < d["S"] <= FLEX:
+            note = "flex_attention, compiled for the shape; block mask made before"
+            made.append(Candidate("torch flex_attention", "torch", flex_attention, note, dense))
     elif op == "block_sparse_attention":
         add("torch SDPA", dense_blocks, "scaled_dot_product_attention, dense mask",
             8.0 * case.dims["S"] * case.dims["N"] * case.dims["Hkv"])  # fmt: skip
@@ -248,6 +251,43 @@ def dense_attention(v: Values) -> Tensor:
         attn_mask=mask, scale=v["scale"],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
+
+
+FLEX = 1024
+"""Queries up to which flex_attention is asked on a CPU: it takes longer than SDPA there, and its
+checks and compilation as long again."""
+
+
+def flex_attention(values: Values) -> Function:
+    """Compiled flex_attention over all entries and tokens, those that a query doesn't see masked;
+    the sink is one more key without a value, whose score is set (on CPUs it returns no
+    log-sum-exp, by which bench/accelerator.py goes around that key)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    torch.compiler.reset()  # else the eighth shape of a run would be computed without a compiler
+    compiled: Any = torch.compile(flex, dynamic=False)
+    masks: dict[int, Any] = {}
+    no_sink = torch.full(values["q"].shape[2:3], -torch.inf)
+
+    def call(v: Values) -> Tensor:
+        q = v["q"].transpose(1, 2)
+        keys = v["kv"] if v["local_kv"] is None else torch.cat((v["kv"], v["local_kv"]), 1)
+        keys, last = F.pad(keys, (0, 0, 0, 1))[:, None], keys.shape[1]
+        sink = no_sink if v["sink"] is None else v["sink"].float()
+        if id(v) not in masks:
+            seen = F.pad(_mask(v), (0, 1), value=True)
+            masks[id(v)] = create_block_mask(
+                lambda b, h, i, j: seen[i, j], None, None, *seen.shape, device="cpu"
+            )
+        out = compiled(
+            q, keys, keys[..., : v["v_dim"]], block_mask=masks[id(v)], scale=v["scale"],
+            score_mod=lambda score, b, h, i, j: torch.where(j == last, sink[h], score),
+            enable_gqa=True,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous()
+
+    return call
 
 
 def dense_blocks(v: Values) -> Tensor:
