@@ -2,10 +2,11 @@
  *
  * Few rows of x read a panel from its beginning to its end, with nothing to turn on the way; more
  * rows widen pieces of it into L1. Numbers keep the width that they are stored in. (float32, which
- * has nothing to widen, would gain too little for a second copy of it.) kSteps neighbours along k of a column stand side by side, then the same
- * of the next column, kPanel of them, then the next kSteps of k: how many is what widens for the
- * least. Beyond the last column and the last k stand zeros. Products have the same bits as those of
- * the weight as it is stored. Internal linkage, as in vector.h. */
+ * has nothing to widen, would gain too little for a second copy of it.) kSteps neighbours along k
+ * of a column stand side by side, then the same of the next column, kPanel of them, then the next
+ * kSteps of k: how many is what widens for the least. Beyond the last column and the last k stand
+ * zeros. Products have the same bits as those of the weight as it is stored. Internal linkage, as
+ * in vector.h. */
 #pragma once
 
 #include "panels.h"
@@ -172,7 +173,8 @@ struct Panels {
   template <int R, int G>
   void narrow(int64_t n, int64_t k, int64_t to, const float *a, int64_t a_stride, float *c,
               int64_t c_stride, bool add) const {
-    constexpr int64_t kSteps = Format::kSteps, kGroups = kLine > kGroup<Format> ? kLine / kGroup<Format> : 1;
+    constexpr int64_t kSteps = Format::kSteps;
+    constexpr int64_t kGroups = kLine > kGroup<Format> ? kLine / kGroup<Format> : 1; /* at a time */
     alignas(64) float factors[G][kPanel];
     vf sums[R][G][kTileVectors] = {};
     const auto step = [&]<int kOf>(const char *from,
