@@ -45,13 +45,13 @@ def workspace_bytes() -> int:
 
 def at_most(variable: Variable, zero: bool = True) -> int:
     """Bytes of a variable in MiB, which may be 0 if `zero`."""
-    text, least = variable.get(), ">= 0" if zero else "> 0"
+    text = variable.get()
     try:
         mib = float(text)
     except ValueError:
         mib = -1.0
     if not 0 <= mib < float("inf") or (mib == 0 and not zero):
-        raise ValueError(f"{variable.name}: value is {text!r}; expected MiB {least}")
+        raise ValueError(f"{variable.name}: value is {text!r}; expected MiB >{'=' * zero} 0")
     return int(mib * 2**20)
 
 

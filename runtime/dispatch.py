@@ -284,8 +284,7 @@ def _value_check(op: Op[..., Any], facts: Facts) -> Callable[..., None] | None:
         for at, i in asked:
             value = values[i]
             given[at] = value.cpu() if far and isinstance(value, torch.Tensor) else value
-        text = rule(*given)
-        if text:
+        if text := rule(*given):
             raise ValueError(f"{op.name}: {text}")
 
     return check if far else ranges.ahead_of(check, op, {**facts.arguments, **facts.dims})

@@ -82,7 +82,7 @@ struct Fp8Panels {
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; v++) {
       vu word;
-      memcpy(&word, from + v * sizeof word, sizeof word);
+      memcpy(&word, from + v * static_cast<int64_t>(sizeof word), sizeof word);
       const vf scale = load(scales + v * kWidth);
       Fp8::decode<false>(word, vu{}, [&](int j, vf number) __attribute__((always_inline)) {
         out[j][v] = number * scale;

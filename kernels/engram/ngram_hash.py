@@ -187,6 +187,7 @@ def hash_reference(tokens, multipliers, moduli, offsets, pad, lookback, blocked)
     """Row numbers [B,S,(n-1)*h], one token at a time with integers that do not overflow."""
     B, S = tokens.shape
     n, h = multipliers.shape[0], moduli.shape[1]
+    factors, sizes = multipliers.tolist(), moduli.tolist()
     rows = np.zeros((B, S, (n - 1) * h), dtype=np.int64)
     if lookback is None:
         lookback = np.full((B, n - 1), -1)
@@ -200,11 +201,11 @@ def hash_reference(tokens, multipliers, moduli, offsets, pad, lookback, blocked)
                 token = stream[n - 1 + s - g]
                 dead = dead or token < 0
                 # Python integers never overflow: the wrap to 64 bits is written out.
-                product = (pad if dead else token) * int(multipliers[g]) % 2**64
+                product = (pad if dead else token) * factors[g] % 2**64
                 mix ^= product
                 signed = mix - 2**64 if mix >= 2**63 else mix
-                for j in range(h if g > 0 else 0):
-                    rows[b, s, (g - 1) * h + j] = signed % int(moduli[g - 1, j])
+                if g > 0:
+                    rows[b, s, (g - 1) * h : g * h] = [signed % size for size in sizes[g - 1]]
     return rows if offsets is None else rows + offsets
 
 

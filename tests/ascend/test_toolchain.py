@@ -153,11 +153,12 @@ def test_odd_sizes_stay_inside_their_tensors(kernels, name, sizes):
 
 def test_a_wrong_result_is_caught(kernels, monkeypatch):
     import transom
-    from transom.backends.ascend._toolchain import calls, verify
+    from transom.backends.ascend._toolchain import calls, kept, verify
     from transom.conformance import cases
 
     op = transom.ops()["grouped_gemm"]
     run = verify.run
+    monkeypatch.setattr(kept, "find", lambda *_: None)  # an earlier run's, when it was right
 
     def off_by_one(*args):
         out, launches = run(*args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -215,7 +216,7 @@ def quantized(
     x = weight.reshape(-1, n, k)
     block = dict(FORMAT=name, ROWS=min(rows, n), COLUMNS=min(columns, k))
     if name == "int4":  # in float32, as the composite divides
-        floor = float(torch.tensor(floor) / largest)
+        floor = float(np.float32(floor) / np.float32(largest))
     tile = tile_for("quantize.scales", x)
     # Two at least: Ascend's compiler takes no tile of one column.
     each = max(2, min(tile["BE"], 1 << (block["ROWS"] * block["COLUMNS"] - 1).bit_length()))
