@@ -277,8 +277,9 @@ def flex_attention(values: Values) -> Function:
         sink = no_sink if v["sink"] is None else v["sink"].float()
         if id(v) not in masks:
             seen = F.pad(_mask(v), (0, 1), value=True)
+            S, N = seen.shape
             masks[id(v)] = create_block_mask(
-                lambda b, h, i, j: seen[i, j], None, None, *seen.shape, device="cpu"
+                lambda b, h, i, j: seen[i, j], None, None, S, N, device="cpu"
             )
         out = compiled(
             q, keys, keys[..., : v["v_dim"]], block_mask=masks[id(v)], scale=v["scale"],
