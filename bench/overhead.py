@@ -43,6 +43,7 @@ LIMITS = {"direct": 3.0, "direct, in Python": 6.0, "cffi": 3.0, "transom._C": 1.
 function, may cost: torch.add = 1. Twice what was measured, about."""
 ROUNDS, CALLS = 15, 300
 ROAD = "operator's road"
+UNIT = "torch.add = 1"
 
 
 def seconds(work: Callable[[], Any], calls: int = CALLS) -> float:
@@ -92,7 +93,7 @@ def cost(taken: list[float], add: list[float]) -> dict[str, float]:
     ratios = [x / y for x, y in zip(taken, add, strict=True)]
     return {
         "us": round(statistics.median(taken), 2),
-        "torch.add = 1": round(statistics.median(ratios), 2),
+        UNIT: round(statistics.median(ratios), 2),
     }
 
 
@@ -202,11 +203,10 @@ def beyond(found: dict[str, Any]) -> list[str]:
     figures = [(f"a call of {n}", direct, row["direct"]) for n, row in found["calls"].items()]
     roads = found["plugin"].get("above C function", {})
     figures += [(f"a call through {n}", n, row) for n, row in roads.items() if n in LIMITS]
-    unit = "torch.add = 1"
     return [
-        f"{what} costs {row[unit]:.2f} x torch.add; at most {LIMITS[kind]}"
+        f"{what} costs {row[UNIT]:.2f} x torch.add; at most {LIMITS[kind]}"
         for what, kind, row in figures
-        if row[unit] > LIMITS[kind]
+        if row[UNIT] > LIMITS[kind]
     ]
 
 
@@ -214,7 +214,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The figures to be read."""
 
     def line(what: str, row: dict[str, float]) -> str:
-        return f"  {row['us']:8.2f} us {row['torch.add = 1']:7.2f} x torch.add  {what}"
+        return f"  {row['us']:8.2f} us {row[UNIT]:7.2f} x torch.add  {what}"
 
     out = [f"torch.add: {found['torch_add_us']} us"]
     for name, row in found["calls"].items():

@@ -352,11 +352,11 @@ class Call {
   int64_t key_[kMostKey];
 };
 
-constexpr const char *kFunction = "transom.Function";
+extern PyMethodDef definition;
 
 PyObject *enter(PyObject *self, PyObject *const *values, Py_ssize_t count) {
   try {
-    Function &function = *static_cast<Function *>(PyCapsule_GetPointer(self, kFunction));
+    Function &function = state_of<Function>(self, definition);
     if (static_cast<size_t>(count) != function.parameters.size())
       throw py::type_error(function.op + ": has " + std::to_string(count) + " arguments; expected " +
                            std::to_string(function.parameters.size()));
@@ -367,9 +367,9 @@ PyObject *enter(PyObject *self, PyObject *const *values, Py_ssize_t count) {
   return nullptr;
 }
 
-PyMethodDef definition = {
-    "call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(enter)), METH_FASTCALL,
-    "The implementation, called with every declared argument in order."};
+PyMethodDef definition = defined(
+    "call", enter,
+    "The implementation, called with every declared argument in order.");
 
 /* None, or the sentence why this torch's tensors cannot be read. */
 py::object set_up(py::object tensor, py::object quantized, py::object threads,
@@ -427,10 +427,7 @@ py::object bind(uintptr_t impl, std::string op, const py::list &parameters, py::
   function->far = std::move(far);
   function->packed = std::move(packed);
   for (const py::handle place : written) function->written.push_back(py::cast<size_t>(place));
-  const py::capsule self(function.release(), kFunction, [](PyObject *capsule) {
-    delete static_cast<Function *>(PyCapsule_GetPointer(capsule, kFunction));
-  });
-  return owned(PyCFunction_New(&definition, self.ptr()));
+  return built_in(&definition, std::move(function));
 }
 
 }  // namespace

@@ -237,11 +237,11 @@ py::object run(const Direct &direct, PyObject *const *values, size_t count) {
   return call(function.ptr(), values, count);
 }
 
-constexpr const char *kDirect = "transom.Direct";
+extern PyMethodDef definition;
 
 PyObject *enter(PyObject *self, PyObject *const *values, Py_ssize_t count) {
   try {
-    const Direct &direct = *static_cast<Direct *>(PyCapsule_GetPointer(self, kDirect));
+    const Direct &direct = state_of<Direct>(self, definition);
     return run(direct, values, static_cast<size_t>(count)).release().ptr();
   } catch (...) {
     raise_in_python();
@@ -249,9 +249,9 @@ PyObject *enter(PyObject *self, PyObject *const *values, Py_ssize_t count) {
   return nullptr;
 }
 
-PyMethodDef definition = {
-    "direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(enter)), METH_FASTCALL,
-    "A call with every declared argument in order: its result, or what `otherwise` answers."};
+PyMethodDef definition = defined(
+    "direct", enter,
+    "A call with every declared argument in order: its result, or what `otherwise` answers.");
 
 void watch(py::object parameter, py::object grad_enabled, py::object dispatch_modes,
            py::object function_modes, py::object transforms, py::object tracing,
@@ -282,10 +282,7 @@ py::object direct(const py::list &parameters, py::dict plans, py::dict selection
   made->recorders = std::move(recorders);
   made->plan_of = std::move(plan_of);
   made->otherwise = std::move(otherwise);
-  const py::capsule self(made.release(), kDirect, [](PyObject *capsule) {
-    delete static_cast<Direct *>(PyCapsule_GetPointer(capsule, kDirect));
-  });
-  return owned(PyCFunction_New(&definition, self.ptr()));
+  return built_in(&definition, std::move(made));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 
 extern "C" {
 #include "transom_plugin.h"
@@ -57,6 +58,29 @@ inline void raise_in_python() {
   } catch (const std::exception &error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
+}
+
+typedef PyObject *Enter(PyObject *self, PyObject *const *values, Py_ssize_t count);
+
+/* What a built-in function is called, and its documentation; `enter` finds what it was made with by
+ * state_of(). */
+inline PyMethodDef defined(const char *name, Enter *enter, const char *text) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(enter)), METH_FASTCALL,
+          text};
+}
+
+/* A built-in function that owns `state`. */
+template <class State>
+py::object built_in(PyMethodDef *definition, std::unique_ptr<State> state) {
+  const py::capsule self(state.release(), definition->ml_name, [](PyObject *capsule) {
+    delete static_cast<State *>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+  });
+  return owned(PyCFunction_New(definition, self.ptr()));
+}
+
+template <class State>
+State &state_of(PyObject *self, const PyMethodDef &definition) {
+  return *static_cast<State *>(PyCapsule_GetPointer(self, definition.ml_name));
 }
 
 void add_direct(py::module_ &module); /* direct.cpp */

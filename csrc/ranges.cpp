@@ -105,11 +105,11 @@ bool holds(const Range &range, PyObject *const *values) {
   });
 }
 
-constexpr const char *kRanges = "transom.Ranges";
+extern PyMethodDef definition;
 
 PyObject *enter(PyObject *self, PyObject *const *values, Py_ssize_t count) {
   try {
-    const Ranges &ranges = *static_cast<Ranges *>(PyCapsule_GetPointer(self, kRanges));
+    const Ranges &ranges = state_of<Ranges>(self, definition);
     bool all = static_cast<size_t>(count) == ranges.count;
     for (size_t i = 0; all && i < ranges.all.size(); i++) all = holds(ranges.all[i], values);
     if (all) Py_RETURN_NONE;
@@ -120,9 +120,9 @@ PyObject *enter(PyObject *self, PyObject *const *values, Py_ssize_t count) {
   return nullptr;
 }
 
-PyMethodDef definition = {
-    "ranges", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(enter)), METH_FASTCALL,
-    "A check of the values of a call, with every declared argument in order."};
+PyMethodDef definition = defined(
+    "ranges", enter,
+    "A check of the values of a call, with every declared argument in order.");
 
 /* `given`: for each range (first argument, second, whether it rises, low, high). */
 py::object ranges(const py::list &given, size_t count, py::object otherwise) {
@@ -137,10 +137,7 @@ py::object ranges(const py::list &given, size_t count, py::object otherwise) {
   }
   made->count = count;
   made->otherwise = std::move(otherwise);
-  const py::capsule self(made.release(), kRanges, [](PyObject *capsule) {
-    delete static_cast<Ranges *>(PyCapsule_GetPointer(capsule, kRanges));
-  });
-  return owned(PyCFunction_New(&definition, self.ptr()));
+  return built_in(&definition, std::move(made));
 }
 
 }  // namespace

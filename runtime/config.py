@@ -51,7 +51,8 @@ def at_most(variable: Variable, zero: bool = True) -> int:
     except ValueError:
         mib = -1.0
     if not 0 <= mib < float("inf") or (mib == 0 and not zero):
-        raise ValueError(f"{variable.name}: value is {text!r}; expected MiB >{'=' * zero} 0")
+        least = ">= 0" if zero else "> 0"
+        raise ValueError(f"{variable.name}: value is {text!r}; expected MiB {least}")
     return int(mib * 2**20)
 
 

@@ -100,6 +100,11 @@ inline int64_t panel_bytes(int64_t K) {
   return up_to(up_to(K, Format::kSteps) / Format::kSteps * kGroup<Format>, kLine);
 }
 
+template <class Format>
+inline int64_t matrix_bytes(int64_t N, int64_t K) {
+  return up_to(N, kPanel) / kPanel * panel_bytes<Format>(K);
+}
+
 /* Bytes before the panels: by matrix, whether its panels hold all of it. */
 inline int64_t flag_bytes(int64_t E) { return up_to(E, kLine); }
 

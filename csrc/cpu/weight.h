@@ -116,10 +116,6 @@ inline Weight weight_in(const transom_value *places, int64_t e) {
   return weight;
 }
 
-inline Weight weight_at(const transom_call *call, int first, int64_t e) {
-  return weight_in(call->args + first, e);
-}
-
 /* Numbers of a block if rows of x with K numbers of `x_kind` are multiplied in integers, else 0.
  * Rows of 16 bits lose less by it than their result's rounding; float32 rows would show it, and
  * sums of few products. */
@@ -157,8 +153,8 @@ uint64_t panels_bytes(const transom_value *places);
 /* Writes them. */
 void write_panels(const transom_value *places, void *panels);
 
-/* Adds matrix e of the panels to it, if the call brings some. */
-void find_panels(const transom_call *call, int first, int64_t e, Weight *weight);
+/* Matrix e of a call's weight, with its panels if the call brings some. */
+Weight weight_at(const transom_call *call, int first, int64_t e);
 
 /* A row of x, in place, as w.fixed wants it (integers.h). */
 void fix_row(const Weight &w, int64_t K, float *x);

@@ -50,10 +50,9 @@ class CFunction:
         self._prepared: dict[Any, Run] = {}
         self._bound: dict[bool, Run] = {}
         services = library.services
-        packs = services is not None and services.packed_bytes and services.pack
         budget = library.budget
-        if budget is not None and not budget.limit:
-            packs = False
+        allowed = budget is None or budget.limit > 0
+        packs = allowed and services is not None and services.packed_bytes and services.pack
         self.packed = Packed(self, services, budget) if packs else None
         """Of weights; None where the library packs none, or may not."""
 

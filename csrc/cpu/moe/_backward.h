@@ -39,7 +39,7 @@ struct Backward {
 
 inline Weight expert_weight(const Backward &work, int argument, int64_t e) {
   if (work.at.plain) return plain_weight(tensor(work.call, argument), e);
-  return weight_at(work.call, argument, e);
+  return weight_in(work.call->args + argument, e);
 }
 
 inline Backward backward_from(const transom_call *call, const BackwardArguments &at) {

@@ -32,7 +32,7 @@ inline Grouped grouped_from(const transom_call *call, int x, int weight, int off
   work.turned = turned;
   work.M = work.x->shape[0], work.K = work.x->shape[1];
   if (!turned)
-    work.fixed = fixed_block(weight_at(call, weight, 0), work.K, kind(work.x));
+    work.fixed = fixed_block(weight_in(call->args + weight, 0), work.K, kind(work.x));
   work.x_stride = fixed_stride(work.K, work.fixed);
   work.l2 = l2_bytes();
   const int64_t rows = clamp(work.M, 1, kMostRows), N = call->outs[0]->shape[1];
@@ -51,7 +51,6 @@ inline void grouped_tasks(void *context, int32_t thread) {
   Task task;
   while (take(&work->tasks, &walk, [&](int64_t e) { return work->end(e); }, &task)) {
     Weight weight = weight_at(work->call, work->weight, task.e);
-    find_panels(work->call, work->weight, task.e, &weight);
     weight.fixed = work->fixed;
     for (int64_t r = 0; r < task.rows && held != task.row; r++) {
       float *row = rows + r * work->x_stride;

@@ -124,9 +124,14 @@ inline void multiply_stored(const Weight &weight, int64_t rows, int64_t K, const
     multiply_panels(w, rows, K, x, x_stride, first + done, columns - done, c + done, c_stride, l2);
 }
 
-/* f(format) with the panels that a weight would have; false if it has none. */
+/* K of a weight whose values stand in a tensor [E,N,K], or in one of bytes. */
+inline int64_t depth(const Weight &w, const transom_tensor *values) {
+  return w.number >= 0 ? values->shape[2] : w.stored.columns;
+}
+
+/* use(format) with the panels that a weight would have, if it would have some. */
 template <class Use>
-inline bool as_panels(const Weight &w, Use use) {
+inline void as_panels(const Weight &w, Use use) {
   if (w.number == 1) {
     use(Bf16Panels());
   } else if (w.number == 2) {
@@ -134,10 +139,7 @@ inline bool as_panels(const Weight &w, Use use) {
   } else if (w.number < 0 && w.stored.format == kFp8 &&
              w.stored.block_columns % Fp8Panels::kSteps == 0) { /* of which all have one scale */
     use(Fp8Panels());
-  } else {
-    return false;
   }
-  return true;
 }
 
 /* True if Fp8Panels::decode() gives every number of the matrix. */
@@ -168,7 +170,7 @@ inline void write_matrix(const Weight &w, int64_t N, int64_t K, char *to) {
   const int64_t row = plain ? w.plain.row : w.stored.row, along = plain ? w.plain.along : 1;
   const int64_t bytes = panel_bytes<Format>(K);
   constexpr int64_t kSteps = Format::kSteps;
-  memset(to, 0, static_cast<size_t>(up_to(N, kPanel) / kPanel * bytes));
+  memset(to, 0, static_cast<size_t>(matrix_bytes<Format>(N, K)));
   for (int64_t n = 0; n < N; n += kPanel, to += bytes)
     for (int64_t k = 0; k < K; k += kLine) /* what is written meanwhile stays in L1 */
       for (int64_t i = 0; i < min_of(kPanel, N - n); i++) {
@@ -188,12 +190,11 @@ inline void write_matrix(const Weight &w, int64_t N, int64_t K, char *to) {
 uint64_t panels_bytes(const transom_value *places) {
   const transom_tensor *values = places[0].tensor;
   const Weight w = weight_in(places, 0);
-  const int64_t E = values->shape[0], N = values->shape[1];
-  const int64_t K = w.number >= 0 ? values->shape[2] : w.stored.columns;
+  const int64_t E = values->shape[0], N = values->shape[1], K = depth(w, values);
   int64_t bytes = 0;
   if (E > 0 && N > 0 && K > 0)
     as_panels(w, [&]<class Format>(Format) {
-      bytes = flag_bytes(E) + E * (up_to(N, kPanel) / kPanel) * panel_bytes<Format>(K);
+      bytes = flag_bytes(E) + E * matrix_bytes<Format>(N, K);
     });
   return static_cast<uint64_t>(bytes);
 }
@@ -205,27 +206,27 @@ void write_panels(const transom_value *places, void *panels) {
   memset(flags, 0, static_cast<size_t>(flag_bytes(E)));
   for (int64_t e = 0; e < E; e++) {
     const Weight w = weight_in(places, e);
-    const int64_t K = w.number >= 0 ? values->shape[2] : w.stored.columns;
+    const int64_t K = depth(w, values);
     flags[e] = w.number >= 0 || decodes(w.stored, N);
     as_panels(w, [&]<class Format>(Format) {
       write_matrix<Format>(w, N, K, to);
-      to += up_to(N, kPanel) / kPanel * panel_bytes<Format>(K);
+      to += matrix_bytes<Format>(N, K);
     });
   }
 }
 
-void find_panels(const transom_call *call, int first, int64_t e, Weight *w) {
-  if (call->packed == nullptr || call->packed[first] == nullptr) return;
+Weight weight_at(const transom_call *call, int first, int64_t e) {
+  Weight w = weight_in(call->args + first, e);
+  if (call->packed == nullptr || call->packed[first] == nullptr) return w;
   const transom_tensor *values = tensor(call, first);
   const char *flags = static_cast<const char *>(call->packed[first]);
-  if (flags[e] == 0) return;
-  const int64_t E = values->shape[0], N = values->shape[1];
-  const int64_t K = w->number >= 0 ? values->shape[2] : w->stored.columns;
-  as_panels(*w, [&]<class Format>(Format) {
-    w->columns = N;
-    w->panels =
-        flags + flag_bytes(E) + e * (up_to(N, kPanel) / kPanel) * panel_bytes<Format>(K);
+  if (flags[e] == 0) return w;
+  const int64_t E = values->shape[0], N = values->shape[1], K = depth(w, values);
+  as_panels(w, [&]<class Format>(Format) {
+    w.columns = N;
+    w.panels = flags + flag_bytes(E) + e * matrix_bytes<Format>(N, K);
   });
+  return w;
 }
 
 void multiply(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,

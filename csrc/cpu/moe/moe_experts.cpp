@@ -64,8 +64,8 @@ Work describe(const transom_call *call) {
                           args[ARGUMENT(ALPHA)].f);
   work.interleaved = args[ARGUMENT(INTERLEAVED)].i != 0;
   work.before = strcmp(args[ARGUMENT(WEIGHT_POSITION)].string, "before") == 0;
-  work.x_fixed = fixed_block(weight_at(call, ARGUMENT(GATE_UP), 0), work.D, kind(work.x));
-  work.h_fixed = fixed_block(weight_at(call, ARGUMENT(DOWN), 0), work.I, kind(work.x));
+  work.x_fixed = fixed_block(weight_in(call->args + ARGUMENT(GATE_UP), 0), work.D, kind(work.x));
+  work.h_fixed = fixed_block(weight_in(call->args + ARGUMENT(DOWN), 0), work.I, kind(work.x));
   work.x_stride = fixed_stride(work.D, work.x_fixed);
   work.h_stride = fixed_stride(work.I, work.h_fixed);
   work.l2 = l2_bytes();
@@ -105,7 +105,6 @@ void gate_and_up(void *context, int32_t thread) {
   Task task;
   while (take(&work->tasks, &walk, [&](int64_t e) { return routed.ends[e]; }, &task)) {
     Weight weight = weight_at(work->call, ARGUMENT(GATE_UP), task.e);
-    find_panels(work->call, ARGUMENT(GATE_UP), task.e, &weight);
     weight.fixed = work->x_fixed;
     for (int64_t r = 0; r < task.rows && held != task.row; r++) {
       float *row = rows + r * work->x_stride;
@@ -149,7 +148,7 @@ constexpr int64_t kRowsOfH = 16;
 /* Each thread takes some rows of h, which all threads have written. */
 void fix_h(void *context, int32_t) {
   Work *work = static_cast<Work *>(context);
-  Weight weight = weight_at(work->call, ARGUMENT(DOWN), 0);
+  Weight weight = weight_in(work->call->args + ARGUMENT(DOWN), 0);
   weight.fixed = work->h_fixed;
   for (;;) {
     const int64_t from =
@@ -199,7 +198,6 @@ void down(void *context, int32_t thread) {
       const int64_t stop = min_of(routed.ends[task.e], work->to);
       if (stop <= start) continue;
       Weight weight = weight_at(work->call, ARGUMENT(DOWN), task.e);
-      find_panels(work->call, ARGUMENT(DOWN), task.e, &weight);
       weight.fixed = work->h_fixed;
       read_bias(work->down_bias, task.e, task.column, task.columns, bias);
       for (task.row = start; task.row < stop; task.row += task.rows) {
