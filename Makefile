@@ -37,6 +37,7 @@ test: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/installed
 	@test -d build/ide || $(PIP) install -q --no-deps --no-build-isolation -e .

@@ -82,13 +82,14 @@ def extensions() -> list[Extension]:
         flags = ["-std=c++20", "-O2", "-fvisibility=hidden"]
         found.append(
             Extension(
-                "transom._C", [f"csrc/{name}.cpp" for name in ("bind", "direct", "ranges")],
+                "transom._C",
+                [f"csrc/{name}.cpp" for name in ("bind", "direct", "ranges")],
                 include_dirs=["csrc/include", pybind11],
                 depends=["csrc/include/transom_plugin.h", "csrc/python.h"],
                 extra_compile_args=flags,
                 language="c++",
             )
-        )  # fmt: skip
+        )
     for extension in found:
         # A compiler that fails costs speed, not the installation: everything has a composite.
         extension.optional = True
@@ -244,11 +245,11 @@ setup(
         "bdist_wheel": platform_wheel,
         "build_ext": build_compiled,
         "editable_wheel": develop,
-    },  # fmt: skip
+    },
     package_data={
         "": ["py.typed", "*.h", "*.pyi", "*.html", "*.json"],
         "transom.backends.ascend._toolchain": ["*.c"],
         "transom.cli": ["templates/**/*.jinja"],
-    },  # fmt: skip
+    },
     include_package_data=False,
 )

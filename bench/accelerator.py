@@ -69,13 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device(given.device)
     wanted = Wanted(
-        _numbers(given.tokens), _numbers(given.context), tuple(given.dtype.split(",")),
-        tuple(given.format.split(",")), int(given.memory * 2**30),
-    )  # fmt: skip
+        _numbers(given.tokens),
+        _numbers(given.context),
+        tuple(given.dtype.split(",")),
+        tuple(given.format.split(",")),
+        int(given.memory * 2**30),
+    )
     about: dict[str, Any] = {
-        "device": _device.describe(device.type), "arch": _device.arch(device.type),
-        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "device": _device.describe(device.type),
+        "arch": _device.arch(device.type),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     peaks = measured_peaks(device)
     print(f"{about['device']}: {peaks.flops / 1e12:.0f} TFLOP/s, {peaks.bytes / 1e9:.0f} GB/s")
     names = [n for n in given.ops.split(",") if n]
@@ -120,10 +125,16 @@ def measure(
     draws = [_moved(draw, device) for draw in inputs.draws]
     least = max(inputs.flops / peaks.flops, inputs.bytes / peaks.bytes)
     about = {
-        "op": case.op, "model": case.model, "label": case.label, "dtype": case.dtype,
-        "format": case.format, "dims": dict(case.dims), "scaled": case.scaled,
-        "flops": inputs.flops, "bytes": inputs.bytes,
-    }  # fmt: skip
+        "op": case.op,
+        "model": case.model,
+        "label": case.label,
+        "dtype": case.dtype,
+        "format": case.format,
+        "dims": dict(case.dims),
+        "scaled": case.scaled,
+        "flops": inputs.flops,
+        "bytes": inputs.bytes,
+    }
     want: Any = None
     for name, call in candidates(case, draws[0]):
         row = {**about, "candidate": name}
@@ -223,9 +234,14 @@ def flex_attention(values: Mapping[str, Any]) -> Call:
             )
         keys = keys[:, None]
         out, more = compiled(
-            q, keys, keys[..., : v["v_dim"]], block_mask=masks[id(v)], scale=v["scale"],
-            enable_gqa=True, return_aux=AuxRequest(lse=True),
-        )  # fmt: skip
+            q,
+            keys,
+            keys[..., : v["v_dim"]],
+            block_mask=masks[id(v)],
+            scale=v["scale"],
+            enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )
         if v["sink"] is not None:  # one more key without a value
             out = out * torch.sigmoid(more.lse - v["sink"][None, :, None])[..., None].to(out.dtype)
         return out.transpose(1, 2).contiguous()
@@ -303,9 +319,10 @@ def _differs(got: Any, want: Any, case: Case) -> str | None:
     """A sentence if a result is not the composite's."""
     limit = TOLERANCE[case.dtype] if case.format == "plain" else max(QUANTISED, TOLERANCE["bf16"])
     pairs = zip(
-        got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,),
+        got if isinstance(got, tuple) else (got,),
+        want if isinstance(want, tuple) else (want,),
         strict=False,
-    )  # fmt: skip
+    )
     for a, b in pairs:
         if not isinstance(a, Tensor) or a.shape != b.shape:
             return f"differs: it returns {getattr(a, 'shape', type(a).__name__)}"
@@ -330,8 +347,10 @@ def _print(row: Mapping[str, Any]) -> None:
         return
     us, of = row["seconds"] * 1e6, row["attained"]
     rates = f"{row['flops'] / row['seconds'] / 1e12:8.2f} TFLOP/s"
-    print(f"{head} {us:12.1f} us {rates} {row['bytes'] / row['seconds'] / 1e9:8.1f} GB/s {of:6.1%}",
-          flush=True)  # fmt: skip
+    print(
+        f"{head} {us:12.1f} us {rates} {row['bytes'] / row['seconds'] / 1e9:8.1f} GB/s {of:6.1%}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the kernels must reach on an H200 (the project's bars), asked of an accelerator's records.
 
-    python -m transom.bench.accelerator_bars bench/results/nvidia_h200/accelerator.jsonl
+python -m transom.bench.accelerator_bars bench/results/nvidia_h200/accelerator.jsonl
 """
 
 from __future__ import annotations
@@ -89,12 +89,21 @@ BARS = (
     Bar("experts, T <= 64, mxfp4, share of bandwidth", 0.8, _few("mxfp4"), "bytes"),
     Bar("sparse attention, prefill, x flex_attention", 3.0, _prefill, "torch flex_attention"),
     Bar("sparse attention, prefill, share of the matmul peak", 0.45, _prefill, "flops"),
-    Bar("indexer with top-k, x matmul + topk", 2.0, _is("lightning_indexer", dtype="bf16"),
-        "torch matmul + topk"),
+    Bar(
+        "indexer with top-k, x matmul + topk",
+        2.0,
+        _is("lightning_indexer", dtype="bf16"),
+        "torch matmul + topk",
+    ),
     Bar("row gather from device memory, share of bandwidth", 0.8, _gather, "bytes"),
-    Bar("patched V4, x its eager self", 5.0, _is("whole model", dtype="bf16"),
-        "transformers eager", "transom"),
-)  # fmt: skip
+    Bar(
+        "patched V4, x its eager self",
+        5.0,
+        _is("whole model", dtype="bf16"),
+        "transformers eager",
+        "transom",
+    ),
+)
 
 
 def judged(rows: Iterable[Row]) -> list[Verdict]:
@@ -135,9 +144,11 @@ def _figure(bar: Bar, case: Mapping[str, Row]) -> float | None:
 def table(verdicts: Sequence[Verdict], device: str) -> str:
     """The bars as Markdown."""
     lines = [
-        f"Bars (set for an H200) on {device}:", "",
-        "| bar | least | worst measured | case | |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"Bars (set for an H200) on {device}:",
+        "",
+        "| bar | least | worst measured | case | |",
+        "|---|---|---|---|---|",
+    ]
     for v in verdicts:
         figure = "" if v.figure is None else f"{v.figure:.2f}"
         lines.append(f"| {v.bar.text} | {v.bar.least:g} | {figure} | {v.case} | {v.text} |")

@@ -34,8 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"device is {given.device!r}; available here: {', '.join(here)}", file=sys.stderr)
         return 2
     device, failed = torch.device(given.device), 0
-    about = {"device": _device.describe(device.type), "arch": _device.arch(device.type),
-             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    about = {
+        "device": _device.describe(device.type),
+        "arch": _device.arch(device.type),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     with torch.inference_mode():
         for row in measure(device, given.dtype, given.prompt):
             failed += "left_out" in row
@@ -69,10 +73,16 @@ def measure(device: torch.device, dtype: str, prompt: int) -> Iterator[dict[str,
         for at, label in enumerate((f"prefill of {prompt:,}", f"decode at {prompt:,}")):
             for name, seconds in passes.items():
                 row = dict(
-                    op=NAME, model="builtin-v4", label=label, dtype=dtype, format="plain",
-                    dims={"prompt": prompt, "steps": STEPS}, candidate=name,
-                    tokens=1 if at else prompt, error=error,
-                )  # fmt: skip
+                    op=NAME,
+                    model="builtin-v4",
+                    label=label,
+                    dtype=dtype,
+                    format="plain",
+                    dims={"prompt": prompt, "steps": STEPS},
+                    candidate=name,
+                    tokens=1 if at else prompt,
+                    error=error,
+                )
                 # Both round in this dtype, so they may differ by twice what one may.
                 if name == "transom" and not error <= 2 * LIMIT[dtype]:
                     yield {**row, "left_out": f"differs from transformers: {error:.1e}"}

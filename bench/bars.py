@@ -86,9 +86,8 @@ def _over(*peers: str, name: str = "") -> Callable[[Cases, Case, Row], float | N
 
     def figure(cases: Cases, case: Case, own: Row) -> float | None:
         times = [
-            r.median for r in cases[case]
-            if r.peer in peers and r.seconds and name in r.candidate
-        ]  # fmt: skip
+            r.median for r in cases[case] if r.peer in peers and r.seconds and name in r.candidate
+        ]
         return min(times) / own.median if times else None
 
     return figure
@@ -133,73 +132,114 @@ BARS = (
     Bar("experts, T = 1: reading", ("moe_experts",), _plain(1, 1), _of("of_read"), 0.95),
     Bar("experts, T = 2,048: FMA", ("moe_experts",), _plain(2048, 2048), _of("of_fma"), 0.85),
     Bar(
-        "experts, bf16: torch", ("moe_experts",),
-        lambda r: _plain(8, ANY)(r) and r.dtype == "bf16", _over("torch"), 40.0,
+        "experts, bf16: torch",
+        ("moe_experts",),
+        lambda r: _plain(8, ANY)(r) and r.dtype == "bf16",
+        _over("torch"),
+        40.0,
     ),
     Bar(
-        "experts of 4 bits, T = 1: llama.cpp", ("moe_experts",), _stored(("int4", "mxfp4"), 1, 1),
-        _over("llama.cpp"), 1.3,
+        "experts of 4 bits, T = 1: llama.cpp",
+        ("moe_experts",),
+        _stored(("int4", "mxfp4"), 1, 1),
+        _over("llama.cpp"),
+        1.3,
     ),
     Bar(
-        "experts of 4 bits, T = 1: reading", ("moe_experts",), _stored(("int4", "mxfp4"), 1, 1),
-        _of("of_read"), 0.85,
+        "experts of 4 bits, T = 1: reading",
+        ("moe_experts",),
+        _stored(("int4", "mxfp4"), 1, 1),
+        _of("of_read"),
+        0.85,
     ),
     Bar(
-        "quantised experts, T >= 512: llama.cpp", ("moe_experts",),
-        _stored(("int8", "int4", "mxfp4"), 512, ANY), _over("llama.cpp"), 1.0,
+        "quantised experts, T >= 512: llama.cpp",
+        ("moe_experts",),
+        _stored(("int8", "int4", "mxfp4"), 512, ANY),
+        _over("llama.cpp"),
+        1.0,
     ),
     Bar("fp8 experts, T = 1: bf16", ("moe_experts",), _stored(("fp8",), 1, 1), _bf16, 1.7),
     Bar("fp8 experts, T >= 64: bf16", ("moe_experts",), _stored(("fp8",), 64, ANY), _bf16, 0.91),
     Bar(
-        "attention, prefill: SDPA, flex, gather + bmm", ("sparse_attention",),
-        _attention("prefill"), _over("torch", "llama.cpp"), 2.0,
+        "attention, prefill: SDPA, flex, gather + bmm",
+        ("sparse_attention",),
+        _attention("prefill"),
+        _over("torch", "llama.cpp"),
+        2.0,
     ),
     Bar(
-        "attention, prefill at 4k: transformers", ("sparse_attention",), _attention("prefill 4k"),
-        _over("transformers"), 20.0,
+        "attention, prefill at 4k: transformers",
+        ("sparse_attention",),
+        _attention("prefill 4k"),
+        _over("transformers"),
+        20.0,
     ),
     Bar(
-        "attention, prefill: FMA on attended pairs", ("sparse_attention",), _attention("prefill"),
-        _of("of_fma"), 0.6,
+        "attention, prefill: FMA on attended pairs",
+        ("sparse_attention",),
+        _attention("prefill"),
+        _of("of_fma"),
+        0.6,
     ),
     Bar(
-        "attention, decode at 64k: gather + bmm", ("sparse_attention",),
-        _attention("decode at 64k"), _over("torch", name="gather"), 2.0,
+        "attention, decode at 64k: gather + bmm",
+        ("sparse_attention",),
+        _attention("decode at 64k"),
+        _over("torch", name="gather"),
+        2.0,
     ),
     Bar(
-        "indexer with top-k: blocked mm without it", ("lightning_indexer",),
+        "indexer with top-k: blocked mm without it",
+        ("lightning_indexer",),
         lambda r: r.label.startswith(("prefill 4k", "decode at 64k")),
-        _over("torch", name="blocked mm"), 1.0,
+        _over("torch", name="blocked mm"),
+        1.0,
     ),
     Bar("hash: fused numba", ("ngram_hash",), lambda r: True, _over("numba"), 1.0),
     Bar(
-        "rows into a buffer: random rows", ("hashed_embedding_out",), lambda r: True,
-        _of("of_rows"), 0.9,
+        "rows into a buffer: random rows",
+        ("hashed_embedding_out",),
+        lambda r: True,
+        _of("of_rows"),
+        0.9,
     ),
     Bar(
-        "hyper-connections, T = 1,024: transformers", ("mhc_pre", "mhc_post"),
-        lambda r: _tokens(r) == 1024 and r.model == "v4-flash", _over("transformers"), 10.0,
+        "hyper-connections, T = 1,024: transformers",
+        ("mhc_pre", "mhc_post"),
+        lambda r: _tokens(r) == 1024 and r.model == "v4-flash",
+        _over("transformers"),
+        10.0,
     ),
     Bar(
-        "hyper-connections, T = 1,024: reading", ("mhc_pre", "mhc_post"),
-        lambda r: _tokens(r) == 1024 and r.model == "v4-flash", _of("of_read"), 0.7,
+        "hyper-connections, T = 1,024: reading",
+        ("mhc_pre", "mhc_post"),
+        lambda r: _tokens(r) == 1024 and r.model == "v4-flash",
+        _of("of_read"),
+        0.7,
     ),
     Bar(
-        "a whole model, bf16, prefill: transformers in bf16", ("whole model",),
+        "a whole model, bf16, prefill: transformers in bf16",
+        ("whole model",),
         lambda r: r.label.startswith("prefill") and r.dtype == "bf16",
-        _over("transformers", name="bf16"), 10.0,
+        _over("transformers", name="bf16"),
+        10.0,
     ),
     Bar(
-        "a whole model, bf16, prefill: transformers in f32", ("whole model",),
+        "a whole model, bf16, prefill: transformers in f32",
+        ("whole model",),
         lambda r: r.label.startswith("prefill") and r.dtype == "bf16",
-        _over("transformers", name="f32"), 3.0,
+        _over("transformers", name="f32"),
+        3.0,
     ),
     Bar(
-        "a whole model, bf16, decode: transformers in bf16", ("whole model",),
+        "a whole model, bf16, decode: transformers in bf16",
+        ("whole model",),
         lambda r: r.label.startswith("decode") and r.dtype == "bf16",
-        _over("transformers", name="bf16"), 3.0,
+        _over("transformers", name="bf16"),
+        3.0,
     ),
-)  # fmt: skip
+)
 
 
 def main(arguments: Sequence[str]) -> int:

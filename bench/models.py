@@ -103,26 +103,38 @@ MODELS: dict[str, Model] = {
     m.name: m
     for m in (
         Model(
-            "v4-flash", "DeepSeek-V4-Flash", 4096, "deepseek-ai/DeepSeek-V4-Flash, config.json",
+            "v4-flash",
+            "DeepSeek-V4-Flash",
+            4096,
+            "deepseek-ai/DeepSeek-V4-Flash, config.json",
             Experts(256, 6, 2048, "sqrtsoftplus", scale=1.5, limit=10.0),
             Attention(64, top_k=512, ratios=(4, 128), **_V4),
             streams=4,
         ),
         Model(
-            "v4-pro", "DeepSeek-V4-Pro", 7168, "deepseek-ai/DeepSeek-V4-Pro, config.json",
+            "v4-pro",
+            "DeepSeek-V4-Pro",
+            7168,
+            "deepseek-ai/DeepSeek-V4-Pro, config.json",
             Experts(384, 6, 3072, "sqrtsoftplus", scale=2.5, limit=10.0),
             Attention(128, top_k=1024, ratios=(4, 128), **_V4),
             streams=4,
         ),
         Model(
-            "v3.2", "DeepSeek-V3.2", 7168, "deepseek-ai/DeepSeek-V3.2, config.json",
+            "v3.2",
+            "DeepSeek-V3.2",
+            7168,
+            "deepseek-ai/DeepSeek-V3.2, config.json",
             Experts(256, 8, 2048, "sigmoid", groups=8, top_groups=4, scale=2.5),
             # latent attention absorbed into 512 + 64: every token is an entry
-            Attention(128, 576, 512, 192**-0.5 * 1.8735, 2048, ratios=(1,), index_heads=64,
-                      sink=False),
+            Attention(
+                128, 576, 512, 192**-0.5 * 1.8735, 2048, ratios=(1,), index_heads=64, sink=False
+            ),
         ),
         Model(
-            "v4.1-flash", "DeepSeek-V4.1-Flash", 5120,
+            "v4.1-flash",
+            "DeepSeek-V4.1-Flash",
+            5120,
             "vLLM and SGLang model files of DeepSeek-V4.1-Flash (secondary)",
             Experts(384, 6, 2304, "sqrtsoftplus", scale=1.5, limit=10.0),
             Attention(64, top_k=512, ratios=(2,), **{**_V4, "index_heads": 32, "row_bytes": 288}),
@@ -131,26 +143,46 @@ MODELS: dict[str, Model] = {
             notes=("entries of ratio 2; the real model selects from a pool of 16,384 of them",),
         ),
         Model(
-            "qwen3-30b", "Qwen3-30B-A3B", 2048, "Qwen/Qwen3-30B-A3B, config.json",
+            "qwen3-30b",
+            "Qwen3-30B-A3B",
+            2048,
+            "Qwen/Qwen3-30B-A3B, config.json",
             Experts(128, 8, 768, "softmax"),
         ),
         Model(
-            "gpt-oss-20b", "gpt-oss-20b", 2880, "openai/gpt-oss-20b, config.json",
-            Experts(32, 4, 2880, "topk_softmax", limit=7.0, activation="swiglu_oai", bias=True,
-                    interleaved=True),
+            "gpt-oss-20b",
+            "gpt-oss-20b",
+            2880,
+            "openai/gpt-oss-20b, config.json",
+            Experts(
+                32,
+                4,
+                2880,
+                "topk_softmax",
+                limit=7.0,
+                activation="swiglu_oai",
+                bias=True,
+                interleaved=True,
+            ),
         ),
         Model(
-            "engram-27b", "Engram-27B", 2560, "Engram, arXiv 2601.07372, table of sizes",
+            "engram-27b",
+            "Engram-27B",
+            2560,
+            "Engram, arXiv 2601.07372, table of sizes",
             engram=Engram(3, 8, 80, 2_262_400, "bf16"),
             streams=4,
         ),
         Model(
-            "minimax-m3", "MiniMax-M3", 6144, "MiniMax-M3, config.json",
+            "minimax-m3",
+            "MiniMax-M3",
+            6144,
+            "MiniMax-M3, config.json",
             Experts(128, 4, 3072, "sigmoid", scale=2.0, limit=7.0, activation="swiglu_oai"),
             blocks=Blocks(64, 4, 128, 128, 16),
         ),
     )
-}  # fmt: skip
+}
 """By name, as --model takes them."""
 
 
@@ -192,30 +224,49 @@ def from_config(name: str, config: dict[str, Any]) -> Model:
         oai = kind == "gpt_oss"
         score = "topk_softmax" if oai else get("scoring_func") or _SCORES.get(kind, "softmax")
         experts = Experts(
-            count, get("num_experts_per_tok"),
-            get("moe_intermediate_size") or get("intermediate_size"), score,
-            get("n_group") or 1, get("topk_group") or 1, get("routed_scaling_factor") or 1.0,
-            7.0 if oai else get("swiglu_limit"), "swiglu_oai" if oai else "silu", oai, oai,
-        )  # fmt: skip
+            count,
+            get("num_experts_per_tok"),
+            get("moe_intermediate_size") or get("intermediate_size"),
+            score,
+            get("n_group") or 1,
+            get("topk_group") or 1,
+            get("routed_scaling_factor") or 1.0,
+            7.0 if oai else get("swiglu_limit"),
+            "swiglu_oai" if oai else "silu",
+            oai,
+            oai,
+        )
     if get("index_topk"):
         latent = (get("kv_lora_rank") or 0) + (get("qk_rope_head_dim") or 0)
         dim = latent or get("head_dim") or 512
         rates = get("compress_ratios") or (get("compress_rates") or {}).values()
         attention = Attention(
-            get("num_attention_heads"), dim, get("kv_lora_rank") or dim, dim**-0.5,
-            get("index_topk"), 0 if latent else get("sliding_window") or 0,
+            get("num_attention_heads"),
+            dim,
+            get("kv_lora_rank") or dim,
+            dim**-0.5,
+            get("index_topk"),
+            0 if latent else get("sliding_window") or 0,
             (1,) if latent else tuple(sorted({r for r in rates if r})),
-            get("index_n_heads") or 0, get("index_head_dim") or 128, sink=not latent,
-        )  # fmt: skip
+            get("index_n_heads") or 0,
+            get("index_head_dim") or 128,
+            sink=not latent,
+        )
     if experts is None and attention is None:
         raise ValueError(
             f"{name}: its config.json describes neither routed experts nor an indexer "
             f"(model_type {kind!r}); transom bench has no case for it"
         )
     return Model(
-        name, name, get("hidden_size"), "its config.json", experts, attention,
-        streams=get("hc_mult") or 0, iterations=get("hc_sinkhorn_iters") or 20,
-    )  # fmt: skip
+        name,
+        name,
+        get("hidden_size"),
+        "its config.json",
+        experts,
+        attention,
+        streams=get("hc_mult") or 0,
+        iterations=get("hc_sinkhorn_iters") or 20,
+    )
 
 
 _SCORES = {

@@ -65,13 +65,17 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     return {
         "sinkhorn, 1 tensor": (transom.sinkhorn, (normal(1, 4, 4),), dict(iterations=1, eps=1e-6)),
         "mhc_post, 4 tensors": (
-            transom.mhc_post, (normal(1, 8), normal(1, 4, 8), normal(1, 4), normal(1, 4, 4)), {},
+            transom.mhc_post,
+            (normal(1, 8), normal(1, 4, 8), normal(1, 4), normal(1, 4, 4)),
+            {},
         ),
         "grouped_gemm, 3 tensors and a check of values": (
-            transom.grouped_gemm, (normal(4, 8), normal(3, 8, 8), offsets), {},
+            transom.grouped_gemm,
+            (normal(4, 8), normal(3, 8, 8), offsets),
+            {},
         ),
         "route, a front": (transom.route, (normal(1, 8), 2), dict(score="softmax")),
-    }  # fmt: skip
+    }
 
 
 def times(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -91,10 +95,7 @@ def times(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 def cost(taken: list[float], add: list[float]) -> dict[str, float]:
     """The figures of one candidate."""
     ratios = [x / y for x, y in zip(taken, add, strict=True)]
-    return {
-        "us": round(statistics.median(taken), 2),
-        UNIT: round(statistics.median(ratios), 2),
-    }
+    return {"us": round(statistics.median(taken), 2), UNIT: round(statistics.median(ratios), 2)}
 
 
 def measure() -> dict[str, Any]:

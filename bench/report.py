@@ -71,15 +71,18 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 best.append((fastest.median / chosen.median, fastest))
             plain = [r for r in group if r.candidate == "composite" and r.seconds and not r.chosen]
             composite += [r.median / chosen.median for r in plain]
-        out.append({
-            "op": op, "cases": len(own),
-            "by": ", ".join(sorted(set(implementations))),
-            "attained": (statistics.median(shares), max(shares)) if shares else None,
-            "best": _middle([x for x, _ in best]),
-            "least": min(best, key=lambda b: b[0]) if best else None,
-            "most": max(best, key=lambda b: b[0]) if best else None,
-            "composite": _middle(composite),
-        })  # fmt: skip
+        out.append(
+            {
+                "op": op,
+                "cases": len(own),
+                "by": ", ".join(sorted(set(implementations))),
+                "attained": (statistics.median(shares), max(shares)) if shares else None,
+                "best": _middle([x for x, _ in best]),
+                "least": min(best, key=lambda b: b[0]) if best else None,
+                "most": max(best, key=lambda b: b[0]) if best else None,
+                "composite": _middle(composite),
+            }
+        )
     return out
 
 
@@ -106,10 +109,13 @@ def _bars(group: Sequence[Row], ratio: dict[int, float]) -> dict[str, Any]:
     ]
     return {
         "title": first.title,
-        "threads": first.threads, "level": first.level, "scaled": first.scaled,
-        "cold": first.cold, "bars": bars,
+        "threads": first.threads,
+        "level": first.level,
+        "scaled": first.scaled,
+        "cold": first.cold,
+        "bars": bars,
         "left_out": [r for r in group if r.left_out],
-    }  # fmt: skip
+    }
 
 
 def _sweeps(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -129,11 +135,15 @@ def _sweeps(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         kind = dtype if format == "plain" else f"{dtype}, {format} weights"
         title = ", ".join(filter(None, (MODELS[model].title, rest, kind)))
         yield {
-            "op": op, "title": f"{title}, {threads} thread{'' if threads == 1 else 's'}, {level}",
-            "axis": AXES[axis], "chart": charts.along(AXES[axis], lines, title),
-            "names": [(n, charts.LINES.get(charts.peer_of(s[0]), charts.LINES["composite"]))
-                      for n, s in lines.items()],
-        }  # fmt: skip
+            "op": op,
+            "title": f"{title}, {threads} thread{'' if threads == 1 else 's'}, {level}",
+            "axis": AXES[axis],
+            "chart": charts.along(AXES[axis], lines, title),
+            "names": [
+                (n, charts.LINES.get(charts.peer_of(s[0]), charts.LINES["composite"]))
+                for n, s in lines.items()
+            ],
+        }
 
 
 def _threads(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -174,19 +184,31 @@ def render(found: Found, compared: Comparison | None = None, busy: str | None = 
     ]
     operators = [
         {
-            "op": op, "colour": colour[op],
+            "op": op,
+            "colour": colour[op],
             "cases": [_bars(g, ratio) for g in groups([r for r in rows if r.op == op])],
         }
         for op in colour
-    ]  # fmt: skip
+    ]
     used = {charts.peer_of(r) for r in rows if r.seconds}
     return template("transom.bench", "report.html").render(
-        first=first, rows=rows, found=found, compared=compared, busy=busy, colour=colour,
-        ceilings=list(ceilings.values()), rooflines=rooflines, operators=operators, ratio=ratio,
-        ratio_text=ratio_text, summary=summary(rows), sweeps=list(_sweeps(rows)),
-        threads=_threads(rows), peers={n: c for n, c in charts.LINES.items() if n in used},
+        first=first,
+        rows=rows,
+        found=found,
+        compared=compared,
+        busy=busy,
+        colour=colour,
+        ceilings=list(ceilings.values()),
+        rooflines=rooflines,
+        operators=operators,
+        ratio=ratio,
+        ratio_text=ratio_text,
+        summary=summary(rows),
+        sweeps=list(_sweeps(rows)),
+        threads=_threads(rows),
+        peers={n: c for n, c in charts.LINES.items() if n in used},
         models=[MODELS[m] for m in dict.fromkeys(r.model for r in rows) if m in MODELS],
         checked=sum(r.error is not None for r in rows),
         scaled=list(dict.fromkeys((r.title, r.scaled) for r in rows if r.scaled)),
         counts=[len(groups([r for r in rows if (r.threads, r.level) == at])) for at in ceilings],
-    )  # fmt: skip
+    )

@@ -87,12 +87,26 @@ def _measured(
             if kind != dtype and (peer == "transom" or kind != "f32"):
                 continue
             row = Row(
-                NAME, "builtin-v4", phase, f"47M DeepSeek-V4, {phase}, {dtype}",
-                {"prompt": PROMPT}, dtype, "plain", name, peer,
-                "patched" if peer == "transom" else "as transformers runs it", ceilings.threads,
-                ceilings.level, "", "random weights and tokens", None, 0.0, 0.0,
-                chosen=peer == "transom", error=errors[name],
-            )  # fmt: skip
+                NAME,
+                "builtin-v4",
+                phase,
+                f"47M DeepSeek-V4, {phase}, {dtype}",
+                {"prompt": PROMPT},
+                dtype,
+                "plain",
+                name,
+                peer,
+                "patched" if peer == "transom" else "as transformers runs it",
+                ceilings.threads,
+                ceilings.level,
+                "",
+                "random weights and tokens",
+                None,
+                0.0,
+                0.0,
+                chosen=peer == "transom",
+                error=errors[name],
+            )
             if errors[name] <= LIMIT[kind]:
                 row.seconds, row.calls = spread([p[at] for p in passes[name]]), ROUNDS
             else:

@@ -38,23 +38,30 @@ def compact(reports: list[dict[str, Any]]) -> dict[str, Any]:
         calls = [r for r in ran if r.op == name]
         left = [r for r in refused if r.op == name]
         ops[name] = {
-            "calls": len(calls), "failed": sum(bool(r.stage) for r in calls),
+            "calls": len(calls),
+            "failed": sum(bool(r.stage) for r in calls),
             "launches": sum(r.launches for r in calls),
             "refused": sum(not r.planned for r in left),
             "why": sorted({r.why for r in left}),
-        }  # fmt: skip
+        }
     plans = [
         [f.kernel, f.tile, f.plan.target, f.chosen, f.plan.fits, f.plan.use, f.plan.why]
         for f in found.fits
     ]
     schemas = next((r["contract"] for r in reports if "date" in r and not r["unasked"]), None)
     return {
-        "note": reports[-1]["note"], "tools": reports[-1]["tools"], "reports": len(reports),
+        "note": reports[-1]["note"],
+        "tools": reports[-1]["tools"],
+        "reports": len(reports),
         "seconds": round(sum(r["seconds"] for r in reports if "seconds" in r)),
-        "levels": found.levels, "schemas changed": schemas, "passed": not found.failed,
+        "levels": found.levels,
+        "schemas changed": schemas,
+        "passed": not found.failed,
         "capacity": {f.plan.target: f.plan.capacity for f in found.fits if f.plan.fits},
-        "missing": [n for n in offered if n not in last], "ops": ops, "plans": plans,
-    }  # fmt: skip
+        "missing": [n for n in offered if n not in last],
+        "ops": ops,
+        "plans": plans,
+    }
 
 
 def _operators(report: dict[str, Any]) -> list[str]:

@@ -17,9 +17,12 @@ from transom.plugins import load
 HERE = Path(__file__).parent
 NOTE = "<!-- made by `python docs/generate.py`; edit the declarations in kernels/ instead -->\n"
 FAMILIES = {
-    "moe": "Mixture of experts", "attention": "Sparse attention", "engram": "Engram",
-    "mhc": "Hyper-connections", "quant": "Quantised weights",
-}  # fmt: skip
+    "moe": "Mixture of experts",
+    "attention": "Sparse attention",
+    "engram": "Engram",
+    "mhc": "Hyper-connections",
+    "quant": "Quantised weights",
+}
 
 
 def operators() -> str:
@@ -67,8 +70,9 @@ def transforms(op: Op) -> str:
     }
     cast = "; ".join(
         f"autocast casts {names} to {'its dtype' if mode == 'low' else 'float32'}"
-        for mode, names in casts.items() if names
-    )  # fmt: skip
+        for mode, names in casts.items()
+        if names
+    )
     batch = f"vmap folds into {op.batch}" if op.batch else "no vmap"
     return f"{batch}; {cast or 'autocast changes nothing'}."
 

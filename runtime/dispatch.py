@@ -160,13 +160,18 @@ def facts_of(op: Op[..., Any], values: Sequence[Any], gradient: bool = False) ->
     bound = op.validate({name: tensor.shape for name, tensor in tensors.items()}, kinds, arguments)
     device = op.check_devices({name: tensor.device for name, tensor in tensors.items()})
     return Facts(
-        device.type, _device.arch(device.type, device.index or 0), kinds, bound,
-        {name: _layout(tensor) for name, tensor in tensors.items()}, arguments, gradient,
+        device.type,
+        _device.arch(device.type, device.index or 0),
+        kinds,
+        bound,
+        {name: _layout(tensor) for name, tensor in tensors.items()},
+        arguments,
+        gradient,
         torch.are_deterministic_algorithms_enabled(),
         device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
         {name: described(tensor) for name, tensor in tensors.items()},
         {n: tensors[n].is_pinned() for n in op.host if tensors[n].device != device},
-    )  # fmt: skip
+    )
 
 
 def _layout(tensor: Any) -> str:
@@ -187,8 +192,7 @@ def select(op: Op[..., Any], facts: Facts) -> Explanation:
     ours = backends()
     asked = _asked_for(op)
     order = sorted(
-        op.impls.values(),
-        key=lambda i: (-TIERS.index(i.tier), i.backend in ours, i.name),
+        op.impls.values(), key=lambda i: (-TIERS.index(i.tier), i.backend in ours, i.name)
     )
     if asked:
         wanted = [i for i in order if asked in (i.name, i.backend)]

@@ -13,10 +13,18 @@ from dataclasses import dataclass
 import torch
 
 SHORT: dict[str, torch.dtype] = {
-    "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16,
-    "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8,
-    "u8": torch.uint8, "bool": torch.bool, "fp8": torch.float8_e4m3fn,
-}  # fmt: skip
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+    "fp8": torch.float8_e4m3fn,
+}
 GROUPS: dict[str, tuple[str, ...]] = {
     "float": ("f64", "f32", "bf16", "f16"),
     "index": ("i32", "i64"),
@@ -25,9 +33,12 @@ QUANTIZED = ("int8", "int4", "fp8", "mxfp4")
 
 # Half the distance from 1 to the next number: the largest relative error of one rounding.
 UNIT_ROUNDOFF: dict[torch.dtype, float] = {
-    torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8, torch.float8_e4m3fn: 2.0**-4,
-}  # fmt: skip
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float8_e4m3fn: 2.0**-4,
+}
 
 Kind = torch.dtype | str
 """What a tensor argument holds: a torch dtype, or the format of a QuantizedWeight."""

@@ -207,10 +207,15 @@ class Op(Generic[P, R]):
         return function
 
     def impl(
-        self, *, requires: Sequence[Requirement] = (), tier: str = "portable",
-        deterministic: bool = True, capturable: bool = False, version: str = "1",
+        self,
+        *,
+        requires: Sequence[Requirement] = (),
+        tier: str = "portable",
+        deterministic: bool = True,
+        capturable: bool = False,
+        version: str = "1",
         host: tuple[str, ...] = (),
-    ) -> Callable[[Callable[P, Any]], Callable[P, Any]]:  # fmt: skip
+    ) -> Callable[[Callable[P, Any]], Callable[P, Any]]:
         """Register a function with the declaration's parameters as an implementation; its name is
         the function's.
 
@@ -242,9 +247,19 @@ class Op(Generic[P, R]):
                 )
             backend = dispatch.backend_of(function.__module__)
             self._add(
-                Impl(self.name, function.__name__, backend, function, tuple(requires), tier,
-                     deterministic, capturable, version, host=host)
-            )  # fmt: skip
+                Impl(
+                    self.name,
+                    function.__name__,
+                    backend,
+                    function,
+                    tuple(requires),
+                    tier,
+                    deterministic,
+                    capturable,
+                    version,
+                    host=host,
+                )
+            )
             return function
 
         return register
@@ -410,11 +425,19 @@ class _Ask:
 
 
 def op(
-    shapes: str, *, dtypes: str, flops: str = "0", bytes: str | None = None, accumulate: str = "1",
-    autocast: str = "", batch: str | None = None, mutates: str = "", host: str = "",
+    shapes: str,
+    *,
+    dtypes: str,
+    flops: str = "0",
+    bytes: str | None = None,
+    accumulate: str = "1",
+    autocast: str = "",
+    batch: str | None = None,
+    mutates: str = "",
+    host: str = "",
     varying: str = "B T S M",
     examples: list[dict[str, Any]],
-) -> Callable[[Callable[P, R]], Op[P, R]]:  # fmt: skip
+) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Declare an operator; the decorated function is its composite.
 
     shapes      `x[*B, D], bias?[E] -> y[*B, D]`: see shapes.py
@@ -430,9 +453,16 @@ def op(
     examples    dims and arguments for tests (the first, small) and benchmarks (model shapes)
     """
     options = dict(
-        flops=flops, bytes=bytes, accumulate=accumulate, autocast=autocast, batch=batch,
-        mutates=mutates, host=host, varying=varying, examples=examples,
-    )  # fmt: skip
+        flops=flops,
+        bytes=bytes,
+        accumulate=accumulate,
+        autocast=autocast,
+        batch=batch,
+        mutates=mutates,
+        host=host,
+        varying=varying,
+        examples=examples,
+    )
     return lambda function: Op(function, shapes, dtypes, options)
 
 
@@ -483,6 +513,15 @@ def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
 
 
 __all__ = [
-    "OPS", "Cost", "Gradient", "Impl", "Op", "Parameter", "Weight", "as_numpy", "kind_of", "lookup",
+    "OPS",
+    "Cost",
+    "Gradient",
+    "Impl",
+    "Op",
+    "Parameter",
+    "Weight",
+    "as_numpy",
+    "kind_of",
+    "lookup",
     "op",
-]  # fmt: skip
+]

@@ -17,14 +17,24 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 """Types of ordinary tensors: a subclass may change what an operation means."""
 
 _SCHEMA = {
-    "int": "int", "float": "float", "bool": "bool", "str": "str",
-    "int | None": "int?", "str | None": "str?",
-    "float | None": "float?", "tuple[int, ...]": "int[]", "tuple[int, ...] | None": "int[]?",
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+    "int | None": "int?",
+    "str | None": "str?",
+    "float | None": "float?",
+    "tuple[int, ...]": "int[]",
+    "tuple[int, ...] | None": "int[]?",
     "tuple[int, int] | None": "int[]?",
-}  # fmt: skip
+}
 _TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "int[]": (tuple, list),
-}  # fmt: skip
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "int[]": (tuple, list),
+}
 
 _SYMBOLIC = ("SymInt", "SymFloat", "SymBool")
 
@@ -82,9 +92,15 @@ def parameters_of(function: Callable[..., Any], signature: Signature) -> tuple[P
             )
         has_default = p.default is not p.empty
         out.append(
-            Parameter(p.name, role, kind, optional or has_default, p.kind is p.KEYWORD_ONLY,
-                      default if has_default else inspect.Parameter.empty)
-        )  # fmt: skip
+            Parameter(
+                p.name,
+                role,
+                kind,
+                optional or has_default,
+                p.kind is p.KEYWORD_ONLY,
+                default if has_default else inspect.Parameter.empty,
+            )
+        )
     missing = signature.inputs.keys() - {p.name for p in out}
     if missing:
         raise TypeError(
@@ -118,9 +134,13 @@ def call_glue(
     """
     names = [p.name for p in parameters]
     scope: dict[str, Any] = {
-        "_W": QuantizedWeight, "_args": weight_args, "_from": weight_from, "_PLAIN": PLAIN,
-        "_PLAIN_WEIGHT": PLAIN | {QuantizedWeight}, "_pinned": host_memory.pinned,
-    }  # fmt: skip
+        "_W": QuantizedWeight,
+        "_args": weight_args,
+        "_from": weight_from,
+        "_PLAIN": PLAIN,
+        "_PLAIN_WEIGHT": PLAIN | {QuantizedWeight},
+        "_pinned": host_memory.pinned,
+    }
     bind, invoke, key, plain, flatten, flat, unflatten = [], [], [], [], [], [], []
     star = False
     for p in parameters:

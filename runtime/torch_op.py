@@ -275,10 +275,13 @@ def _vmap(op: Op[..., Any]) -> Callable[..., Any]:
         results = op.torch_op(*args)
         several = isinstance(results, tuple)
         unfolded = tuple(
-            r if batch and batch.startswith("*") else r.unflatten(0, (size, -1)) if r.numel() else
-            r.reshape(size, r.shape[0] // size, *r.shape[1:])
+            r
+            if batch and batch.startswith("*")
+            else r.unflatten(0, (size, -1))
+            if r.numel()
+            else r.reshape(size, r.shape[0] // size, *r.shape[1:])
             for r in (results if several else (results,))
-        )  # fmt: skip
+        )
         return (unfolded, (0,) * len(unfolded)) if several else (unfolded[0], 0)
 
     return rule

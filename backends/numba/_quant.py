@@ -48,9 +48,13 @@ class Codes(NamedTuple):
             zeros = None if zeros is None else zeros[None]
         none = torch.empty((0, 0, 0), dtype=torch.uint8) if zeros is None else zeros
         return cls(
-            array(values.view(torch.uint8)), array(scales), array(none), _FORMATS[name], rows,
+            array(values.view(torch.uint8)),
+            array(scales),
+            array(none),
+            _FORMATS[name],
+            rows,
             columns,
-        )  # fmt: skip
+        )
 
 
 def stored_contiguously(*weights: str) -> Requirement:

@@ -23,15 +23,20 @@ FOLDER = Path(__file__).parent / "_tiles"
 INTERPRETER = "interpreter"
 """The architecture of Triton's interpreter: small tiles, so that small tensors have several."""
 
-ARCHITECTURES = (
-    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950",
-)  # fmt: skip
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 """What kernels are compiled for, with and without such a device."""
 
 CORES = {
-    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
-    "gfx942": 304, "gfx950": 256, INTERPRETER: 3,
-}  # fmt: skip
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+    "gfx950": 256,
+    INTERPRETER: 3,
+}
 """Multiprocessors of the largest common device, where no device is there to be asked."""
 
 

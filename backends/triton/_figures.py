@@ -66,9 +66,10 @@ def _keys(launch: Launch) -> tuple[Any, Any]:
     pointers = tuple((n, kind) for n, kind in signature.items() if kind.startswith("*"))
     constants = {n: c for n, c in launch.constexprs().items() if n not in tile}
     switches = tuple(
-        (n, c) for n, c in constants.items()
+        (n, c)
+        for n, c in constants.items()
         if c is None or (isinstance(c, bool | str) and n != "EVEN")
-    )  # fmt: skip
+    )
     kind = (launch.name, pointers, switches, str(launch.tile))
     return kind, (*kind, tuple(constants.items()))
 
@@ -124,11 +125,15 @@ def _row(name: str, target: str, found: list[Compiled]) -> dict[str, Any]:
         most = tiles.setdefault(k.tile, [0, 0, 0])
         tiles[k.tile] = [max(p) for p in zip(most, (k.registers, k.spills, k.shared), strict=True)]
     return {
-        "kernel": name, "target": target, "ops": sorted({k.op for k in found}),
-        "compiled": len(found), "faults": sum(bool(k.faults) for k in found),
-        "registers": max(k.registers for k in judged), "spills": max(k.spills for k in judged),
+        "kernel": name,
+        "target": target,
+        "ops": sorted({k.op for k in found}),
+        "compiled": len(found),
+        "faults": sum(bool(k.faults) for k in found),
+        "registers": max(k.registers for k in judged),
+        "spills": max(k.spills for k in judged),
         "shared": max(k.shared for k in judged),
         "product": sorted({k.product for k in judged} - {""}),
         "tiles": tiles,
         "spills_of_others": max((k.spills for k in found if not k.chosen), default=0),
-    }  # fmt: skip
+    }

@@ -33,10 +33,17 @@ STREAMING = Tile((), each=8)
 """For kernels that move memory and do little else: programs enough to keep it busy."""
 
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
-    torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
-    torch.float64: "*fp64", torch.int16: "*i16",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+}
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,12 @@ def _now() -> _Road | None:
 
 @contextlib.contextmanager
 def road(
-    to: Callable[[Launch], Any], *, arch: str, cores: int | None = None,
+    to: Callable[[Launch], Any],
+    *,
+    arch: str,
+    cores: int | None = None,
     choose: Callable[[str, tuple[Tile, ...]], Tile] = lambda entry, listed: listed[0],
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[None]:
     """Within the block, on this thread: launches are handed to `to`.
 
     arch     whose tiles are taken; cores: its multiprocessors (None: the table's)
@@ -223,9 +233,13 @@ def _cores(device: torch.device) -> int:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile | None = None, entry: str = "",
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    tile: Tile | None = None,
+    entry: str = "",
     **constants: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Run `kernel` on `grid` with these arguments in its order, then constants and tile sizes by
     name.
 

@@ -34,8 +34,11 @@ def offer(op: Op[..., Any], *requires: Requirement, tier: str = "portable") -> C
         function.__name__ = "triton"
         op.impl(
             requires=(device(*DEVICES), NEW_ENOUGH, *requires, *REFUSED.get(op.name, ())),
-            tier=tier, deterministic=True, capturable=True, host=op.host,
-        )(function)  # fmt: skip
+            tier=tier,
+            deterministic=True,
+            capturable=True,
+            host=op.host,
+        )(function)
         return function
 
     return register

@@ -19,9 +19,20 @@ WIDEST = 512
 
 @jit
 def _sum(
-    source, order, starts, into, count, blocks, each, row, part, D: tl.constexpr, ADD: tl.constexpr,
-    BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    source,
+    order,
+    starts,
+    into,
+    count,
+    blocks,
+    each,
+    row,
+    part,
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     # into[r] = (into[r] +) the sum of source[order[i]], i = starts[r] .. starts[r+1] - 1: BR rows
     # at a time are added to BR partial sums. Bound by memory.
     for number in range(tl.program_id(0), count * blocks, tl.num_programs(0)):
@@ -72,7 +83,20 @@ def sum_rows(
     width = min(WIDEST, max(16, 1 << (D - 1).bit_length()))
     blocks = -(-D // width)
     launch(
-        _sum, programs(into, count * blocks, tile), source, order, starts, into, count, blocks,
-        source.shape[1], source.stride(0), source.stride(1), tile=tile, entry="segments.rows", D=D,
-        ADD=add, BD=width,
-    )  # fmt: skip
+        _sum,
+        programs(into, count * blocks, tile),
+        source,
+        order,
+        starts,
+        into,
+        count,
+        blocks,
+        source.shape[1],
+        source.stride(0),
+        source.stride(1),
+        tile=tile,
+        entry="segments.rows",
+        D=D,
+        ADD=add,
+        BD=width,
+    )

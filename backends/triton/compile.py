@@ -39,9 +39,15 @@ if TYPE_CHECKING:
     from ._launch import Launch
 
 SHARED = {
-    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
-    "gfx942": 64, "gfx950": 160,
-}  # fmt: skip
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx950": 160,
+}
 """KiB of shared memory that one program may have. Source: CUDA C++ Programming Guide, table of
 technical specifications; AMD CDNA 3 and CDNA 4 ISA documents (LDS)."""
 
@@ -133,9 +139,14 @@ def targets(text: str) -> tuple[str, ...]:
 
 
 def compile_all(
-    wanted: tuple[str, ...], ops: list[str] | None = None, *, every: bool = True, jobs: int = 1,
-    seconds: float = SECONDS, progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> Outcome:  # fmt: skip
+    wanted: tuple[str, ...],
+    ops: list[str] | None = None,
+    *,
+    every: bool = True,
+    jobs: int = 1,
+    seconds: float = SECONDS,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Outcome:
     """Compile what the operators launch, for each target, in `jobs` processes at a time.
 
     every      all that `picked` takes of examples, dtypes, formats and tiles; else the first tile
@@ -157,9 +168,12 @@ def compile_all(
 
 
 def _batch(
-    op: str, wanted: tuple[str, ...], every: bool, seconds: float,
+    op: str,
+    wanted: tuple[str, ...],
+    every: bool,
+    seconds: float,
     progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> Iterator[Compiled]:  # fmt: skip
+) -> Iterator[Compiled]:
     """One operator; after a crash a new process goes on behind the kernel that crashed."""
     first = 0
     while True:
@@ -167,10 +181,12 @@ def _batch(
         now: dict[str, Any] | None = None
         with tempfile.TemporaryDirectory() as cache:
             child = subprocess.Popen(
-                [sys.executable, "-m", __name__, json.dumps(request)], stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-m", __name__, json.dumps(request)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
                 env={**os.environ, "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"},
-            )  # fmt: skip
+            )
             timer = _Silence(child, seconds)
             assert child.stdout is not None and child.stderr is not None
             for line in child.stdout:
@@ -234,18 +250,24 @@ def main(request: dict[str, Any]) -> None:
         if number < request["first"]:
             continue
         about = {
-            "op": op.name, "kernel": launch.name, "target": target, "call": call,
-            "tile": str(launch.tile), "chosen": chosen,
-        }  # fmt: skip
+            "op": op.name,
+            "kernel": launch.name,
+            "target": target,
+            "call": call,
+            "tile": str(launch.tile),
+            "chosen": chosen,
+        }
         print(json.dumps({"start": about, "number": number, "of": len(jobs)}), flush=True)
         found = compiled(launch, target, Compiled(**about), kept)
         print(json.dumps({"done": asdict(found)}), flush=True)
 
 
 def launches(
-    op: Op[..., Any], wanted: tuple[str, ...], every: bool,
+    op: Op[..., Any],
+    wanted: tuple[str, ...],
+    every: bool,
     taken: Callable[[str, tuple[Any, ...]], bool] = lambda *_: True,
-) -> Iterator[tuple[str, Launch, str, bool]]:  # fmt: skip
+) -> Iterator[tuple[str, Launch, str, bool]]:
     """(target, launch, call, Compiled.chosen) of every kernel that differs, of the calls (in words,
     values) that are `taken`."""
     from ._launch import record
@@ -281,10 +303,16 @@ def launches(
 
 def identity(launch: Launch) -> str:
     """What decides the machine code of a launch."""
-    return repr((
-        launch.name, launch.signature(), launch.constexprs(), launch.divisible(),
-        launch.tile.warps, launch.tile.stages,
-    ))  # fmt: skip
+    return repr(
+        (
+            launch.name,
+            launch.signature(),
+            launch.constexprs(),
+            launch.divisible(),
+            launch.tile.warps,
+            launch.tile.stages,
+        )
+    )
 
 
 def implementation(op: Op[..., Any]) -> Callable[..., Any]:
@@ -380,10 +408,11 @@ def compile_launch(launch: Launch, target: str) -> Any:
 
     names = launch.kernel.arg_names
     source = ASTSource(
-        launch.kernel, launch.signature(),
+        launch.kernel,
+        launch.signature(),
         constexprs={(names.index(n),): value for n, value in launch.constexprs().items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in launch.divisible()},
-    )  # fmt: skip
+    )
     to = (
         GPUTarget("cuda", int(target[3:]), 32)
         if target.startswith("sm_")
@@ -419,9 +448,11 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         file.write(asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [str(tools / "cuobjdump"), "--dump-resource-usage", file.name], capture_output=True,
-            text=True, check=True,
-        ).stdout  # fmt: skip
+            [str(tools / "cuobjdump"), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     product = re.search(r"(tcgen05\.mma|wgmma\.mma_async|mma\.sync)", ptx)
     wide = (
         r"ld\.global[.\w:]*\.(v4\.b32|v2\.b64)"

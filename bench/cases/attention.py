@@ -43,35 +43,71 @@ def _selected(
     for ratio, kind in ([(0, "window")] if attention.window else []) + kinds:
         entries = tokens // ratio if ratio else 0
         dims: dict[str, Any] = dict(
-            S=queries, tokens=tokens, N=entries, H=attention.heads, D=attention.head_dim,
-            Dv=attention.v_dim, window=attention.window, ratio=ratio,
+            S=queries,
+            tokens=tokens,
+            N=entries,
+            H=attention.heads,
+            D=attention.head_dim,
+            Dv=attention.v_dim,
+            window=attention.window,
+            ratio=ratio,
             L=attention.top_k if 0 < ratio < _HCA else 0,
-        )  # fmt: skip
+        )
         yield Case(
-            "sparse_attention", model.name, f"{phase}, {kind}", dims, dtype, "plain",
-            _attend(dims, attention), sweep=sweep,
-        )  # fmt: skip
+            "sparse_attention",
+            model.name,
+            f"{phase}, {kind}",
+            dims,
+            dtype,
+            "plain",
+            _attend(dims, attention),
+            sweep=sweep,
+        )
         if entries and attention.row_bytes:
             yield Case(
-                "sparse_attention_rows", model.name, f"{phase}, {kind}", dims, dtype,
-                "plain", _attend_rows(dims, attention), sweep=sweep,
-            )  # fmt: skip
+                "sparse_attention_rows",
+                model.name,
+                f"{phase}, {kind}",
+                dims,
+                dtype,
+                "plain",
+                _attend_rows(dims, attention),
+                sweep=sweep,
+            )
         if dims["L"] and entries:
             inner = dict(
-                S=queries, tokens=tokens, N=entries, H=attention.index_heads, D=attention.index_dim,
-                top_k=attention.top_k, ratio=ratio,
-            )  # fmt: skip
+                S=queries,
+                tokens=tokens,
+                N=entries,
+                H=attention.index_heads,
+                D=attention.index_dim,
+                top_k=attention.top_k,
+                ratio=ratio,
+            )
             yield Case(
-                "lightning_indexer", model.name, f"{phase}, {queries:,} x {entries:,}", inner,
-                dtype, "plain", _index(inner), sweep=sweep, agree="sets",
-            )  # fmt: skip
+                "lightning_indexer",
+                model.name,
+                f"{phase}, {queries:,} x {entries:,}",
+                inner,
+                dtype,
+                "plain",
+                _index(inner),
+                sweep=sweep,
+                agree="sets",
+            )
         if ratio > 1 and queries > 1:
             overlap = ratio < _HCA
             packed = dict(S=queries, W=(1 + overlap) * attention.head_dim, m=ratio, overlap=overlap)
             yield Case(
-                "compress_kv", model.name, f"{phase}, {kind}", packed, dtype, "plain",
-                _compress(packed), sweep=sweep,
-            )  # fmt: skip
+                "compress_kv",
+                model.name,
+                f"{phase}, {kind}",
+                packed,
+                dtype,
+                "plain",
+                _compress(packed),
+                sweep=sweep,
+            )
 
 
 def _kind(ratio: int) -> str:
@@ -127,11 +163,20 @@ def _attend(dims: Mapping[str, Any], attention: Attention) -> Callable[[Draw], I
             elif N:
                 assert visible is not None
                 pairs = float(visible.clamp(max=N).sum())
-            draws.append(dict(
-                q=draw.normal(1, S, H, D), kv=caches[i % copies], indices=indices,
-                visible=visible, local_kv=draw.normal(1, M, D) if window else None,
-                window=window, sink=sink, scale=attention.scale, v_dim=Dv, local_valid=None,
-            ))  # fmt: skip
+            draws.append(
+                dict(
+                    q=draw.normal(1, S, H, D),
+                    kv=caches[i % copies],
+                    indices=indices,
+                    visible=visible,
+                    local_kv=draw.normal(1, M, D) if window else None,
+                    window=window,
+                    sink=sink,
+                    scale=attention.scale,
+                    v_dim=Dv,
+                    local_valid=None,
+                )
+            )
         if window:
             first = M - S + torch.arange(S)
             pairs += float((first + 1).clamp(max=window).sum())
@@ -190,12 +235,14 @@ def _index(dims: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
         visible = _seen(dims)
         draws = [
             dict(
-                q=draw.normal(1, S, H, D), k=keys[i % copies],
-                weights=draw.normal(1, S, H, dtype=torch.float32), top_k=dims["top_k"],
+                q=draw.normal(1, S, H, D),
+                k=keys[i % copies],
+                weights=draw.normal(1, S, H, dtype=torch.float32),
+                top_k=dims["top_k"],
                 visible=visible,
             )
             for i in range(DRAWS if S == 1 else 2)
-        ]  # fmt: skip
+        ]
         pairs = float(visible.clamp(max=N).sum())
         moved = (S * H * D + N * D) * item + 4.0 * S * (H + dims["top_k"])
         few = _few("q", "weights", "visible")
@@ -211,11 +258,16 @@ def _compress(dims: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
         bias = draw.normal(m, W, dtype=torch.float32)
         draws = [
             dict(
-                kv=draw.normal(1, S, W), gate=draw.normal(1, S, W), position_bias=bias,
-                overlap=dims["overlap"], state_kv=None, state_gate=None, pending=0,
+                kv=draw.normal(1, S, W),
+                gate=draw.normal(1, S, W),
+                position_bias=bias,
+                overlap=dims["overlap"],
+                state_kv=None,
+                state_gate=None,
+                pending=0,
             )
             for _ in range(DRAWS)
-        ]  # fmt: skip
+        ]
         moved = (2 * S * W + S // m * W / (1 + dims["overlap"])) * draw.dtype.itemsize
         return Inputs(draws, 8.0 * S * W, moved, None, cold=f"{DRAWS} inputs in turn")
 
@@ -227,21 +279,30 @@ def _blocks(model: Model, dtype: str, tokens: int, queries: int) -> Case:
     assert blocks is not None
     phase = f"decode at {short(tokens)}" if queries == 1 else f"prefill {short(tokens)}"
     dims: dict[str, Any] = dict(
-        S=queries, N=tokens, Hq=blocks.heads, Hkv=blocks.kv_heads, D=blocks.head_dim,
-        L=blocks.chosen, block=blocks.block,
-    )  # fmt: skip
+        S=queries,
+        N=tokens,
+        Hq=blocks.heads,
+        Hkv=blocks.kv_heads,
+        D=blocks.head_dim,
+        L=blocks.chosen,
+        block=blocks.block,
+    )
     sweep = ("context" if queries == 1 else "prefill", float(tokens))
     return Case(
-        "block_sparse_attention", model.name, phase, dims, dtype, "plain", _attend_blocks(dims),
+        "block_sparse_attention",
+        model.name,
+        phase,
+        dims,
+        dtype,
+        "plain",
+        _attend_blocks(dims),
         sweep=sweep,
-    )  # fmt: skip
+    )
 
 
 def _attend_blocks(dims: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
     def make(draw: Draw) -> Inputs:
-        S, N, Hq, Hkv, D, L, block = (
-            dims[n] for n in ("S", "N", "Hq", "Hkv", "D", "L", "block")
-        )  # fmt: skip
+        S, N, Hq, Hkv, D, L, block = (dims[n] for n in ("S", "N", "Hq", "Hkv", "D", "L", "block"))
         item = draw.dtype.itemsize
         one = 2 * N * Hkv * D * item
         copies = _copies(one) if S == 1 else 1
@@ -254,10 +315,18 @@ def _attend_blocks(dims: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
             others = selected(draw, before, -(-N // block), L - 1).view(S, Hkv, L - 1)
             lists = torch.cat((others, own.to(torch.int32)), -1).sort(-1, descending=True).values
             k, v = caches[i % copies]
-            draws.append(dict(
-                q=draw.normal(1, S, Hq, D), k=k, v=v, block_indices=lists[None].contiguous(),
-                block_size=block, causal=True, sink=None, scale=D**-0.5,
-            ))  # fmt: skip
+            draws.append(
+                dict(
+                    q=draw.normal(1, S, Hq, D),
+                    k=k,
+                    v=v,
+                    block_indices=lists[None].contiguous(),
+                    block_size=block,
+                    causal=True,
+                    sink=None,
+                    scale=D**-0.5,
+                )
+            )
         whole = float((others >= 0).sum()) * block
         within = float((torch.arange(N - S, N) % block + 1).sum()) * Hkv
         pairs = (whole + within) * Hq / Hkv

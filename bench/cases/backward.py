@@ -25,9 +25,17 @@ def of_backward(case: Case) -> Iterator[Case]:
     for name in _OF.get(case.op, (f"{case.op}_backward",)):
         if name in OPS and case.format == PLAIN and dtypes.parse(case.dtype).is_floating_point:
             yield Case(
-                name, case.model, case.label, case.dims, case.dtype, case.format,
-                _maker(case, name), case.scaled, case.uncut, case.sweep,
-            )  # fmt: skip
+                name,
+                case.model,
+                case.label,
+                case.dims,
+                case.dtype,
+                case.format,
+                _maker(case, name),
+                case.scaled,
+                case.uncut,
+                case.sweep,
+            )
 
 
 def _maker(case: Case, name: str) -> Any:

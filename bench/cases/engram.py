@@ -29,9 +29,16 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
         sweep = ("tokens", float(tokens))
         if PLAIN in wanted.formats:
             yield Case(
-                "ngram_hash", model.name, f"{tokens:,} tokens", here, "i64", PLAIN,
-                _hash(here), sweep=sweep, agree="exact",
-            )  # fmt: skip
+                "ngram_hash",
+                model.name,
+                f"{tokens:,} tokens",
+                here,
+                "i64",
+                PLAIN,
+                _hash(here),
+                sweep=sweep,
+                agree="exact",
+            )
         for dtype, format in by_dtype(wanted, formats=True):
             one = engram.dim * bytes_per_element(dtype, format)
             # a power of two below what fits: one figure for every machine of about this size
@@ -41,19 +48,39 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
             scaled = of_the_model(rows, engram.rows, "rows of each column")
             for op in ("hashed_embedding", "hashed_embedding_out", "hashed_embedding_pooled"):
                 yield Case(
-                    op, model.name, f"{tokens:,} tokens", table, dtype, format,
-                    _gather(op, table, format), scaled, {"V": columns * engram.rows}, sweep,
-                )  # fmt: skip
+                    op,
+                    model.name,
+                    f"{tokens:,} tokens",
+                    table,
+                    dtype,
+                    format,
+                    _gather(op, table, format),
+                    scaled,
+                    {"V": columns * engram.rows},
+                    sweep,
+                )
         for dtype, _ in by_dtype(wanted):
             wide = dict(T=tokens, R=model.streams, D=model.hidden, n=engram.sizes)
             yield Case(
-                "engram_gate", model.name, f"T = {tokens:,}", wide, dtype, PLAIN, _gate(wide),
+                "engram_gate",
+                model.name,
+                f"T = {tokens:,}",
+                wide,
+                dtype,
+                PLAIN,
+                _gate(wide),
                 sweep=sweep,
-            )  # fmt: skip
+            )
             yield Case(
-                "short_conv", model.name, f"{tokens:,} tokens", wide, dtype, PLAIN, _conv(wide),
+                "short_conv",
+                model.name,
+                f"{tokens:,} tokens",
+                wide,
+                dtype,
+                PLAIN,
+                _conv(wide),
                 sweep=sweep,
-            )  # fmt: skip
+            )
 
 
 def _numbers(draw: Draw, d: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -74,9 +101,11 @@ def _hash(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
 def _made_hash(op: str, d: Mapping[str, Any], same: Any) -> Callable[[Draw], Inputs]:
     def make(draw: Draw) -> Inputs:
         one = _made(
-            op, ("tokens",), lambda g: dict(tokens=g.integers(VOCABULARY, 1, d["S"])),
+            op,
+            ("tokens",),
+            lambda g: dict(tokens=g.integers(VOCABULARY, 1, d["S"])),
             lambda g: dict(pad=2, lookback=None, blocked=None, **same(g)),
-        )(draw)  # fmt: skip
+        )(draw)
         one.few = None  # a token's rows depend on the tokens before it: the whole is compared
         one.cold = "tokens new each call"
         return one
@@ -146,10 +175,11 @@ def _filled(piece: Tensor, count: int) -> Tensor:
 def _gate(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
     T, R, D = d["T"], d["R"], d["D"]
     return _made(
-        "engram_gate", ("x", "key", "value"),
+        "engram_gate",
+        ("x", "key", "value"),
         lambda g: dict(x=g.normal(T, R, D), key=g.normal(T, R, D), value=g.normal(T, D)),
         lambda g: dict(weight=g.normal(R, D), eps=1e-6, clamp=1e-6, mask=None, residual=True),
-    )  # fmt: skip
+    )
 
 
 def _conv(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
@@ -157,9 +187,11 @@ def _conv(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
 
     def make(draw: Draw) -> Inputs:
         made = _made(
-            "short_conv", ("v",), lambda g: dict(v=g.normal(1, d["T"], channels)),
+            "short_conv",
+            ("v",),
+            lambda g: dict(v=g.normal(1, d["T"], channels)),
             lambda g: dict(weight=g.normal(channels, 4), dilation=d["n"], state=None),
-        )(draw)  # fmt: skip
+        )(draw)
         made.few = None
         return made
 

@@ -21,13 +21,21 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
         for tokens in wanted.tokens:
             dims = dict(T=tokens, R=model.streams, D=model.hidden, iterations=model.iterations)
             for op, make in (
-                ("mhc_pre", _pre), ("mhc_post", _post), ("mhc_head", _head),
+                ("mhc_pre", _pre),
+                ("mhc_post", _post),
+                ("mhc_head", _head),
                 ("sinkhorn", _sinkhorn),
-            ):  # fmt: skip
+            ):
                 yield Case(
-                    op, model.name, f"T = {tokens:,}", dims, dtype, "plain", make(dims),
+                    op,
+                    model.name,
+                    f"T = {tokens:,}",
+                    dims,
+                    dtype,
+                    "plain",
+                    make(dims),
                     sweep=("tokens", float(tokens)),
-                )  # fmt: skip
+                )
 
 
 def _made(
@@ -54,41 +62,55 @@ def _made(
 def _pre(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
     T, R, D, N = d["T"], d["R"], d["D"], (2 + d["R"]) * d["R"]
     return _made(
-        "mhc_pre", ("x",), lambda g: dict(x=g.normal(T, R, D)),
+        "mhc_pre",
+        ("x",),
+        lambda g: dict(x=g.normal(T, R, D)),
         lambda g: dict(
             fn=g.normal(N, R * D, dtype=torch.float32, spread=(R * D) ** -0.5),
-            scale=torch.ones(3), base=g.normal(N, dtype=torch.float32),
-            iterations=d["iterations"], post_scale=2.0, **_EPS,
+            scale=torch.ones(3),
+            base=g.normal(N, dtype=torch.float32),
+            iterations=d["iterations"],
+            post_scale=2.0,
+            **_EPS,
         ),
-    )  # fmt: skip
+    )
 
 
 def _post(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
     T, R, D = d["T"], d["R"], d["D"]
     return _made(
-        "mhc_post", ("f", "x", "post", "comb"),
+        "mhc_post",
+        ("f", "x", "post", "comb"),
         lambda g: dict(
-            f=g.normal(T, D), x=g.normal(T, R, D), post=g.normal(T, R, dtype=torch.float32),
+            f=g.normal(T, D),
+            x=g.normal(T, R, D),
+            post=g.normal(T, R, dtype=torch.float32),
             comb=torch.softmax(g.normal(T, R, R, dtype=torch.float32), -1),
         ),
         lambda g: {},
-    )  # fmt: skip
+    )
 
 
 def _head(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
     T, R, D = d["T"], d["R"], d["D"]
     return _made(
-        "mhc_head", ("x",), lambda g: dict(x=g.normal(T, R, D)),
+        "mhc_head",
+        ("x",),
+        lambda g: dict(x=g.normal(T, R, D)),
         lambda g: dict(
             fn=g.normal(R, R * D, dtype=torch.float32, spread=(R * D) ** -0.5),
-            scale=torch.ones(1), base=g.normal(R, dtype=torch.float32), **_EPS,
+            scale=torch.ones(1),
+            base=g.normal(R, dtype=torch.float32),
+            **_EPS,
         ),
-    )  # fmt: skip
+    )
 
 
 def _sinkhorn(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
     T, R = d["T"], d["R"]
     return _made(
-        "sinkhorn", ("logits",), lambda g: dict(logits=g.normal(T, R, R)),
+        "sinkhorn",
+        ("logits",),
+        lambda g: dict(logits=g.normal(T, R, R)),
         lambda g: dict(iterations=d["iterations"], eps=1e-6),
-    )  # fmt: skip
+    )

@@ -41,29 +41,60 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
         for count, tokens in itertools.product(dict.fromkeys(cut or [most]), wanted.tokens):
             scaled = of_the_model(count, block.count, "experts")
             dims = dict(
-                T=tokens, D=model.hidden, I=block.width, E=count, K=block.chosen,
-                activation=block.activation, limit=block.limit, interleaved=block.interleaved,
-            )  # fmt: skip
+                T=tokens,
+                D=model.hidden,
+                I=block.width,
+                E=count,
+                K=block.chosen,
+                activation=block.activation,
+                limit=block.limit,
+                interleaved=block.interleaved,
+            )
             whole = {"E": block.count}
             sweep = ("experts", float(count)) if cut else ("tokens", float(tokens))
             integer = format in ("int8", "int4", "mxfp4")
             label = f"T = {tokens:,}" + (f", {count} experts" if cut else "")
             yield Case(
-                "moe_experts", model.name, label, dims, dtype, format,
-                _experts(dims, block, format), scaled, whole, sweep, integer,
-            )  # fmt: skip
+                "moe_experts",
+                model.name,
+                label,
+                dims,
+                dtype,
+                format,
+                _experts(dims, block, format),
+                scaled,
+                whole,
+                sweep,
+                integer,
+            )
             rows = dict(M=tokens * block.chosen, K=model.hidden, N=2 * block.width, E=count)
             yield Case(
-                "grouped_gemm", model.name, f"{label}, gate and up", rows, dtype, format,
-                _product(dims, format), scaled, whole, sweep, integer,
-            )  # fmt: skip
+                "grouped_gemm",
+                model.name,
+                f"{label}, gate and up",
+                rows,
+                dtype,
+                format,
+                _product(dims, format),
+                scaled,
+                whole,
+                sweep,
+                integer,
+            )
     for dtype, _ in by_dtype(wanted):
         for tokens in wanted.tokens:
             dims = dict(T=tokens, E=block.count, k=block.chosen, score=block.score)
             yield Case(
-                "route", model.name, f"T = {tokens:,}", dims, dtype, "plain",
-                _route(dims, block), sweep=("tokens", float(tokens)), agree="sets",
-            )  # fmt: skip
+                "route",
+                model.name,
+                f"T = {tokens:,}",
+                dims,
+                dtype,
+                "plain",
+                _route(dims, block),
+                sweep=("tokens", float(tokens)),
+                agree="sets",
+            )
 
 
 def _slots(draw: Draw, dims: Mapping[str, Any]) -> Tensor:
@@ -80,9 +111,15 @@ def _experts(dims: Mapping[str, Any], block: Experts, format: str) -> Callable[[
         if block.bias:
             biases = dict(gate_up_bias=draw.normal(E, 2 * I), down_bias=draw.normal(E, D))
         same = dict(
-            gate_up=gate_up, down=down, **biases, activation=block.activation, limit=block.limit,
-            interleaved=block.interleaved, weight_position="after", alpha=1.702,
-        )  # fmt: skip
+            gate_up=gate_up,
+            down=down,
+            **biases,
+            activation=block.activation,
+            limit=block.limit,
+            interleaved=block.interleaved,
+            weight_position="after",
+            alpha=1.702,
+        )
         slots = _slots(draw, dims)
         draws = []
         for _ in range(DRAWS):
@@ -162,13 +199,20 @@ def _route(dims: Mapping[str, Any], block: Experts) -> Callable[[Draw], Inputs]:
         draws = [
             dict(
                 logits=torch.stack([steps[draw.order(E)] for _ in range(min(T, 64))])
-                .repeat(-(-T // 64), 1)[:T].to(draw.dtype),
-                bias=bias, k=k, score=block.score, groups=block.groups,
-                top_groups=block.top_groups, renormalize=True, scale=block.scale,
-                preset=None, mask=None,
+                .repeat(-(-T // 64), 1)[:T]
+                .to(draw.dtype),
+                bias=bias,
+                k=k,
+                score=block.score,
+                groups=block.groups,
+                top_groups=block.top_groups,
+                renormalize=True,
+                scale=block.scale,
+                preset=None,
+                mask=None,
             )
             for _ in range(DRAWS)
-        ]  # fmt: skip
+        ]
         moved = T * E * draw.dtype.itemsize + T * k * 8
         few = token_rows("route", "logits")
         return Inputs(draws, 8.0 * T * E + 3.0 * T * k, moved, few, cold="logits new each call")

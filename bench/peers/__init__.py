@@ -57,9 +57,7 @@ def versions(loaded: Mapping[str, Any]) -> dict[str, str]:
     return {name: importlib.metadata.version(PEERS[name][1]) for name in loaded}
 
 
-def candidates(
-    loaded: Mapping[str, Any],
-) -> Callable[[Case, Mapping[str, Any]], list[Candidate]]:
+def candidates(loaded: Mapping[str, Any]) -> Callable[[Case, Mapping[str, Any]], list[Candidate]]:
     """All candidates of these peers for a case."""
 
     def of(case: Case, values: Mapping[str, Any]) -> list[Candidate]:

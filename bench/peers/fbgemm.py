@@ -37,10 +37,7 @@ def candidates(case: Case, values: Values) -> list[Candidate]:
 
 def _prepare(v: Values) -> Function:
     from fbgemm_gpu.split_embedding_configs import SparseType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
-        EmbeddingLocation,
-        PoolingMode,
-    )
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
     from fbgemm_gpu.split_table_batched_embeddings_ops_inference import (
         IntNBitTableBatchedEmbeddingBagsCodegen,
     )
@@ -48,9 +45,12 @@ def _prepare(v: Values) -> Function:
     table = v["table"]
     kind = SparseType.FP32 if table.dtype == torch.float32 else SparseType.FP16
     module = IntNBitTableBatchedEmbeddingBagsCodegen(
-        [("table", *table.shape, kind, EmbeddingLocation.HOST)], pooling_mode=PoolingMode.NONE,
-        output_dtype=kind, device="cpu", row_alignment=1,
-    )  # fmt: skip
+        [("table", *table.shape, kind, EmbeddingLocation.HOST)],
+        pooling_mode=PoolingMode.NONE,
+        output_dtype=kind,
+        device="cpu",
+        row_alignment=1,
+    )
     module.fill_random_weights()
     ((held, _),) = module.split_embedding_weights()
     held.view(table.dtype)[:, : table.shape[1]].copy_(table)

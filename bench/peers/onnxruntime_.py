@@ -41,11 +41,18 @@ def _graph(v: Values) -> bytes:
     shapes = {n: list(v[n].shape) for n in names if v.get(n) is not None}
     shapes["router"] = [v["x"].shape[0], v["gate_up"].shape[0]]
     node = helper.make_node(
-        "MoE", [n if n in shapes else "" for n in names], ["y"], domain="com.microsoft",
-        k=v["ids"].shape[1], normalize_routing_weights=1, activation_type="swiglu",
-        swiglu_fusion=1, activation_alpha=v["alpha"] if oai else 1.0,
-        activation_beta=1.0 if oai else 0.0, swiglu_limit=v["limit"] or 1e30,
-    )  # fmt: skip
+        "MoE",
+        [n if n in shapes else "" for n in names],
+        ["y"],
+        domain="com.microsoft",
+        k=v["ids"].shape[1],
+        normalize_routing_weights=1,
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=v["alpha"] if oai else 1.0,
+        activation_beta=1.0 if oai else 0.0,
+        swiglu_limit=v["limit"] or 1e30,
+    )
     kinds = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, list(v["x"].shape))
     graph = helper.make_graph([node], "experts", kinds, [y])

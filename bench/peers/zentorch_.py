@@ -49,7 +49,15 @@ def _prepare(v: Values) -> Any:
 def _experts(v: Values) -> Tensor:
     y = torch.empty_like(v["x"])
     torch.ops.zentorch.zentorch_fused_moe(
-        y, v["x"], v["gate_up"], v["down"], None, None, v["weights"], v["ids"].to(torch.int32),
-        False, "silu",
-    )  # fmt: skip
+        y,
+        v["x"],
+        v["gate_up"],
+        v["down"],
+        None,
+        None,
+        v["weights"],
+        v["ids"].to(torch.int32),
+        False,
+        "silu",
+    )
     return y

@@ -46,19 +46,56 @@ CACHED = 16 * 2**20
     batch="B",
     varying="B S M N",
     examples=[
-        dict(B=2, S=5, Hq=4, Hkv=2, D=8, Dv=6, N=9, Sq=5, L=2, block_size=4, causal=True,
-             scale=0.35),
+        dict(
+            B=2, S=5, Hq=4, Hkv=2, D=8, Dv=6, N=9, Sq=5, L=2, block_size=4, causal=True, scale=0.35
+        ),
         # The same with one list for two queries.
-        dict(B=1, S=5, Hq=2, Hkv=2, D=8, Dv=8, N=11, Sq=3, L=3, block_size=2, causal=False,
-             scale=0.35),
+        dict(
+            B=1,
+            S=5,
+            Hq=2,
+            Hkv=2,
+            D=8,
+            Dv=8,
+            N=11,
+            Sq=3,
+            L=3,
+            block_size=2,
+            causal=False,
+            scale=0.35,
+        ),
         # Native sparse attention, 64 k tokens: 16 blocks of 64 keys, 4 key heads.
-        dict(B=1, S=4096, Hq=64, Hkv=4, D=128, Dv=128, N=65536, Sq=4096, L=16, block_size=64,
-             causal=True, scale=128**-0.5),
+        dict(
+            B=1,
+            S=4096,
+            Hq=64,
+            Hkv=4,
+            D=128,
+            Dv=128,
+            N=65536,
+            Sq=4096,
+            L=16,
+            block_size=64,
+            causal=True,
+            scale=128**-0.5,
+        ),
         # MiniMax-M3 decode: 16 blocks of 128 keys.
-        dict(B=8, S=1, Hq=64, Hkv=4, D=128, Dv=128, N=32768, Sq=1, L=16, block_size=128,
-             causal=True, scale=128**-0.5),
+        dict(
+            B=8,
+            S=1,
+            Hq=64,
+            Hkv=4,
+            D=128,
+            Dv=128,
+            N=32768,
+            Sq=1,
+            L=16,
+            block_size=128,
+            causal=True,
+            scale=128**-0.5,
+        ),
     ],
-)  # fmt: skip
+)
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -294,12 +331,25 @@ def span_of(queries: int, lists: int, block_size: int) -> int:
     accumulate="S*ceil(Hq/max(Hkv, 1))*L+D+L*block_size",
     batch="B",
     examples=[
-        dict(B=2, S=5, Hq=4, Hkv=2, D=8, Dv=6, N=9, Sq=5, L=2, block_size=4, causal=True,
-             scale=0.35),
-        dict(B=1, S=4096, Hq=64, Hkv=4, D=128, Dv=128, N=65536, Sq=4096, L=16, block_size=64,
-             causal=True, scale=128**-0.5),
+        dict(
+            B=2, S=5, Hq=4, Hkv=2, D=8, Dv=6, N=9, Sq=5, L=2, block_size=4, causal=True, scale=0.35
+        ),
+        dict(
+            B=1,
+            S=4096,
+            Hq=64,
+            Hkv=4,
+            D=128,
+            Dv=128,
+            N=65536,
+            Sq=4096,
+            L=16,
+            block_size=64,
+            causal=True,
+            scale=128**-0.5,
+        ),
     ],
-)  # fmt: skip
+)
 def block_sparse_attention_backward(
     do: Tensor,
     dlse: Tensor,

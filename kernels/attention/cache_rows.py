@@ -87,11 +87,7 @@ def pack_cache_rows(kv: Tensor, *, row_bytes: int) -> Tensor:
     dtypes="rows: u8; kv: f32",
     flops="B*N*512",
     batch="B",
-    examples=[
-        dict(B=2, N=5, R=584),
-        dict(B=2, N=5, R=288),
-        dict(B=1, N=16384, R=584),
-    ],
+    examples=[dict(B=2, N=5, R=584), dict(B=2, N=5, R=288), dict(B=1, N=16384, R=584)],
 )
 def unpack_cache_rows(rows: Tensor) -> Tensor:
     """kv = value(code) * scale of its block, float32: what sparse_attention reads in such rows.

@@ -144,10 +144,7 @@ _KL_DTYPES = "q: float; k: q; weights: q | f32; target: q | f32; indices: index"
     accumulate="H*D+L",
     autocast="low: q k; f32: weights target",
     batch="B",
-    examples=[
-        dict(B=2, S=5, H=4, D=8, N=13, L=6),
-        dict(B=1, S=1024, H=64, D=128, N=1024, L=512),
-    ],
+    examples=[dict(B=2, S=5, H=4, D=8, N=13, L=6), dict(B=1, S=1024, H=64, D=128, N=1024, L=512)],
 )
 def lightning_indexer_kl(
     q: Tensor, k: Tensor, weights: Tensor, target: Tensor, indices: Tensor
@@ -248,10 +245,7 @@ lightning_indexer_kl.sample(_sample_lists)
     flops="2*B*S*L*H*(3*D+2)",
     accumulate="H*D+L+S",
     batch="B",
-    examples=[
-        dict(B=2, S=5, H=4, D=8, N=13, L=6),
-        dict(B=1, S=1024, H=64, D=128, N=1024, L=512),
-    ],
+    examples=[dict(B=2, S=5, H=4, D=8, N=13, L=6), dict(B=1, S=1024, H=64, D=128, N=1024, L=512)],
 )
 def lightning_indexer_kl_backward(
     q: Tensor, k: Tensor, weights: Tensor, target: Tensor, indices: Tensor, dloss: Tensor

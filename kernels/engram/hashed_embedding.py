@@ -358,11 +358,7 @@ class _SparseGradient(torch.autograd.Function):
         )
         used = int((ids >= 0).sum())
         dtable = torch.sparse_coo_tensor(
-            ids[None, :used],
-            gradients[:used],
-            ctx.table,
-            is_coalesced=True,
-            check_invariants=False,
+            ids[None, :used], gradients[:used], ctx.table, is_coalesced=True, check_invariants=False
         )
         return (None, None, dtable, *[None] * 7)
 

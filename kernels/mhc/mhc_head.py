@@ -63,14 +63,7 @@ def mhc_head(
     examples=_EXAMPLES,
 )
 def mhc_head_backward(
-    dh: Tensor,
-    x: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    *,
-    eps: float,
-    rms_eps: float,
+    dh: Tensor, x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, eps: float, rms_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dfn, dscale, dbase) of `mhc_head`; formulas as in `mhc_pre_backward`.
 

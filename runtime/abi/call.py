@@ -102,9 +102,16 @@ class CFunction:
 
         address = int(table.interface().cast("uintptr_t", self.entry.pointer))
         call: Run = extension.bind(
-            address, op.name, parameters, self._makers_of, fail, self.greedy, self._far,
-            self._look(gradient), [op._rank[name] for name in op.mutates],
-        )  # fmt: skip
+            address,
+            op.name,
+            parameters,
+            self._makers_of,
+            fail,
+            self.greedy,
+            self._far,
+            self._look(gradient),
+            [op._rank[name] for name in op.mutates],
+        )
         return call
 
     def _makers_of(self, values: Sequence[Any]) -> tuple[Maker, ...]:
@@ -162,8 +169,9 @@ class CFunction:
                 if signed and value.is_neg():
                     # A view that negates when read (of a complex tensor's conjugate): C reads
                     # memory as it is.
-                    return self._run([v.resolve_neg() if isinstance(v, Tensor) else v
-                                      for v in values])  # fmt: skip
+                    return self._run(
+                        [v.resolve_neg() if isinstance(v, Tensor) else v for v in values]
+                    )
                 addresses[word] = value.data_ptr()
             held = []
             for i, name, word in quantised:
@@ -221,10 +229,11 @@ class CFunction:
         if impl.supports == ffi.NULL:
             return None
         values = [
-            facts.arguments[p.name] if p.role == "value"
+            facts.arguments[p.name]
+            if p.role == "value"
             else facts.parts.get(p.name) or assumed(self.op, p.name, facts)
             for p in self.op.parameters
-        ]  # fmt: skip
+        ]
         outputs: list[Part] = []
         if not self.op.mutates:
             for shape, dtype in self.op.outputs({**facts.arguments, **facts.dims}, facts.dtypes):

@@ -36,9 +36,13 @@ def entrance(op: Op[..., Any]) -> Callable[..., Any]:
         for p in op.parameters
     ]
     made: Callable[..., Any] = extension.direct(
-        parameters, op._plans, vars(dispatch), dispatch._recorders,
-        partial(dispatch.make_plan, op), partial(_run, op),
-    )  # fmt: skip
+        parameters,
+        op._plans,
+        vars(dispatch),
+        dispatch._recorders,
+        partial(dispatch.make_plan, op),
+        partial(_run, op),
+    )
     return made
 
 

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
 
 # torch dtype -> DLPack's code and bits (DLPack 1.1 for float8).
 _DTYPES: dict[torch.dtype, tuple[int, int]] = {
-    torch.float64: (2, 64), torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16),
-    torch.int64: (0, 64), torch.int32: (0, 32), torch.int16: (0, 16), torch.int8: (0, 8),
-    torch.uint8: (1, 8), torch.bool: (6, 8), torch.float8_e4m3fn: (10, 8),
-}  # fmt: skip
+    torch.float64: (2, 64),
+    torch.float32: (2, 32),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.int64: (0, 64),
+    torch.int32: (0, 32),
+    torch.int16: (0, 16),
+    torch.int8: (0, 8),
+    torch.uint8: (1, 8),
+    torch.bool: (6, 8),
+    torch.float8_e4m3fn: (10, 8),
+}
 _DEVICES = {"cpu": 1, "cuda": 10 if torch.version.hip else 2, "mps": 8, "xpu": 14}
 _PRIVATE_USE = 12
 _NONE, _TENSOR, _INT, _FLOAT, _BOOL, _STRING, _INTS = range(7)
@@ -49,14 +57,28 @@ class Frame:
     calls has it to himself meanwhile."""
 
     __slots__ = (
-        "addresses", "call", "floats", "forms", "keep", "own", "packed", "state", "status",
-        "threads", "wanted",
-    )  # fmt: skip
+        "addresses",
+        "call",
+        "floats",
+        "forms",
+        "keep",
+        "own",
+        "packed",
+        "state",
+        "status",
+        "threads",
+        "wanted",
+    )
 
     def __init__(
-        self, op: Op[..., Any], values: Sequence[Any], outputs: Sequence[Part], device: str,
-        index: int, deterministic: bool,
-    ) -> None:  # fmt: skip
+        self,
+        op: Op[..., Any],
+        values: Sequence[Any],
+        outputs: Sequence[Part],
+        device: str,
+        index: int,
+        deterministic: bool,
+    ) -> None:
         """`values`: plain arguments as they are, tensors and weights as their Parts."""
         ffi = table.interface()
         places, tensors = _places(op, values)

@@ -39,11 +39,16 @@ def _found() -> tuple[Any, str | None]:
     if reason is not None:
         return None, reason
     extension.watch(
-        torch.nn.Parameter, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack, torch._C._functorch.peek_interpreter_stack,
-        torch._C._get_tracing_state, torch._C._is_any_autocast_enabled,
-        torch.is_autocast_enabled, torch.cuda.is_current_stream_capturing,
-    )  # fmt: skip
+        torch.nn.Parameter,
+        torch.is_grad_enabled,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+        torch._C._functorch.peek_interpreter_stack,
+        torch._C._get_tracing_state,
+        torch._C._is_any_autocast_enabled,
+        torch.is_autocast_enabled,
+        torch.cuda.is_current_stream_capturing,
+    )
     return extension, None
 
 

@@ -128,11 +128,18 @@ class Library:
         function = CFunction(op, entry, self)
         op._add(
             Impl(
-                op.name, entry.name, backend or loading() or self.vendor, function,
-                (device(self.device_type), self._supports(op, function)), entry.tier,
-                entry.deterministic, entry.capturable, self.version, mismatch,
+                op.name,
+                entry.name,
+                backend or loading() or self.vendor,
+                function,
+                (device(self.device_type), self._supports(op, function)),
+                entry.tier,
+                entry.deterministic,
+                entry.capturable,
+                self.version,
+                mismatch,
             )
-        )  # fmt: skip
+        )
         self.registered.add((entry.op, entry.name))
         return mismatch
 
@@ -283,9 +290,14 @@ def _entry(at: str, i: int, impl: Any) -> Entry:
         raise PluginError(f"{where} ({op}): run is NULL; expected a function")
     flags = impl.flags
     return Entry(
-        op, name, _TIERS[impl.tier], impl.schema_hash, bool(flags & _DETERMINISTIC),
-        bool(flags & _CAPTURABLE), impl,
-    )  # fmt: skip
+        op,
+        name,
+        _TIERS[impl.tier],
+        impl.schema_hash,
+        bool(flags & _DETERMINISTIC),
+        bool(flags & _CAPTURABLE),
+        impl,
+    )
 
 
 def _size(where: str, struct: str, seen: int) -> None:

@@ -15,9 +15,16 @@ from .report import template
 
 
 def verify(
-    names: list[str] | None, *, examples: int, quick: bool, fit: bool, jobs: int,
-    report: Path | None, json_: Path | None, about: dict[str, Any],
-) -> int:  # fmt: skip
+    names: list[str] | None,
+    *,
+    examples: int,
+    quick: bool,
+    fit: bool,
+    jobs: int,
+    report: Path | None,
+    json_: Path | None,
+    about: dict[str, Any],
+) -> int:
     """Lowers, executes and plans the kernels of these operators (None: all), and compares the
     vendor's schemas; fit: first looks for the largest tiles that fit, and stores them.
 
@@ -38,9 +45,13 @@ def verify(
                 tiles.refit(environment, names, every=not quick, workers=jobs, tell=_tell)
             progress.start("kernels on Ascend", 100)
             outcome = work.verify(
-                environment, names, examples=0 if quick else examples // 5, every=not quick,
-                workers=jobs, progress=progress.reach,
-            )  # fmt: skip
+                environment,
+                names,
+                examples=0 if quick else examples // 5,
+                every=not quick,
+                workers=jobs,
+                progress=progress.reach,
+            )
         except environments.Unavailable as error:
             raise Refusal(str(error)) from None
         progress.start("the vendor's schemas")
@@ -132,6 +143,12 @@ def summary(outcome: Any) -> str:
 def render(outcome: Any, note: str, about: dict[str, Any]) -> str:
     """The report as one HTML file that needs nothing else."""
     return template(__package__, "ascend.html").render(
-        outcome=outcome, note=note, about=about, memories=_MEMORIES, fits=fits,
-        fullness=fullness, summary=summary(outcome), ops=dict.fromkeys(r.op for r in outcome.ran),
-    )  # fmt: skip
+        outcome=outcome,
+        note=note,
+        about=about,
+        memories=_MEMORIES,
+        fits=fits,
+        fullness=fullness,
+        summary=summary(outcome),
+        ops=dict.fromkeys(r.op for r in outcome.ran),
+    )

@@ -87,8 +87,7 @@ def bench(
         str, typer.Option(metavar="NAME,...", help="Of activations and plain weights.")
     ] = "f32,bf16",
     format: Annotated[
-        str,
-        typer.Option(metavar="NAME,...", help="Of weights: plain, int8, int4, fp8, mxfp4."),
+        str, typer.Option(metavar="NAME,...", help="Of weights: plain, int8, int4, fp8, mxfp4.")
     ] = "plain",
     experts: Annotated[
         str | None,
@@ -327,9 +326,17 @@ def _print(console: Console, found: Found, compared: Comparison | None, load: fl
         by_op.setdefault(row.op, []).append(row)
     for op, group in by_op.items():
         shown = table(
-            "case", "computed by", ">time", ">spread", ">GFLOP/s", ">GB/s", ">attained", "bound by",
-            ">transom is", title=op,
-        )  # fmt: skip
+            "case",
+            "computed by",
+            ">time",
+            ">spread",
+            ">GFLOP/s",
+            ">GB/s",
+            ">attained",
+            "bound by",
+            ">transom is",
+            title=op,
+        )
         before = ""
         for row in group:
             title = row.title + (f" ({row.scaled})" if row.scaled else "")
@@ -338,17 +345,29 @@ def _print(console: Console, found: Found, compared: Comparison | None, load: fl
             first = Text(title if title != before else "", style="dim")
             before = title
             if not row.seconds:
-                shown.add_row(first, name, Text("left out", style="dim"), "", "", "", "",
-                              Text(row.left_out, style="dim"), "")  # fmt: skip
+                shown.add_row(
+                    first,
+                    name,
+                    Text("left out", style="dim"),
+                    "",
+                    "",
+                    "",
+                    "",
+                    Text(row.left_out, style="dim"),
+                    "",
+                )
                 continue
             shown.add_row(
-                first, name, units.seconds(row.median),
+                first,
+                name,
+                units.seconds(row.median),
                 f"{units.seconds(row.seconds[1])} .. {units.seconds(row.seconds[4])}",
                 units.fixed(row.gflops) if row.flops else units.NONE,
                 units.fixed(row.gbytes) if row.bytes else units.NONE,
-                units.share(row.attained[0]) if row.attained else units.NONE, row.bound,
+                units.share(row.attained[0]) if row.attained else units.NONE,
+                row.bound,
                 ratio_text(ratios(group).get(id(row))),
-            )  # fmt: skip
+            )
         console.print(shown)
         console.print()
     for peer, reason in found.absent.items():
@@ -380,10 +399,14 @@ def _print_comparison(console: Console, compared: Comparison) -> None:
         shown = table("operator", "case", "computed by", ">then", ">now", ">factor", "")
         for c in sorted(changed, key=lambda c: c.factor):
             shown.add_row(
-                c.now.op, c.now.title, c.now.candidate, units.seconds(c.before.median),
-                units.seconds(c.now.median), f"{c.factor:.2f} x",
+                c.now.op,
+                c.now.title,
+                c.now.candidate,
+                units.seconds(c.before.median),
+                units.seconds(c.now.median),
+                f"{c.factor:.2f} x",
                 Text(c.verdict, style="red" if c.verdict == "slower" else "green"),
-            )  # fmt: skip
+            )
         console.print(shown)
     console.print(
         Text(

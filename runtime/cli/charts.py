@@ -238,10 +238,7 @@ def _dot(phase: str, row: Row, at: tuple[float, float], colour: str) -> str:
 
 
 def _name(
-    text: str,
-    at: tuple[float, float],
-    taken: list[tuple[float, float, float, float]],
-    frame: Frame,
+    text: str, at: tuple[float, float], taken: list[tuple[float, float, float, float]], frame: Frame
 ) -> str:
     """A dot's name beside it, where no other dot or name stands; else nothing: the tip has it."""
     x, y = at

@@ -18,9 +18,14 @@ from .console import Refusal, out, steps, table, write, write_json
 
 
 def compiled(
-    target: str, ops: list[str] | None, every: bool, jobs: int, seconds: float,
-    report: Path | None, json_: Path | None,
-) -> int:  # fmt: skip
+    target: str,
+    ops: list[str] | None,
+    every: bool,
+    jobs: int,
+    seconds: float,
+    report: Path | None,
+    json_: Path | None,
+) -> int:
     """Compile, print a line a kernel, and say what is wrong; 0 if nothing is."""
     if importlib.util.find_spec("triton") is None:
         raise Refusal("triton is not installed; pip install 'transom[triton]'")
@@ -106,14 +111,18 @@ def _markdown(outcome: Any, rows: list[dict[str, Any]], every: bool, about: dict
     of = "every tile" if every else "the tiles taken by default, in bfloat16 and mxfp4"
     spilling = [k for k in outcome.kernels if k.spills and k.chosen]
     lines = [
-        f"<!-- made by `{asked} --report FILE.md` -->", "",
-        "# Triton kernels, compiled ahead of time", "",
+        f"<!-- made by `{asked} --report FILE.md` -->",
+        "",
+        "# Triton kernels, compiled ahead of time",
+        "",
         f"`{asked}`: {of}; {len(outcome.kernels)} compilations of {len(outcome.ops)} operators, "
         f"{len(outcome.failed)} with faults; triton {about['triton']}. Nothing ran on a device.",
-        "", f"Each cell: {LEGEND}.", "",
+        "",
+        f"Each cell: {LEGEND}.",
+        "",
         "| kernel | " + " | ".join(outcome.targets) + " |",
         "|---" * (len(outcome.targets) + 1) + "|",
-    ]  # fmt: skip
+    ]
     for kernel, cells in _cells(rows, outcome.targets).items():
         lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
     if spilling:
@@ -127,15 +136,33 @@ def _markdown(outcome: Any, rows: list[dict[str, Any]], every: bool, about: dict
 
 def _each(outcome: Any) -> Table:
     shown = table(
-        "operator", "kernel", "target", "call", "tile", ">registers", ">spills", ">shared",
-        ">16-byte loads", "product", "",
-    )  # fmt: skip
+        "operator",
+        "kernel",
+        "target",
+        "call",
+        "tile",
+        ">registers",
+        ">spills",
+        ">shared",
+        ">16-byte loads",
+        "product",
+        "",
+    )
     for k in outcome.kernels:
         sign = Text("fault", style="red") if k.faults else Text("ok", style="green")
         shown.add_row(
-            k.op, k.kernel, k.target, k.call, k.tile + ("" if k.chosen else " (not judged)"),
-            str(k.registers), str(k.spills), units.memory(k.shared), str(k.wide), k.product, sign,
-        )  # fmt: skip
+            k.op,
+            k.kernel,
+            k.target,
+            k.call,
+            k.tile + ("" if k.chosen else " (not judged)"),
+            str(k.registers),
+            str(k.spills),
+            units.memory(k.shared),
+            str(k.wide),
+            k.product,
+            sign,
+        )
     return shown
 
 

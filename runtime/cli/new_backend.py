@@ -73,13 +73,19 @@ def _write(kind: str, name: str, device: str, target: Path) -> list[Path]:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     values = {
-        "name": name, "device": device, "package": f"{name}_transom", "kind": kind,
+        "name": name,
+        "device": device,
+        "package": f"{name}_transom",
+        "kind": kind,
         "transom": __version__,
-    }  # fmt: skip
+    }
     written = []
     for part in ("every", kind):
         root = importlib.resources.files(__package__) / "templates" / part

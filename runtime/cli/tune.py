@@ -74,12 +74,10 @@ def tune(
         str, typer.Option(metavar="N,...", help="With --model: lengths for attention.")
     ] = "1k,16k,64k",
     format: Annotated[
-        str,
-        typer.Option(help="With --model: of weights, plain, int8, int4, fp8 or mxfp4."),
+        str, typer.Option(help="With --model: of weights, plain, int8, int4, fp8 or mxfp4.")
     ] = "plain",
     tiles: Annotated[
-        bool,
-        typer.Option("--tiles", help="Choose among the tiles of the Triton kernels instead."),
+        bool, typer.Option("--tiles", help="Choose among the tiles of the Triton kernels instead.")
     ] = False,
 ) -> int:
     """Times every implementation that can run each operator's examples, or a model's calls, and
@@ -160,9 +158,15 @@ def _tiles(
 
 
 def _model(
-    text: str, names: list[str], dtype: str, tokens: str, context: str, format: str, memory: int,
+    text: str,
+    names: list[str],
+    dtype: str,
+    tokens: str,
+    context: str,
+    format: str,
+    memory: int,
     repeats: int,
-) -> int:  # fmt: skip
+) -> int:
     """The same for the calls of a model."""
     from ..bench.cases import Wanted
     from ..bench.measure import Settings
@@ -172,9 +176,12 @@ def _model(
     name = model_name("--model", text)
     short = one_of(("f32", "bf16", "f16"))("--dtype", dtype)
     wanted = Wanted(
-        each("--tokens", tokens, length), each("--context", context, length), (short,),
-        each("--format", format, one_of(FORMATS)), memory * 2**20,
-    )  # fmt: skip
+        each("--tokens", tokens, length),
+        each("--context", context, length),
+        (short,),
+        each("--format", format, one_of(FORMATS)),
+        memory * 2**20,
+    )
     rows = table("operator", "call", "fastest", "medians, fastest first")
     failed = made = 0
     with steps() as progress:
@@ -189,11 +196,11 @@ def _model(
                 for r in found.rows
             )
             rows.add_row(
-                found.case.op, Text(found.case.title + (f" ({found.case.scaled})"
-                                                        if found.case.scaled else "")),
+                found.case.op,
+                Text(found.case.title + (f" ({found.case.scaled})" if found.case.scaled else "")),
                 Text(found.chosen or "none", style="green" if found.chosen else "red"),
                 Text(medians),
-            )  # fmt: skip
+            )
     console = out()
     if made:
         console.print(rows)

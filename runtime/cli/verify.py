@@ -111,17 +111,29 @@ def verify(
     kit = importlib.import_module("transom.conformance.verify")
     if target == "ascend":
         return ascend.verify(
-            names, examples=examples, quick=quick, fit=fit, jobs=jobs, report=report, json_=json_,
+            names,
+            examples=examples,
+            quick=quick,
+            fit=fit,
+            jobs=jobs,
+            report=report,
+            json_=json_,
             about=_about(None, device),
-        )  # fmt: skip
+        )
     if quick:
         level, examples = QUICK
     with steps() as progress:
         progress.start(f"{backend or 'every backend'} on {device}", 100)
         outcome = kit.verify(
-            backend, device, ops=names, level=level, examples=examples, exceptions=excused,
-            seconds=seconds, progress=progress.reach,
-        )  # fmt: skip
+            backend,
+            device,
+            ops=names,
+            level=level,
+            examples=examples,
+            exceptions=excused,
+            seconds=seconds,
+            progress=progress.reach,
+        )
     # Asked here, and of names only: loading a plugin is the other process's risk.
     known = {"composite", "reference", *backends(), *plugins()}
     if backend is not None and backend not in known and not any(f.op for f in outcome.findings):

@@ -353,13 +353,7 @@ class LatentAttention(SparseAttention):
 
 @torch.no_grad()
 def attention_target(
-    q: Tensor,
-    kv: Tensor,
-    indices: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    sink: Tensor | None = None,
+    q: Tensor, kv: Tensor, indices: Tensor, lse: Tensor, *, scale: float, sink: Tensor | None = None
 ) -> Tensor:
     """target[b,s,l] = sum_h p_hl / sum_hl p_hl: what the layer attends to, as the indexer's goal.
 

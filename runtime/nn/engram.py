@@ -16,13 +16,7 @@ from torch import Tensor, nn
 import transom
 
 from ..dtypes import accumulator
-from ..weights import (
-    QuantizedWeight,
-    Weight,
-    advise_huge_pages,
-    weight_args,
-    weight_from,
-)
+from ..weights import QuantizedWeight, Weight, advise_huge_pages, weight_args, weight_from
 from .engram_hash import EngramHash, build_token_map, engram_hashes, token_map_checksum
 
 __all__ = [

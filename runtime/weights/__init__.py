@@ -27,7 +27,17 @@ from .quantized_weight import QuantizedWeight, Weight, replace_weight, weight_ar
 from .tiles import gather_rows, weight_tile
 
 __all__ = [
-    "QuantizedWeight", "Weight", "advise_huge_pages", "checked_group", "fn_from_fnuz",
-    "fnuz_from_fn", "gather_rows", "grid_size", "logical_shape", "replace_weight", "weight_args",
-    "weight_from", "weight_tile",
-]  # fmt: skip
+    "QuantizedWeight",
+    "Weight",
+    "advise_huge_pages",
+    "checked_group",
+    "fn_from_fnuz",
+    "fnuz_from_fn",
+    "gather_rows",
+    "grid_size",
+    "logical_shape",
+    "replace_weight",
+    "weight_args",
+    "weight_from",
+    "weight_tile",
+]

@@ -154,9 +154,11 @@ class QuantizedWeight(nn.Module):
             return self
         values, scales, zeros, spec = parts(self)
         return _assemble(
-            values.pin_memory(), scales.pin_memory(), None if zeros is None else zeros.pin_memory(),
+            values.pin_memory(),
+            scales.pin_memory(),
+            None if zeros is None else zeros.pin_memory(),
             spec,
-        )  # fmt: skip
+        )
 
     def stride(self, dim: int) -> int:
         """The payload's stride, in stored elements."""

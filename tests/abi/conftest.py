@@ -33,9 +33,12 @@ def build(tmp_path):
     errors."""
 
     def make(
-        *defines: str, file: str | None = None, source: str | None = None, language: str = "c11",
+        *defines: str,
+        file: str | None = None,
+        source: str | None = None,
+        language: str = "c11",
         include: Path = ROOT / "csrc/include",
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         what = ROOT / "csrc/toy_plugin/toy.c" if file is None else HERE / file
         if source is not None:
             what = tmp_path / "made.c"

@@ -66,10 +66,17 @@ def maybe(r: Random, good: Any, *bad: Any) -> Any:
 
 def entry(r: Random) -> int:
     return struct(
-        r, "impl", struct_size=maybe(r, 64, *SIZES), tier=maybe(r, 1, 0, -1, 9, 2**31 - 1),
-        op=text(r, "grouped_gemm"), name=text(r, "fuzz"), schema_hash=r.getrandbits(64),
-        flags=r.getrandbits(32), reserved=r.getrandbits(32), run=maybe(r, RUN, FFI.NULL),
-    )  # fmt: skip
+        r,
+        "impl",
+        struct_size=maybe(r, 64, *SIZES),
+        tier=maybe(r, 1, 0, -1, 9, 2**31 - 1),
+        op=text(r, "grouped_gemm"),
+        name=text(r, "fuzz"),
+        schema_hash=r.getrandbits(64),
+        flags=r.getrandbits(32),
+        reserved=r.getrandbits(32),
+        run=maybe(r, RUN, FFI.NULL),
+    )
 
 
 def plugin(r: Random) -> Any:
@@ -77,13 +84,19 @@ def plugin(r: Random) -> Any:
     array = guarded(b"".join(e.to_bytes(8, "little") for e in entries) or bytes(8))
     services = struct(r, "services", struct_size=maybe(r, 64, *SIZES))
     address = struct(
-        r, "plugin", struct_size=maybe(r, r.choice([48, 56, 64, 120]), *SIZES),
-        abi_major=maybe(r, 1, 0, 2, 65535), abi_minor=r.getrandbits(16), vendor=text(r, "fuzz"),
-        version=text(r, "1.0"), device_type=text(r, "cpu"),
-        n_impls=maybe(r, len(entries), 4097, 2**32 - 1), reserved=r.getrandbits(32),
+        r,
+        "plugin",
+        struct_size=maybe(r, r.choice([48, 56, 64, 120]), *SIZES),
+        abi_major=maybe(r, 1, 0, 2, 65535),
+        abi_minor=r.getrandbits(16),
+        vendor=text(r, "fuzz"),
+        version=text(r, "1.0"),
+        device_type=text(r, "cpu"),
+        n_impls=maybe(r, len(entries), 4097, 2**32 - 1),
+        reserved=r.getrandbits(32),
         impls=pointer("transom_impl *", maybe(r, array, 0)),
         services=pointer("transom_services", r.choice([0, services])),
-    )  # fmt: skip
+    )
     return pointer("transom_plugin", address)
 
 

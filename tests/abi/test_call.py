@@ -38,9 +38,14 @@ def test_strided_and_int32_arguments_arrive_as_they_are(build, gemm):
 
 @pytest.mark.parametrize(
     "code, error",
-    [(1, ValueError), (2, transom.NotSupported), (3, MemoryError), (4, transom.PluginError),
-     (77, transom.PluginError)],
-)  # fmt: skip
+    [
+        (1, ValueError),
+        (2, transom.NotSupported),
+        (3, MemoryError),
+        (4, transom.PluginError),
+        (77, transom.PluginError),
+    ],
+)
 def test_the_code_of_a_failure_says_what_is_raised(build, code, error, gemm):
     transom.CPlugin(build(f"TOY_FAILS={code}"))
     with transom.use(grouped_gemm="toy"), pytest.raises(error, match="the toy is broken"):

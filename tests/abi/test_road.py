@@ -30,8 +30,9 @@ def test_without_the_extension_the_reason_names_this_python(found):
 def test_an_extension_of_another_header_is_not_used(found):
     speaks = ".".join(map(str, table.header_version()))
     assert found(SimpleNamespace(ABI=(1, 0))) == (
-        None, f"transom._C was built for ABI 1.0; this transom speaks {speaks}",
-    )  # fmt: skip
+        None,
+        f"transom._C was built for ABI 1.0; this transom speaks {speaks}",
+    )
 
 
 def test_a_torch_whose_tensors_cannot_be_read_is_left_to_cffi(found):

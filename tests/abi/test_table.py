@@ -126,14 +126,17 @@ PARTS = {
 DAMAGED = {
     "null table": (dict(answer="return 0;"), "refuses this transom, unexplained"),
     "own sentence": (
-        dict(answer="status->message[0] = 'n'; status->message[1] = 'o'; return 0;"), ": no$",
+        dict(answer="status->message[0] = 'n'; status->message[1] = 'o'; return 0;"),
+        ": no$",
     ),
     "text without an end": (
-        dict(answer="for (int i = 0; i < 9; i++) { status->message[i] = -1; } return 0;"), "\ufffd"
+        dict(answer="for (int i = 0; i < 9; i++) { status->message[i] = -1; } return 0;"),
+        "\ufffd",
     ),
     "plugin too small": (dict(plugin='8, 1, 0, "v", "1", "cpu", 1, 0, impls, 0'), "struct_size 8"),
     "plugin absurd": (
-        dict(plugin='0xfffffff8u, 1, 0, "v", "1", "cpu", 1, 0, impls, 0'), "struct_size 4294967288",
+        dict(plugin='0xfffffff8u, 1, 0, "v", "1", "cpu", 1, 0, impls, 0'),
+        "struct_size 4294967288",
     ),
     "major 2": (
         dict(plugin='sizeof(transom_plugin), 2, 0, "v", "1", "cpu", 1, 0, impls, 0'),
@@ -152,22 +155,25 @@ DAMAGED = {
         "says it has 4000000000 implementations",
     ),
     "impls null": (
-        dict(plugin='sizeof(transom_plugin), 1, 0, "v", "1", "cpu", 1, 0, 0, 0'), "impls is NULL",
+        dict(plugin='sizeof(transom_plugin), 1, 0, "v", "1", "cpu", 1, 0, 0, 0'),
+        "impls is NULL",
     ),
     "entry null": (dict(first="0"), "implementation 0 is NULL"),
     "entry too small": (dict(impl='16, 1, "grouped_gemm", "bad", 0, 0, 0'), "struct_size 16"),
     "tier unknown": (
-        dict(impl='sizeof(transom_impl), 9, "grouped_gemm", "bad", 0, 0, 0'), "tier is 9",
+        dict(impl='sizeof(transom_impl), 9, "grouped_gemm", "bad", 0, 0, 0'),
+        "tier is 9",
     ),
     "name no name": (
-        dict(impl='sizeof(transom_impl), 1, "grouped_gemm", "a b", 0, 0, 0'), "name is 'a b'",
+        dict(impl='sizeof(transom_impl), 1, "grouped_gemm", "a b", 0, 0, 0'),
+        "name is 'a b'",
     ),
     "name endless": (
         dict(impl=f'sizeof(transom_impl), 1, "grouped_gemm", "{"a" * 300}", 0, 0, 0'),
         "name is longer than 256 bytes",
     ),
     "run null": (dict(run="0"), "run is NULL"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", DAMAGED)

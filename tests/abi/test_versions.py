@@ -15,9 +15,7 @@ from transom.abi import table
 
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parents[1] / "csrc/include"
-STRUCTS = (
-    "status", "tensor", "value", "call", "impl", "plugin", "host", "services",
-)  # fmt: skip
+STRUCTS = ("status", "tensor", "value", "call", "impl", "plugin", "host", "services")
 OLDER = [(1, minor) for minor in range(table.header_version()[1])]
 older = pytest.mark.parametrize("version", OLDER, ids=lambda v: f"{v[0]}.{v[1]}")
 

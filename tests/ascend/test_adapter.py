@@ -25,25 +25,32 @@ CALLS = [
     ("route", "moe.route", dict(T=6, E=16, k=4, score="softmax"), "float32"),
     ("route", "moe.route", dict(T=6, E=16, k=4, score="softmax", renormalize=False), "bfloat16"),
     (
-        "route", "moe.route",
-        dict(T=6, E=16, k=4, score="sigmoid", groups=4, top_groups=2, scale=2.5), "float32",
+        "route",
+        "moe.route",
+        dict(T=6, E=16, k=4, score="sigmoid", groups=4, top_groups=2, scale=2.5),
+        "float32",
     ),
     (
-        "lightning_indexer", "attention.lightning_indexer",
-        dict(B=2, S=3, N=48, H=64, D=128, top_k=20), "bfloat16",
+        "lightning_indexer",
+        "attention.lightning_indexer",
+        dict(B=2, S=3, N=48, H=64, D=128, top_k=20),
+        "bfloat16",
     ),
     (
-        "sparse_attention", "attention.sparse_attention",
-        dict(B=2, S=5, H=4, D=576, N=20, L=6, v_dim=512, scale=576**-0.5), "bfloat16",
+        "sparse_attention",
+        "attention.sparse_attention",
+        dict(B=2, S=5, H=4, D=576, N=20, L=6, v_dim=512, scale=576**-0.5),
+        "bfloat16",
     ),
     ("sinkhorn", "mhc.sinkhorn", dict(T=(3,), R=4, iterations=20, eps=1e-6), "float32"),
     (
-        "mhc_pre", "mhc.mhc_pre",
+        "mhc_pre",
+        "mhc.mhc_pre",
         dict(T=(2, 3), R=4, D=64, iterations=20, eps=1e-6, rms_eps=1e-6, post_scale=2.0),
         "bfloat16",
     ),
     ("mhc_post", "mhc.mhc_post", dict(T=(3,), R=4, D=64), "float16"),
-]  # fmt: skip
+]
 LEFT_OUT = {
     "sparse_attention": {"visible", "local_kv", "sink", "local_valid"},
     "moe_experts": {"gate_up_bias", "down_bias"},
@@ -139,20 +146,44 @@ def test_a_query_without_entries_gives_zero(vendor):
 @pytest.mark.parametrize(
     "name, module, dims, dtype, said",
     [
-        ("sinkhorn", "mhc.sinkhorn", dict(T=(3,), R=5, iterations=3, eps=1e-6), "float32",
-         "R is 5; supported: 4, 6, 8"),
-        ("route", "moe.route", dict(T=6, E=16, k=4, score="sqrtsoftplus"), "float32",
-         "score is sqrtsoftplus; supported: softmax, sigmoid"),
-        ("route", "moe.route", dict(T=6, E=16, k=4, score="sigmoid", renormalize=False), "float32",
-         "renormalize is False; supported with sigmoid: True"),
-        ("moe_experts", "moe.moe_experts", dict(T=6, D=40, I=20, E=4, K=2), "bfloat16",
-         "x is bfloat16; supported: float32"),
-        ("sparse_attention", "attention.sparse_attention",
-         dict(B=1, S=1, H=4, D=576, N=20, L=6, v_dim=512, scale=0.1), "bfloat16",
-         "N = 20 rows would be copied and 6 read; supported: N at most S*L"),
+        (
+            "sinkhorn",
+            "mhc.sinkhorn",
+            dict(T=(3,), R=5, iterations=3, eps=1e-6),
+            "float32",
+            "R is 5; supported: 4, 6, 8",
+        ),
+        (
+            "route",
+            "moe.route",
+            dict(T=6, E=16, k=4, score="sqrtsoftplus"),
+            "float32",
+            "score is sqrtsoftplus; supported: softmax, sigmoid",
+        ),
+        (
+            "route",
+            "moe.route",
+            dict(T=6, E=16, k=4, score="sigmoid", renormalize=False),
+            "float32",
+            "renormalize is False; supported with sigmoid: True",
+        ),
+        (
+            "moe_experts",
+            "moe.moe_experts",
+            dict(T=6, D=40, I=20, E=4, K=2),
+            "bfloat16",
+            "x is bfloat16; supported: float32",
+        ),
+        (
+            "sparse_attention",
+            "attention.sparse_attention",
+            dict(B=1, S=1, H=4, D=576, N=20, L=6, v_dim=512, scale=0.1),
+            "bfloat16",
+            "N = 20 rows would be copied and 6 read; supported: N at most S*L",
+        ),
     ],
     ids=ids_of,
-)  # fmt: skip
+)
 def test_what_the_vendor_does_not_take_is_refused_with_a_sentence(name, module, dims, dtype, said):
     op = transom.ops()[name]
     impl = implementation(op, module)

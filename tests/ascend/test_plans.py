@@ -117,14 +117,20 @@ def test_an_overflow_that_the_compiler_mended_itself_fits():
 @pytest.mark.parametrize(
     "status, printed, why",
     [
-        (-6, "x/PatternMatch.cpp:135: f(): Assertion `a == b' failed.\nStack dump:\n#0 0x1",
-         "the compiler was ended by SIGABRT: `a == b' failed."),
-        (1, "kernel.mlir:9:1: error: Failed to run pipeline\nkernel.mlir:2:3: error: no such op",
-         "the compiler ended with status 1: no such op"),
+        (
+            -6,
+            "x/PatternMatch.cpp:135: f(): Assertion `a == b' failed.\nStack dump:\n#0 0x1",
+            "the compiler was ended by SIGABRT: `a == b' failed.",
+        ),
+        (
+            1,
+            "kernel.mlir:9:1: error: Failed to run pipeline\nkernel.mlir:2:3: error: no such op",
+            "the compiler ended with status 1: no such op",
+        ),
         (None, "", "the compiler did not end within 900 s"),
     ],
     ids=["assertion", "error", "hang"],
-)  # fmt: skip
+)
 def test_a_compiler_that_ends_otherwise_is_a_finding(status, printed, why):
     plan = chips.read_plan("Ascend950PR_9589", status, printed, [], "")
     assert (plan.fits, plan.why) == (False, why)
@@ -160,9 +166,13 @@ def _names_a_path(x):
 @needs_triton
 @pytest.mark.parametrize(
     "room, found",
-    [(64 * 128 * 64, dict(BM=64, BN=128, BK=64)), (16**3 - 1, None),
-     (10**9, dict(BM=256, BN=256, BK=128)), (16 * 16 * 32, dict(BM=16, BN=32, BK=16))],
-)  # fmt: skip
+    [
+        (64 * 128 * 64, dict(BM=64, BN=128, BK=64)),
+        (16**3 - 1, None),
+        (10**9, dict(BM=256, BN=256, BK=128)),
+        (16 * 16 * 32, dict(BM=16, BN=32, BK=16)),
+    ],
+)
 def test_the_largest_tile_is_found(room, found):
     from transom.backends.ascend._toolchain.tiles import climb
 

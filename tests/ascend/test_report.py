@@ -54,8 +54,10 @@ def test_what_failed_is_what_a_user_gets(outcome):
     assert [getattr(f, "kernel", f.op) for f in outcome.failed] == ["route", "moe.route: _back"]
     assert not outcome.passed
     assert outcome.levels == {
-        "L1 lowered": (2, 0, 1), "L2 executed": (1, 1, 1), "L3 planned": (1, 1, 1),
-    }  # fmt: skip
+        "L1 lowered": (2, 0, 1),
+        "L2 executed": (1, 1, 1),
+        "L3 planned": (1, 1, 1),
+    }
     assert json.loads(json.dumps(outcome.plain()))["fits"][1]["plan"]["use"] == {"UB": 393216}
 
 

@@ -41,12 +41,30 @@ def packed(*tensors: Tensor) -> None:
 
 @plays
 def npu_grouped_matmul(
-    x, weight, *, bias=None, scale=None, offset=None, antiquant_scale=None, antiquant_offset=None,
-    per_token_scale=None, group_list=None, activation_input=None, activation_quant_scale=None,
-    activation_quant_offset=None, split_item=0, group_type=None, group_list_type=0, act_type=0,
-    tuning_config=None, output_dtype=None, x_dtype=None, weight_dtype=None, scale_dtype=None,
+    x,
+    weight,
+    *,
+    bias=None,
+    scale=None,
+    offset=None,
+    antiquant_scale=None,
+    antiquant_offset=None,
+    per_token_scale=None,
+    group_list=None,
+    activation_input=None,
+    activation_quant_scale=None,
+    activation_quant_offset=None,
+    split_item=0,
+    group_type=None,
+    group_list_type=0,
+    act_type=0,
+    tuning_config=None,
+    output_dtype=None,
+    x_dtype=None,
+    weight_dtype=None,
+    scale_dtype=None,
     per_token_scale_dtype=None,
-):  # fmt: skip
+):
     (x,), (weight,) = x, weight
     assert (split_item, group_type, group_list_type, act_type) == (3, 0, 0, 0)
     assert x.dtype == weight.dtype and group_list.dtype == torch.int64
@@ -62,10 +80,22 @@ def npu_grouped_matmul(
 
 @plays
 def npu_moe_init_routing_v2(
-    x, expert_idx, *, scale=None, offset=None, active_num=-1, expert_capacity=-1, expert_num=-1,
-    drop_pad_mode=0, expert_tokens_num_type=0, expert_tokens_num_flag=False, quant_mode=-1,
-    active_expert_range=(), row_idx_type=0, x_dtype=None,
-):  # fmt: skip
+    x,
+    expert_idx,
+    *,
+    scale=None,
+    offset=None,
+    active_num=-1,
+    expert_capacity=-1,
+    expert_num=-1,
+    drop_pad_mode=0,
+    expert_tokens_num_type=0,
+    expert_tokens_num_flag=False,
+    quant_mode=-1,
+    active_expert_range=(),
+    row_idx_type=0,
+    x_dtype=None,
+):
     (T, K), flat = expert_idx.shape, expert_idx.flatten()
     assert expert_idx.dtype == torch.int32 and active_num == T * K and expert_tokens_num_flag
     assert (drop_pad_mode, expert_tokens_num_type, quant_mode, row_idx_type) == (0, 1, -1, 0)
@@ -87,10 +117,21 @@ def npu_moe_token_unpermute(
 
 @plays
 def npu_moe_gating_top_k(
-    x, k, *, bias=None, input_ids=None, tid2eid=None, k_group=1, group_count=1,
-    group_select_mode=0, renorm=0, norm_type=0, out_flag=False, routed_scaling_factor=1.0,
+    x,
+    k,
+    *,
+    bias=None,
+    input_ids=None,
+    tid2eid=None,
+    k_group=1,
+    group_count=1,
+    group_select_mode=0,
+    renorm=0,
+    norm_type=0,
+    out_flag=False,
+    routed_scaling_factor=1.0,
     eps=1e-20,
-):  # fmt: skip
+):
     assert renorm == 0 and (bias is None or bias.dtype == x.dtype) and x.shape[1] <= 2048
     s = x.sigmoid() if norm_type else x.softmax(-1)
     key = s if bias is None else s + bias
@@ -107,10 +148,21 @@ def npu_moe_gating_top_k(
 
 @plays
 def npu_lightning_indexer(
-    query, key, weights, *, actual_seq_lengths_query=None, actual_seq_lengths_key=None,
-    block_table=None, layout_query="BSND", layout_key="BSND", sparse_count=2048, sparse_mode=3,
-    pre_tokens=2**63 - 1, next_tokens=2**63 - 1, return_value=False,
-):  # fmt: skip
+    query,
+    key,
+    weights,
+    *,
+    actual_seq_lengths_query=None,
+    actual_seq_lengths_key=None,
+    block_table=None,
+    layout_query="BSND",
+    layout_key="BSND",
+    sparse_count=2048,
+    sparse_mode=3,
+    pre_tokens=2**63 - 1,
+    next_tokens=2**63 - 1,
+    return_value=False,
+):
     assert (layout_query, layout_key, sparse_mode) == ("TND", "PA_BSND", 0)
     assert query.dtype == key.dtype == weights.dtype and query.shape[1:] == (64, 128)
     assert key.shape[1] % 16 == 0 and key.shape[1] <= 1024 and key.shape[2:] == (1, 128)
@@ -129,12 +181,27 @@ def npu_lightning_indexer(
 
 @plays
 def npu_sparse_flash_attention(
-    query, key, value, sparse_indices, scale_value, *, block_table=None,
-    actual_seq_lengths_query=None, actual_seq_lengths_kv=None, query_rope=None, key_rope=None,
-    sparse_block_size=1, layout_query="BSND", layout_kv="BSND", sparse_mode=3,
-    pre_tokens=2**63 - 1, next_tokens=2**63 - 1, attention_mode=0, return_softmax_lse=False,
+    query,
+    key,
+    value,
+    sparse_indices,
+    scale_value,
+    *,
+    block_table=None,
+    actual_seq_lengths_query=None,
+    actual_seq_lengths_kv=None,
+    query_rope=None,
+    key_rope=None,
+    sparse_block_size=1,
+    layout_query="BSND",
+    layout_kv="BSND",
+    sparse_mode=3,
+    pre_tokens=2**63 - 1,
+    next_tokens=2**63 - 1,
+    attention_mode=0,
+    return_softmax_lse=False,
     sinks=None,
-):  # fmt: skip
+):
     assert (layout_query, layout_kv, sparse_mode, attention_mode) == ("BSND", "BSND", 0, 2)
     assert query.shape[-1] == key.shape[-1] == 512 and query_rope.shape[-1] == 64
     packed(query, key, value, sparse_indices, query_rope, key_rope)

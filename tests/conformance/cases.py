@@ -91,10 +91,12 @@ def cases(
     base = dict(draw(st.sampled_from(small), label="example"))
     symbols = [s for s in op.signature.symbols() if s in base]
     changes = {
-        s: draw(st.sampled_from(SIZES), label=s) if not isinstance(base[s], tuple)
+        s: draw(st.sampled_from(SIZES), label=s)
+        if not isinstance(base[s], tuple)
         else tuple(draw(st.lists(st.sampled_from((0, 1, 2, 3)), max_size=2), label=s))
-        for s in symbols if draw(st.booleans(), label=f"change {s}")
-    }  # fmt: skip
+        for s in symbols
+        if draw(st.booleans(), label=f"change {s}")
+    }
     absent = {
         s.name
         for s in op.signature.inputs.values()
@@ -135,10 +137,15 @@ def edges(op: Op[..., Any], device: str = "cpu") -> Iterator[Case]:
 
 
 def build(
-    op: Op[..., Any], dims: dict[str, Any], primary: torch.dtype = torch.float32, seed: int = 0,
-    absent: set[str] | frozenset[str] = frozenset(), layouts: dict[str, str] | None = None,
-    device: str = "cpu", scale: float = 1.0,
-) -> Case:  # fmt: skip
+    op: Op[..., Any],
+    dims: dict[str, Any],
+    primary: torch.dtype = torch.float32,
+    seed: int = 0,
+    absent: set[str] | frozenset[str] = frozenset(),
+    layouts: dict[str, str] | None = None,
+    device: str = "cpu",
+    scale: float = 1.0,
+) -> Case:
     """The call that these draws give. Raises what the declaration raises if it refuses them."""
     rng = np.random.default_rng(seed)
     scope = {
@@ -189,9 +196,16 @@ def build(
         tuple(buffers),
         {**arguments, **bound},
         f"{op.name}({text}) seed={seed} scale={scale}",
-        dict(dims=dims, primary=str(primary).removeprefix("torch."), seed=seed,
-             absent=sorted(absent), layouts=layouts, device=device, scale=scale),
-    )  # fmt: skip
+        dict(
+            dims=dims,
+            primary=str(primary).removeprefix("torch."),
+            seed=seed,
+            absent=sorted(absent),
+            layouts=layouts,
+            device=device,
+            scale=scale,
+        ),
+    )
 
 
 def rebuild(op: str, /, **draws: Any) -> Case:
@@ -230,9 +244,15 @@ def _bindable(shape: Any, scope: dict[str, Any]) -> bool:
 
 
 def _tensor(
-    op: Op[..., Any], name: str, array: np.ndarray, primary: torch.dtype, kinds: dict[str, Any],
-    rng: np.random.Generator, layouts: dict[str, str], device: str,
-) -> tuple[Any, torch.Tensor | None]:  # fmt: skip
+    op: Op[..., Any],
+    name: str,
+    array: np.ndarray,
+    primary: torch.dtype,
+    kinds: dict[str, Any],
+    rng: np.random.Generator,
+    layouts: dict[str, str],
+    device: str,
+) -> tuple[Any, torch.Tensor | None]:
     """The array as a tensor of a dtype that the rules allow, in a guarded buffer of the layout
     asked for."""
     ok = (

@@ -203,9 +203,11 @@ def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
     for o, w in pairs:
         w[~torch.isfinite(o.detach().cpu())] = 0
     found = torch.autograd.grad(
-        [o for o, _ in pairs], [v for _, v in inputs], [w.to(o.device) for o, w in pairs],
+        [o for o, _ in pairs],
+        [v for _, v in inputs],
+        [w.to(o.device) for o, w in pairs],
         allow_unused=True,
-    )  # fmt: skip
+    )
     plain = [as_numpy(v) for v in case.values]
     weights = [
         w.double().numpy() if o.dtype.is_floating_point else None
@@ -292,7 +294,7 @@ def opcheck(op: Op[..., Any], impl: str, case: Case) -> None:
         if isinstance(v, torch.Tensor) and v.dtype.is_floating_point and op._gradient is not None
         else v
         for v in case.values
-    ]  # fmt: skip
+    ]
     device = next(iter(op.tensors(case.values).values())).device.type
     # torch's check of the registration knows these devices only; the registration is the same.
     known = ("test_autograd_registration",) if device in ("cpu", "cuda", "xpu") else ()
@@ -316,9 +318,10 @@ def maps(op: Op[..., Any], impl: str, case: Case) -> str | None:
     names = [p.name for p in op.parameters]
     given = dict(zip(names, case.values, strict=True))
     tensors = [
-        n for n, v in given.items()
+        n
+        for n, v in given.items()
         if isinstance(v, torch.Tensor) and inputs[n].dims[:1] == (op.batch,)
-    ]  # fmt: skip
+    ]
     doubled = {n: torch.stack([given[n], given[n].roll(1, 0)]) for n in tensors}
 
     def call(*batched: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -354,9 +357,11 @@ def autocasts(op: Op[..., Any], impl: str, case: Case) -> str | None:
     with inside, transom.use(**{op.name: impl}):
         got = tolerance.as_tuple(op.call(**dict(zip(names, case.values, strict=True))))
     cast = {
-        n: op.autocast.get(n, "keep") if isinstance(t, torch.Tensor) and
-        t.dtype.is_floating_point else "keep" for n, t in tensors.items()
-    }  # fmt: skip
+        n: op.autocast.get(n, "keep")
+        if isinstance(t, torch.Tensor) and t.dtype.is_floating_point
+        else "keep"
+        for n, t in tensors.items()
+    }
     kinds = {
         n: {"low": torch.bfloat16, "f32": torch.float32}.get(cast[n], kind_of(t))
         for n, t in tensors.items()
@@ -374,10 +379,12 @@ def implementations(op: Op[..., Any], device: str, name: str | None) -> list[Imp
     backend."""
     load(op, device)
     return [
-        i for i in op.impls.values()
-        if i.tier != "reference" and not i.unavailable
+        i
+        for i in op.impls.values()
+        if i.tier != "reference"
+        and not i.unavailable
         and (name is None or name in (i.name, i.backend))
-    ]  # fmt: skip
+    ]
 
 
 def _scalars(dims: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ OPTIONS = {
         os.environ.get("TRANSOM_TEST_EXAMPLES", "6"),
         "drawn calls for each check of an implementation",
     ),
-}  # fmt: skip
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,9 +46,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for impl in checks.implementations(op, str(device), one)
         for check in levels.CHECKS
         # Level 4 asks how the operator stands in torch: the same for all of them but the gradients.
-        if check.level < 4 or (check.level == 4 and
-        (one or impl.tier == "composite" or check.name == "gradients"))
-    ]  # fmt: skip
+        if check.level < 4
+        or (check.level == 4 and (one or impl.tier == "composite" or check.name == "gradients"))
+    ]
     ids = [f"{name}-{impl.name}-{check.name}" for name, impl, check in asked]
     metafunc.parametrize("op, impl, check", [(n, i.name, c) for n, i, c in asked], ids=ids)
 

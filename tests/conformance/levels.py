@@ -89,9 +89,15 @@ class Check:
         """What it finds."""
         status, text, case = self.put(subject, self.question)
         return Finding(
-            subject.op.name, subject.impl, self.level, self.name, status, text,
-            repr(case) if case else "", self.reproduction(subject.impl, case) if case else "",
-        )  # fmt: skip
+            subject.op.name,
+            subject.impl,
+            self.level,
+            self.name,
+            status,
+            text,
+            repr(case) if case else "",
+            self.reproduction(subject.impl, case) if case else "",
+        )
 
     def reproduction(self, impl: str, case: Case) -> str:
         """Lines of Python that put the question to the call again."""
@@ -158,10 +164,15 @@ def drawn(
                 raise _Found(problem, case)
 
         profile = settings(
-            derandomize=True, database=None, deadline=None, max_examples=subject.examples,
-            verbosity=Verbosity.quiet, report_multiple_bugs=False, print_blob=False,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            max_examples=subject.examples,
+            verbosity=Verbosity.quiet,
+            report_multiple_bugs=False,
+            print_blob=False,
             suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        )
         try:
             profile(given(case=cases(subject.op, subject.device, floats))(check))()
         except _Found as found:
@@ -230,9 +241,10 @@ def at_limits(subject: Subject, question: Question) -> Answer:
             dim, limit = bound
             for size in (limit - 1, limit, limit + 1):
                 meets = {
-                    "at_most": size <= limit, "at_least": size >= limit,
+                    "at_most": size <= limit,
+                    "at_least": size >= limit,
                     "multiple_of": size % limit == 0,
-                }[kind]  # fmt: skip
+                }[kind]
                 case = _of_size(op, subject.device, dim, size)
                 if case is None:
                     continue

@@ -19,9 +19,10 @@ def implementations(backend: str, device: str) -> list[tuple[Any, Impl]]:
     for op in transom.ops().values():
         load(op, device)
         found += [
-            (op, i) for i in op.impls.values()
+            (op, i)
+            for i in op.impls.values()
             if backend in (i.name, i.backend) and i.tier != "reference"
-        ]  # fmt: skip
+        ]
     return found
 
 
@@ -41,8 +42,9 @@ def findings(backend: str, device: str) -> list[Finding]:
     out.append(say("declarations", "; ".join(lost) or None))
     libraries = {
         str(i.function.library.path): i.function.library
-        for _, i in mine if isinstance(i.function, CFunction)
-    }  # fmt: skip
+        for _, i in mine
+        if isinstance(i.function, CFunction)
+    }
     for library in libraries.values():
         out.append(say("a later host", later_host(library)))
         out.append(say("asked twice", asked_twice(library)))

@@ -33,15 +33,17 @@ def render(outcome: Outcome, about: dict[str, Any]) -> str:
         outcome=outcome,
         about=about,
         marks=MARKS,
-        levels=[(n, LEVELS[n], [c.name for c in CHECKS if c.level == n and c.name in names])
-                for n in range(1, outcome.level + 1)],
+        levels=[
+            (n, LEVELS[n], [c.name for c in CHECKS if c.level == n and c.name in names])
+            for n in range(1, outcome.level + 1)
+        ],
         rows=rows(outcome.findings, names),
         loading=[f for f in outcome.findings if f.level == 0],
         failures=outcome.failed,
         excused=[f for f in outcome.findings if f.status == "expected"],
         speeds=[f for f in outcome.findings if f.check == "speed" and f.status == "pass"],
         counted=count(outcome.findings),
-    )  # fmt: skip
+    )
 
 
 def rows(findings: list[Finding], names: list[str]) -> list[tuple[str, str, list[Finding | None]]]:

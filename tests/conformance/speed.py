@@ -28,8 +28,11 @@ def largest(op: Op[..., Any], device: str) -> Case:
     """The last of the operator's examples that is small enough to be verified."""
     fitting = []
     for example in op.examples:
-        shapes = [s.sizes(example) for s in op.signature.inputs.values()
-                  if not s.optional and set(_symbols(s)) <= set(example)]  # fmt: skip
+        shapes = [
+            s.sizes(example)
+            for s in op.signature.inputs.values()
+            if not s.optional and set(_symbols(s)) <= set(example)
+        ]
         if all(torch.Size(s).numel() <= ELEMENTS for s in shapes):
             fitting.append(example)
     case = build(op, fitting[-1] if fitting else op.examples[0], device=device)

@@ -43,9 +43,10 @@ def spread(
     for _ in range(2):
         moved = [
             v * (1 + PERTURBATION * rng.choice([-1.0, 1.0], v.shape))
-            if isinstance(v, np.ndarray) and v.dtype == np.float64 else v
+            if isinstance(v, np.ndarray) and v.dtype == np.float64
+            else v
             for v in inputs
-        ]  # fmt: skip
+        ]
         for i, (a, b) in enumerate(zip(as_tuple(reference(*moved)), outputs, strict=True)):
             with np.errstate(invalid="ignore"):
                 change = np.abs(np.asarray(a, np.float64) - b)

@@ -58,10 +58,16 @@ class Died(Exception):
 
 
 def verify(
-    backend: str | None = None, device: str = "cpu", *, ops: list[str] | None = None,
-    level: int = 5, examples: int = 15, exceptions: Exceptions | None = None,
-    seconds: float = SECONDS, progress: Callable[[int, int], None] = lambda *_: None,
-) -> Outcome:  # fmt: skip
+    backend: str | None = None,
+    device: str = "cpu",
+    *,
+    ops: list[str] | None = None,
+    level: int = 5,
+    examples: int = 15,
+    exceptions: Exceptions | None = None,
+    seconds: float = SECONDS,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Outcome:
     """The checks up to `level` for the implementations of a backend, plugin or implementation name
     (None: all but the composites) on a device, in child processes.
 
@@ -142,9 +148,13 @@ def _events(request: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]
     read, write = os.pipe()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "transom.conformance.child"], stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=errors, pass_fds=(write,), text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "transom.conformance.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=(write,),
+            text=True,
+        )
         os.close(write)
         try:
             assert child.stdin is not None

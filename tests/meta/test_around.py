@@ -81,8 +81,12 @@ def test_outputs_of_c_implementations_are_guarded():
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_native_implementations_keep_to_their_memory():
-    for op, impl in ((o, i.name) for o in transom.ops().values() if o.module.startswith("transom.")
-                     for i in checks.implementations(o, "cpu", "native")):  # fmt: skip
+    for op, impl in (
+        (o, i.name)
+        for o in transom.ops().values()
+        if o.module.startswith("transom.")
+        for i in checks.implementations(o, "cpu", "native")
+    ):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for seed in range(3):
                 case = build(op, op.examples[0], dtype, seed)

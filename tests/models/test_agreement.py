@@ -306,15 +306,21 @@ def test_compiled_without_a_graph_break(family: str) -> None:
 
 OPERATORS = {
     "deepseek_v4": {
-        "sparse_attention", "lightning_indexer", "compress_kv", "moe_experts", "route",
-        "mhc_pre", "mhc_post", "mhc_head",
+        "sparse_attention",
+        "lightning_indexer",
+        "compress_kv",
+        "moe_experts",
+        "route",
+        "mhc_pre",
+        "mhc_post",
+        "mhc_head",
     },
     "deepseek_v32": {"sparse_attention", "lightning_indexer", "moe_experts", "route"},
     "glm_moe_dsa": {"sparse_attention", "lightning_indexer", "moe_experts", "route"},
     "qwen3_moe": {"moe_experts"},
     "gpt_oss": {"moe_experts"},
     "mixtral": {"moe_experts"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

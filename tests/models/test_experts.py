@@ -40,9 +40,13 @@ class Settings(SimpleNamespace):
             ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), EXPERTS
         )
         inner = (
-            "intermediate_size", "moe_intermediate_size", "expert_intermediate_size",
-            "expert_ffn_hidden_size", "moe_ffn_hidden_size", "ffn_hidden_size",
-        )  # fmt: skip
+            "intermediate_size",
+            "moe_intermediate_size",
+            "expert_intermediate_size",
+            "expert_ffn_hidden_size",
+            "moe_ffn_hidden_size",
+            "ffn_hidden_size",
+        )
         sizes |= dict.fromkeys(inner, INNER) | {"hidden_size": HIDDEN}
         names = ("hidden_act", "hidden_activation", "mlp_hidden_act", "act_fn", "activation")
         values = dict.fromkeys(names, "silu") | {

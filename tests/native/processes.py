@@ -35,8 +35,11 @@ def accepted() -> list[tuple[str, Case]]:
     calls = []
     for entry in library().entries:
         op = transom.ops()[entry.op]
-        tried = [build(op, op.examples[0], d, s)
-                 for d in (torch.float32, torch.bfloat16) for s in range(8)]  # fmt: skip
+        tried = [
+            build(op, op.examples[0], d, s)
+            for d in (torch.float32, torch.bfloat16)
+            for s in range(8)
+        ]
         found = [case for case in tried if not checks.refuses(op, entry.name, case)]
         assert found, f"{op.name}: {checks.refuses(op, entry.name, tried[0])}"
         calls += [(entry.name, case) for case in found[:1] + found[-1:]]
@@ -48,8 +51,10 @@ def results() -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for name, case in accepted():
         written = case.op.mutates  # each thread has its own of those
-        values = [v.clone() if p.name in written else v
-                  for p, v in zip(case.op.parameters, case.values, strict=True)]  # fmt: skip
+        values = [
+            v.clone() if p.name in written else v
+            for p, v in zip(case.op.parameters, case.values, strict=True)
+        ]
         got = checks.run(case.op, name, values)
         assert isinstance(got, tuple), got
         out += [t.clone() for t in got]
@@ -122,8 +127,9 @@ def main(what: str) -> None:
         torch.set_num_threads(3)
         with multiprocessing.get_context("spawn").Pool(2) as pool:
             for got in pool.map(answer, range(2)):
-                must_equal([torch.from_numpy(a).view(b.dtype) for a, b in zip(got, want)], want,
-                           "spawned")  # fmt: skip
+                must_equal(
+                    [torch.from_numpy(a).view(b.dtype) for a, b in zip(got, want)], want, "spawned"
+                )
     else:
         torch.set_num_threads(1)
         (by_threads if what == "threads" else together)(results())

@@ -20,10 +20,19 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def inputs(
-    B: int = 2, S: int = 40, Hq: int = 6, Hkv: int = 2, D: int = 24, Dv: int = 20, N: int = 300,
-    L: int = 5, size: int = 16, shared: bool = False, dtype: torch.dtype = torch.float32,
+    B: int = 2,
+    S: int = 40,
+    Hq: int = 6,
+    Hkv: int = 2,
+    D: int = 24,
+    Dv: int = 20,
+    N: int = 300,
+    L: int = 5,
+    size: int = 16,
+    shared: bool = False,
+    dtype: torch.dtype = torch.float32,
     causal: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A call with lists that name blocks twice, and blocks that do not exist."""
     lists, blocks = -(-S // size) if shared else S, -(-N // size)
     g = torch.Generator().manual_seed(5)

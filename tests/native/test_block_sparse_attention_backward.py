@@ -22,10 +22,19 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def inputs(
-    B: int = 2, S: int = 21, Hq: int = 6, Hkv: int = 2, D: int = 24, Dv: int = 20, N: int = 300,
-    L: int = 5, size: int = 16, shared: bool = False, dtype: torch.dtype = torch.float32,
+    B: int = 2,
+    S: int = 21,
+    Hq: int = 6,
+    Hkv: int = 2,
+    D: int = 24,
+    Dv: int = 20,
+    N: int = 300,
+    L: int = 5,
+    size: int = 16,
+    shared: bool = False,
+    dtype: torch.dtype = torch.float32,
     causal: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The arguments of the gradient for a forward that the composite has run in float64; lists name
     blocks twice, and blocks that do not exist."""
     lists, blocks = -(-S // size) if shared else S, -(-N // size)

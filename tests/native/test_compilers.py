@@ -38,9 +38,12 @@ def needs(compiler):
     if shutil.which(command[0]) is not None:
         source = "#include <stdint.h>\n#include <string.h>\n"
         done = subprocess.run(
-            [*command, "-fsyntax-only", "-x", "c++", "-"], input=source, text=True,
-            capture_output=True, check=False,
-        )  # fmt: skip
+            [*command, "-fsyntax-only", "-x", "c++", "-"],
+            input=source,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
         if done.returncode == 0:
             return command
     pytest.skip(f"no {compiler} that compiles here; on Debian: {install}")

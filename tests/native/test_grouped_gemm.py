@@ -95,11 +95,19 @@ def test_sums_of_real_length_are_accurate(dtype, K, N):
 
 
 QUANTISED = [
-    ("int8", None, None), ("int8", (1, 32), None), ("int8", (3, 20), None),
-    ("int4", 32, None), ("int4", 128, None), ("int4", (1, 6), None), ("int4", (1, 0), None),
-    ("fp8", 128, None), ("fp8", 32, "e8m0"), ("fp8", (1, 128), None), ("fp8", (5, 7), "e8m0"),
+    ("int8", None, None),
+    ("int8", (1, 32), None),
+    ("int8", (3, 20), None),
+    ("int4", 32, None),
+    ("int4", 128, None),
+    ("int4", (1, 6), None),
+    ("int4", (1, 0), None),
+    ("fp8", 128, None),
+    ("fp8", 32, "e8m0"),
+    ("fp8", (1, 128), None),
+    ("fp8", (5, 7), "e8m0"),
     ("mxfp4", None, "e8m0"),
-]  # fmt: skip
+]
 
 
 def quantised(format, group, scale_format, E, N, K, seed=0):

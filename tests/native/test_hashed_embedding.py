@@ -77,11 +77,22 @@ def test_plain_rows_of_any_width_and_layout(dtype, d):
 @pytest.mark.parametrize(
     "format, group",
     [
-        ("fp8", (1, 32)), ("fp8", (1, 0)), ("fp8", (128, 128)), ("fp8", (3, 5)), ("fp8", (0, 0)),
-        ("int8", (1, 0)), ("int8", (1, 64)), ("int8", (7, 3)), ("int8", (0, 10)),
-        ("int4", (1, 32)), ("int4", (1, 128)), ("int4", (4, 7)), ("int4", (1, 0)), ("mxfp4", None),
+        ("fp8", (1, 32)),
+        ("fp8", (1, 0)),
+        ("fp8", (128, 128)),
+        ("fp8", (3, 5)),
+        ("fp8", (0, 0)),
+        ("int8", (1, 0)),
+        ("int8", (1, 64)),
+        ("int8", (7, 3)),
+        ("int8", (0, 10)),
+        ("int4", (1, 32)),
+        ("int4", (1, 128)),
+        ("int4", (4, 7)),
+        ("int4", (1, 0)),
+        ("mxfp4", None),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("d", [2, 32, 36, 80, 256])
 def test_quantised_rows_of_any_group(format, group, d):
     if format == "mxfp4" and d % 32:
@@ -149,8 +160,9 @@ def test_out_of_any_dtype_and_strides(table, dtype):
         assert torch.equal(out, y)
 
 
-@pytest.mark.parametrize("d, dtype", [(32, torch.float32), (33, torch.float32),
-                                      (132, torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize(
+    "d, dtype", [(32, torch.float32), (33, torch.float32), (132, torch.bfloat16)]
+)
 def test_outputs_that_are_written_past_the_caches_hold_the_same(d, dtype):
     tokens, hashed = lookup(500, B=1, S=12_000, h=8)
     table = torch.randn(500, d).to(dtype)

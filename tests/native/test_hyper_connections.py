@@ -35,15 +35,29 @@ def inputs(op, T, R, D, dtype):
     weights += [1 + normal(1 if "head" in op else 3, to=wide) / 4, normal(N, to=wide)]
     return {
         "sinkhorn_backward": lambda: [normal(T, R, R, to=wide), 4 * normal(T, R, R)],
-        "mhc_pre_backward": lambda: [normal(T, D), normal(T, R, to=wide),
-                                     normal(T, R, R, to=wide), normal(T, R, D), *weights],
+        "mhc_pre_backward": lambda: [
+            normal(T, D),
+            normal(T, R, to=wide),
+            normal(T, R, R, to=wide),
+            normal(T, R, D),
+            *weights,
+        ],
         "mhc_head": lambda: [normal(T, R, D), *weights],
         "mhc_head_backward": lambda: [normal(T, D), normal(T, R, D), *weights],
-        "mhc_post": lambda: [normal(T, D), normal(T, R, D), normal(T, R, to=wide),
-                             normal(T, R, R, to=wide)],
-        "mhc_post_backward": lambda: [normal(T, R, D), normal(T, D), normal(T, R, D),
-                                      normal(T, R, to=wide), normal(T, R, R, to=wide)],
-    }[op]()  # fmt: skip
+        "mhc_post": lambda: [
+            normal(T, D),
+            normal(T, R, D),
+            normal(T, R, to=wide),
+            normal(T, R, R, to=wide),
+        ],
+        "mhc_post_backward": lambda: [
+            normal(T, R, D),
+            normal(T, D),
+            normal(T, R, D),
+            normal(T, R, to=wide),
+            normal(T, R, R, to=wide),
+        ],
+    }[op]()
 
 
 def run(op, args, impl="native"):

@@ -11,10 +11,17 @@ REASON = transom.backends()["native"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 FORMS = [
-    ("int8", None), ("int8", (1, 128)), ("int8", (4, 32)), ("int8", (1, 96)),
-    ("int4", 32), ("int4", 64), ("int4", 128), ("int4", (3, 256)), ("int4", (1, 0)),
+    ("int8", None),
+    ("int8", (1, 128)),
+    ("int8", (4, 32)),
+    ("int8", (1, 96)),
+    ("int4", 32),
+    ("int4", 64),
+    ("int4", 128),
+    ("int4", (3, 256)),
+    ("int4", (1, 0)),
     ("mxfp4", None),
-]  # fmt: skip
+]
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -132,8 +139,10 @@ def test_experts_agree_and_a_token_has_the_same_bits_beside_any_others(form, dty
 
     together = run(slice(None))
     want = run(slice(None), "reference").double()
-    assert ((together.double() - want).abs()
-            <= 2e-4 * want.abs().max() + torch.finfo(dtype).eps * want.abs()).all()  # fmt: skip
+    assert (
+        (together.double() - want).abs()
+        <= 2e-4 * want.abs().max() + torch.finfo(dtype).eps * want.abs()
+    ).all()
     for first, tokens in ((3, 1), (7, 2), (0, 9), (11, 130)):
         some = slice(first, first + tokens)
         assert torch.equal(run(some), together[some])

@@ -17,9 +17,14 @@ LOSS, GRADIENT = "lightning_indexer_kl", "lightning_indexer_kl_backward"
 
 
 def inputs(
-    B: int = 2, S: int = 21, H: int = 5, D: int = 24, N: int = 300, L: int = 140,
+    B: int = 2,
+    S: int = 21,
+    H: int = 5,
+    D: int = 24,
+    N: int = 300,
+    L: int = 140,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Lists that name keys twice and keys that do not exist; some targets are 0."""
     g = torch.Generator().manual_seed(B + S + H + D + N + L)
     target = torch.rand(B, S, L, generator=g)

@@ -173,6 +173,7 @@ def test_gradients_of_a_token_have_the_same_bits_beside_any_others(spec):
     together = run("moe_experts_backward", dy, x, ids, weights, *both, **form)[:2]
     for first, tokens in ((3, 1), (7, 2), (0, 9), (11, 130)):
         some = slice(first, first + tokens)
-        alone = run("moe_experts_backward", dy[some], x[some], ids[some], weights[some], *both,
-                    **form)[:2]  # fmt: skip
+        alone = run(
+            "moe_experts_backward", dy[some], x[some], ids[some], weights[some], *both, **form
+        )[:2]
         assert same(alone, [g[some] for g in together])

@@ -42,10 +42,12 @@ def test_every_layout_of_the_weights(dtype, interleaved, order, T, D, width):
     x, ids, weights, gate_up, down = draw(T, D, width, 5, 3, dtype)
     g = torch.Generator().manual_seed(1)
     form = dict(
-        activation="swiglu_oai", limit=1.0, interleaved=interleaved,
+        activation="swiglu_oai",
+        limit=1.0,
+        interleaved=interleaved,
         gate_up_bias=torch.randn(5, 2 * width, generator=g).to(dtype),
         down_bias=torch.randn(5, D, generator=g).to(dtype),
-    )  # fmt: skip
+    )
     want = run(x, ids, weights, gate_up, down, impl="reference", **form)
     if order:
         gate_up, down = order(gate_up), order(down)

@@ -61,9 +61,12 @@ def mixing(dtype=torch.float32, T=300, R=4, D=1100):
 
 
 CALLS = {
-    "grouped_gemm": gemm, "moe_experts": experts, "mhc_post": streams, "mhc_pre": mixing,
+    "grouped_gemm": gemm,
+    "moe_experts": experts,
+    "mhc_post": streams,
+    "mhc_pre": mixing,
     "sinkhorn": logits,
-}  # fmt: skip
+}
 NUMBERS = {
     "mhc_pre": dict(iterations=5, eps=1e-6, rms_eps=1e-6, post_scale=2.0),
     "sinkhorn": dict(iterations=5, eps=1e-6),
@@ -86,9 +89,13 @@ def fresh(code, **environment):
     """What a fresh process prints."""
     code = "import torch, transom\n" + textwrap.dedent(code)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -139,8 +146,10 @@ def test_a_token_of_streams_has_the_same_bits_alone_and_among_others(threads, op
         for t in (0, 33, 69):
             alone = run(op, args[0][t : t + 1], *args[1:])
             whole = together if isinstance(together, tuple) else (together,)
-            assert same(alone, tuple(y[t : t + 1] for y in whole) if op == "mhc_pre"
-                        else whole[0][t : t + 1])  # fmt: skip
+            assert same(
+                alone,
+                tuple(y[t : t + 1] for y in whole) if op == "mhc_pre" else whole[0][t : t + 1],
+            )
 
 
 @pytest.mark.parametrize("R, D", [(1, 1), (2, 9), (3, 341), (4, 512), (5, 1024), (16, 70), (4, 0)])
@@ -272,8 +281,9 @@ def test_more_streams_than_its_tile_holds_are_declined_with_a_sentence():
     for op, args in ("mhc_pre", mixing(T=1, R=17, D=3)), ("sinkhorn", logits(T=1, R=17)):
         (shown,) = transom.explain(op, *args, **NUMBERS[op]).rejected["native"]
         assert shown == "R = 17; supported: at most 16"
-        (wide,) = transom.explain(op, args[0].double(), *(a.double() for a in args[1:]),
-                                  **NUMBERS[op]).rejected["native"]  # fmt: skip
+        (wide,) = transom.explain(
+            op, args[0].double(), *(a.double() for a in args[1:]), **NUMBERS[op]
+        ).rejected["native"]
         assert wide.endswith("is float64; supported: float32, bfloat16, float16")
 
 
@@ -304,9 +314,8 @@ def test_the_library_needs_neither_torch_nor_an_openmp_of_its_own():
     needed = [line for line in told.splitlines() if "NEEDED" in line]
     assert not [n for n in needed if any(x in n for x in ("omp", "torch", "c10", "stdc++"))]
     exported = [
-        line.split()[-1] for line in told.splitlines()
-        if " GLOBAL " in line and " UND " not in line
-    ]  # fmt: skip
+        line.split()[-1] for line in told.splitlines() if " GLOBAL " in line and " UND " not in line
+    ]
     # the probes are what `transom bench` calls: transom.bench.ceilings
     assert [name for name in exported if not name.startswith("transom_probe_")] == [
         "transom_plugin_v1"

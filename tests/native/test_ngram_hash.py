@@ -32,9 +32,19 @@ def mixes(moduli, seed):
     m = np.resize(np.array(moduli, dtype=object), 400)
     around = m * g.integers(1, 2**20, len(m)) + g.integers(-1, 2, len(m))
     picked = [
-        *(int(v) for v in around), *(-int(v) for v in around),
-        LEAST, LEAST + 1, MOST, MOST - 1, 0, 1, -1, 2**53, 2**53 + 1, -(2**53) - 1,
-    ]  # fmt: skip
+        *(int(v) for v in around),
+        *(-int(v) for v in around),
+        LEAST,
+        LEAST + 1,
+        MOST,
+        MOST - 1,
+        0,
+        1,
+        -1,
+        2**53,
+        2**53 + 1,
+        -(2**53) - 1,
+    ]
     return np.array([v for v in picked if LEAST <= v <= MOST] + list(g.integers(LEAST, MOST, 3000)))
 
 
@@ -65,9 +75,15 @@ def test_row_numbers_beyond_32_bits_and_any_modulus(moduli, seed):
     table, zero = torch.ones(1, 1), torch.zeros((n - 1) * h, dtype=torch.int64)
     for s, c in [(0, 0), (1, h - 1), (3, h), (5, 2 * h - 1)]:
         y = run(
-            hashed_embedding, tokens, table, multipliers=factors, moduli=size, offsets=zero, pad=5,
+            hashed_embedding,
+            tokens,
+            table,
+            multipliers=factors,
+            moduli=size,
+            offsets=zero,
+            pad=5,
             shard=(int(want[0, s, c]), 1),
-        )  # fmt: skip
+        )
         assert torch.equal(y[0] != 0, torch.from_numpy(want[0] == want[0, s, c]))
 
 
@@ -88,8 +104,12 @@ def test_any_number_of_columns_and_places(rng, h, n):
     )
     rows = run(transom.ngram_hash, tokens, factors, size, **given)
     assert np.array_equal(rows.numpy(), want)
-    apart = {k: t[:, None].repeat(1, 2, 1)[:, 1].mT.contiguous().mT if k in ("lookback", "blocked")
-             else t for k, t in given.items()}  # fmt: skip
+    apart = {
+        k: t[:, None].repeat(1, 2, 1)[:, 1].mT.contiguous().mT
+        if k in ("lookback", "blocked")
+        else t
+        for k, t in given.items()
+    }
     assert torch.equal(
         run(transom.ngram_hash, tokens.mT.contiguous().mT, factors, size, **apart), rows
     )

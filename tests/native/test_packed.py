@@ -18,9 +18,12 @@ from transom.bench import measure
 REASON = transom.backends()["native"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BLOCKS = {
-    "fp8": {}, "fp8 of 32": {"group": 32}, "fp8 by row": {"group": (1, 128)},
-    "fp8 of one scale": {"group": (0, 0)}, "fp8, e8m0": {"scale_format": "e8m0"},
-}  # fmt: skip
+    "fp8": {},
+    "fp8 of 32": {"group": 32},
+    "fp8 by row": {"group": (1, 128)},
+    "fp8 of one scale": {"group": (0, 0)},
+    "fp8, e8m0": {"scale_format": "e8m0"},
+}
 FORMATS = [torch.bfloat16, torch.float16, *BLOCKS]
 
 
@@ -108,10 +111,14 @@ def test_rows_of_float32_and_weights_of_any_strides_have_the_same_bits_packed(na
 
 @pytest.mark.parametrize(
     "change",
-    [lambda w: w.values[1, 3].fill_(0x7F), lambda w: w.values[1, 3].fill_(0xFF),
-     lambda w: w.scales[1].fill_(1e31), lambda w: w.scales[1].fill_(float("nan"))],
+    [
+        lambda w: w.values[1, 3].fill_(0x7F),
+        lambda w: w.values[1, 3].fill_(0xFF),
+        lambda w: w.scales[1].fill_(1e31),
+        lambda w: w.scales[1].fill_(float("nan")),
+    ],
     ids=["nan", "minus nan", "large scale", "nan scale"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("rows", [1, 20])
 def test_what_is_no_number_has_the_same_bits_packed(native, change, rows):
     w = weight(2, 48, 256, format="fp8")

@@ -22,7 +22,10 @@ REASON = transom.backends()["native"]
 def test_every_operator_gives_the_same_bits(what):
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("processes.py"), what],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env={**os.environ, "TRANSOM_TEST_SPLIT": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -56,13 +56,15 @@ def test_rows_of_16_bits_and_quantised_weights_stay_within_their_bounds(driver, 
     """Long enough for products in integers (csrc/cpu/integers.h)."""
     gemm, experts = (transom.ops()[name] for name in ("grouped_gemm", "moe_experts"))
     given = [
-        call for dtype in calls.DTYPES[1:] for call in (
+        call
+        for dtype in calls.DTYPES[1:]
+        for call in (
             *calls.quantised(gemm, dtype, M=1, K=320, N=35, E=1),
             *calls.quantised(gemm, dtype, M=40, K=576, N=50, E=3),
             *calls.quantised(experts, dtype, T=1, D=320, I=256, E=2),
             *calls.quantised(experts, dtype, T=40, D=256, I=384, E=3),
         )
-    ]  # fmt: skip
+    ]
     answers = run_at(level, [driver], library(), given, tmp_path)
     assert calls.wrong(given, answers) == []
     assert calls.threads_of(given, answers) == {"grouped_gemm", "moe_experts"}
@@ -72,10 +74,12 @@ def test_rows_of_16_bits_and_quantised_weights_stay_within_their_bounds(driver, 
 @pytest.mark.parametrize("level", HERE)
 def test_every_dim_of_every_tensor_is_addressed_with_64_bits(driver, tmp_path, level):
     given = [
-        call for op in OPERATORS for dtype in calls.DTYPES[:2]
+        call
+        for op in OPERATORS
+        for dtype in calls.DTYPES[:2]
         for near in (calls.example(op, dtype), *calls.drawn(op, 3, dtype))
         for call in calls.far(near)
-    ]  # fmt: skip
+    ]
     answers = run_at(level, [driver], library(), given, tmp_path, threads=(1, 2))
     assert calls.wrong(given, answers) == []
     assert calls.threads_of(given, answers) == NAMES

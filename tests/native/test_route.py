@@ -49,8 +49,18 @@ def test_sizes_off_the_width_and_rows_full_of_ties(g, dtype, score, E, k):
 def test_groups_with_ties_among_experts_and_groups(g, E, groups, top_groups, biased):
     logits = torch.randn(40, E, generator=g).round()
     bias = torch.randn(E, generator=g).round() if biased else None
-    agree(*both("route", logits, 4, score="sigmoid", bias=bias, groups=groups,
-                top_groups=top_groups, scale=2.5))  # fmt: skip
+    agree(
+        *both(
+            "route",
+            logits,
+            4,
+            score="sigmoid",
+            bias=bias,
+            groups=groups,
+            top_groups=top_groups,
+            scale=2.5,
+        )
+    )
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -69,8 +79,14 @@ def test_keys_that_are_nan_or_minus_infinity_rank_last_by_index(g, E, score, gro
 
 @pytest.mark.parametrize("score", SCORES)
 def test_extreme_logits_keep_their_weights(score):
-    logits = torch.tensor([[-200.0, -190, -180, -210], [-20.5, -19.5, 19.5, 20.5],
-                           [100, 99, 0, -100], [-104, -103, -102, -300.0]])  # fmt: skip
+    logits = torch.tensor(
+        [
+            [-200.0, -190, -180, -210],
+            [-20.5, -19.5, 19.5, 20.5],
+            [100, 99, 0, -100],
+            [-104, -103, -102, -300.0],
+        ]
+    )
     agree(*both("route", logits, 3, score=score), rtol=1e-5)
 
 
@@ -135,8 +151,9 @@ def test_gradients_with_repeated_and_missing_ids(g, dtype, renormalize, score):
     ids[6] = 11
     logits[5] = torch.nan
     dweights = torch.randn(6, 40, generator=g).T
-    got, want = both("route_backward", dweights, logits, ids, score=score,
-                     renormalize=renormalize, scale=1.5)  # fmt: skip
+    got, want = both(
+        "route_backward", dweights, logits, ids, score=score, renormalize=renormalize, scale=1.5
+    )
     scale = want.abs().amax(1, keepdim=True).float() + 1e-2
     eps = 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert ((got.float() - want.float()).abs() <= eps * (scale + want.float().abs())).all()
@@ -157,6 +174,7 @@ def test_float64_is_declined_with_a_sentence(op):
     if op == "route":
         plan = transom.explain(op, logits, 1, score="sigmoid")
     else:
-        plan = transom.explain(op, logits[:, :1], logits, torch.zeros(2, 1, dtype=torch.int32),
-                               score="sigmoid")  # fmt: skip
+        plan = transom.explain(
+            op, logits[:, :1], logits, torch.zeros(2, 1, dtype=torch.int32), score="sigmoid"
+        )
     assert plan.rejected["native"] == ("logits is float64; supported: float32, bfloat16, float16",)

@@ -51,8 +51,10 @@ def checked(made_once, tmp_path):
 
     def built(kind, level):
         if not links(kind, tmp_path):
-            pytest.skip(f"{COMPILER} has no library for -fsanitize={kind}; install libasan, "
-                        "libubsan and libtsan, or clang's compiler-rt")  # fmt: skip
+            pytest.skip(
+                f"{COMPILER} has no library for -fsanitize={kind}; install libasan, "
+                "libubsan and libtsan, or clang's compiler-rt"
+            )
 
         def make_driver(folder):
             build.driver(folder, COMPILER, f"-fsanitize={kind}", "-g", "-fno-sanitize-recover=all")
@@ -68,10 +70,13 @@ def checked(made_once, tmp_path):
 
 def run(driver, library, given, folder, level, threads):
     # Nothing is freed at the end of a process that is about to end.
-    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
-               "UBSAN_OPTIONS": "print_stacktrace=1"}  # fmt: skip
-    return calls.run([driver], library, given, folder, threads, TRANSOM_NATIVE_LEVEL=level,
-                     **options)  # fmt: skip
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return calls.run(
+        [driver], library, given, folder, threads, TRANSOM_NATIVE_LEVEL=level, **options
+    )
 
 
 @pytest.mark.slow
@@ -99,11 +104,17 @@ def test_races(checked, tmp_path, level):
     [
         ("address,undefined", "OVERFLOWS", "signed integer overflow"),
         ("address,undefined", "READS_BEHIND", r"AddressSanitizer: SEGV(.|\n)*running sinkhorn"),
-        pytest.param("thread", "RACES", "ThreadSanitizer: data race", marks=pytest.mark.skipif(
-            not ALL, reason="ThreadSanitizer runs with TRANSOM_TEST_SANITIZERS=all")),
+        pytest.param(
+            "thread",
+            "RACES",
+            "ThreadSanitizer: data race",
+            marks=pytest.mark.skipif(
+                not ALL, reason="ThreadSanitizer runs with TRANSOM_TEST_SANITIZERS=all"
+            ),
+        ),
     ],
     ids=["overflows_an_int", "reads_behind_its_input", "races"],
-)  # fmt: skip
+)
 def test_the_sanitizer_sees_a_kernel_that(checked, wrong, tmp_path, kind, fault, seen):
     driver, _ = checked(kind, levels()[0])
     library = wrong(fault, f"-fsanitize={kind}", "-fno-sanitize-recover=all")

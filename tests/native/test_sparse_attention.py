@@ -26,9 +26,17 @@ def integers(low: int, high: int, shape: tuple[int, ...], seed: int = 0) -> Tens
 
 
 def inputs(
-    B: int = 2, S: int = 40, H: int = 5, D: int = 40, N: int = 300, L: int = 0, M: int = 0,
-    window: int = 0, dtype: torch.dtype = torch.float32, sink: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    B: int = 2,
+    S: int = 40,
+    H: int = 5,
+    D: int = 40,
+    N: int = 300,
+    L: int = 0,
+    M: int = 0,
+    window: int = 0,
+    dtype: torch.dtype = torch.float32,
+    sink: bool = True,
+) -> dict[str, Any]:
     """A call with visibility, a list if L, and a window with padding if there is one."""
     call: dict[str, Any] = dict(
         q=normal(B, S, H, D, dtype=dtype),
@@ -277,6 +285,7 @@ def test_float64_is_declined_with_a_sentence() -> None:
     call = inputs()
     wide = {n: x.double() if x.is_floating_point() else x for n, x in call.items()}
     names = ("q", "kv", "visible", "sink")
-    (shown,) = transom.explain("sparse_attention", **{n: wide[n] for n in names}, scale=1.0,
-                               v_dim=40).rejected["native"]  # fmt: skip
+    (shown,) = transom.explain(
+        "sparse_attention", **{n: wide[n] for n in names}, scale=1.0, v_dim=40
+    ).rejected["native"]
     assert shown == "q is float64; supported: float32, bfloat16, float16"

@@ -26,9 +26,17 @@ def integers(low: int, high: int, shape: tuple[int, ...], seed: int = 0) -> Tens
 
 
 def inputs(
-    B: int = 2, S: int = 21, H: int = 5, D: int = 40, N: int = 300, L: int = 0, M: int = 0,
-    window: int = 0, v_dim: int = 0, dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:  # fmt: skip
+    B: int = 2,
+    S: int = 21,
+    H: int = 5,
+    D: int = 40,
+    N: int = 300,
+    L: int = 0,
+    M: int = 0,
+    window: int = 0,
+    v_dim: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
     """The arguments of the gradient for a forward that the composite has run in float64."""
     M = max(M, S) if window else 0
     call: dict[str, Any] = dict(

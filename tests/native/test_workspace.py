@@ -62,10 +62,13 @@ def entries():
 def enlarged(family, example, factor):
     sizes = SIZES - {"N"} if family == "moe" else SIZES
     return {
-        name: size if name not in sizes
-        else tuple(factor * n for n in size) if isinstance(size, tuple) else factor * size
+        name: size
+        if name not in sizes
+        else tuple(factor * n for n in size)
+        if isinstance(size, tuple)
+        else factor * size
         for name, size in example.items()
-    }  # fmt: skip
+    }
 
 
 def asked(entry, dims, dtype=torch.bfloat16):

@@ -304,9 +304,17 @@ def make_wide(**change) -> Engram:
     torch.manual_seed(0)
     h = engram_hashes([1], table_sizes=[60, 60, 60], heads=2, compressed_vocab=KINDS, seed=0)[1]
     return Engram(
-        32, R, hashed=h, column=32, vocab=VOCAB, token_map=token_map(), pad=PAD, form="v4.1",
-        gate_eps=1e-20, **change,
-    )  # fmt: skip
+        32,
+        R,
+        hashed=h,
+        column=32,
+        vocab=VOCAB,
+        token_map=token_map(),
+        pad=PAD,
+        form="v4.1",
+        gate_eps=1e-20,
+        **change,
+    )
 
 
 def test_sparse_and_dense_table_gradients_agree():

@@ -83,9 +83,7 @@ def test_edge_75_one_stream_is_a_residual_connection():
 def test_every_step_goes_through_the_registry():
     with transom.record() as calls:
         block()(streams(2)).sum().backward()
-    assert [c.op for c in calls] == [
-        "mhc_pre", "mhc_post", "mhc_post_backward", "mhc_pre_backward",
-    ]  # fmt: skip
+    assert [c.op for c in calls] == ["mhc_pre", "mhc_post", "mhc_post_backward", "mhc_pre_backward"]
 
 
 def test_compiles_without_a_graph_break():

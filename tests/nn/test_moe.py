@@ -106,9 +106,16 @@ def test_a_gate_scales_the_shared_expert():
 
 def test_every_parameter_gets_a_gradient():
     moe = layer(
-        shared_inner=6, shared_gate=True, router_bias=True, biases=True, interleaved=True,
-        activation="swiglu_oai", limit=7.0, score="topk_softmax", selection_bias=True,
-    )  # fmt: skip
+        shared_inner=6,
+        shared_gate=True,
+        router_bias=True,
+        biases=True,
+        interleaved=True,
+        activation="swiglu_oai",
+        limit=7.0,
+        score="topk_softmax",
+        selection_bias=True,
+    )
     x = tokens_of(40, 16).requires_grad_()
     moe(x).square().sum().backward()
     assert (x.grad != 0).any()

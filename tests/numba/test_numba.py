@@ -114,7 +114,7 @@ CALLS = {
     "lightning_indexer": indexer,
     "sparse_attention": attention,
     "block_sparse_attention": lambda d: (blocks(d), dict(block_size=8, causal=True)),
-}  # fmt: skip
+}
 
 
 def looked_up(d):
@@ -186,28 +186,26 @@ CALLS |= {
     "block_sparse_attention_backward": blocks_gradient,
     "sparse_attention_rows": cached,
     "lightning_indexer_kl": divergence,
-    "lightning_indexer_kl_backward": lambda d: (
-        (*divergence(d)[0], drawn(32)[0](1, 20)), {}
-    ),
+    "lightning_indexer_kl_backward": lambda d: ((*divergence(d)[0], drawn(32)[0](1, 20)), {}),
     "sparse_attention_backward": attended,
     "hashed_embedding_pooled": lookup,
     "hashed_embedding_backward": looked_up,
     "hashed_embedding_row_gradient": looked_up,
     "route_backward": gates,
     "sinkhorn_backward": lambda d: (
-        (drawn(24)[0](70, 4, 4), drawn(13)[0](70, 4, 4).to(d)), dict(iterations=5, eps=1e-6)
+        (drawn(24)[0](70, 4, 4), drawn(13)[0](70, 4, 4).to(d)),
+        dict(iterations=5, eps=1e-6),
     ),
     "mhc_pre_backward": lambda d: ((*mixed(d), *streams(d)), MHC | dict(post_scale=2.0)),
     "mhc_post_backward": lambda d: ((drawn(25)[0](70, 4, 1100).to(d), *post(d)), {}),
     "mhc_head_backward": lambda d: (
-        (mixed(d)[0], *CALLS["mhc_head"](d)[0]), dict(eps=1e-6, rms_eps=1e-6)
+        (mixed(d)[0], *CALLS["mhc_head"](d)[0]),
+        dict(eps=1e-6, rms_eps=1e-6),
     ),
-    "engram_gate_backward": lambda d: (
-        (drawn(26)[0](30, 4, 300).to(d), *gate(d)), dict(eps=1e-6)
-    ),
+    "engram_gate_backward": lambda d: ((drawn(26)[0](30, 4, 300).to(d), *gate(d)), dict(eps=1e-6)),
     "short_conv_backward": convolved,
     "compress_kv_backward": compressed,
-}  # fmt: skip
+}
 EVERY = pytest.mark.parametrize("op", CALLS)
 
 
@@ -239,9 +237,13 @@ def fresh(code, **environment):
     head = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
     head += "import os, torch, transom, test_numba as t\n"
     done = subprocess.run(
-        [sys.executable, "-c", head + textwrap.dedent(code)], capture_output=True, text=True,
-        timeout=120, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+        [sys.executable, "-c", head + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -387,15 +389,18 @@ def test_without_a_folder_to_write_each_process_compiles(tmp_path):
 # What a result may not depend on ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["mhc_pre", "mhc_post", "mhc_head", "sinkhorn", "route",
-                                "engram_gate"])  # fmt: skip
+@pytest.mark.parametrize(
+    "op", ["mhc_pre", "mhc_post", "mhc_head", "sinkhorn", "route", "engram_gate"]
+)
 def test_a_token_has_the_same_bits_alone_and_among_others(op):
     args, kwargs = CALLS[op](torch.bfloat16)
     count = args[0].shape[0]
     together = run(op, torch.bfloat16)
     for t in (0, 17, count - 1):
-        alone = [a[t : t + 1] if isinstance(a, torch.Tensor) and a.shape[:1] == (count,) else a
-                 for a in args]  # fmt: skip
+        alone = [
+            a[t : t + 1] if isinstance(a, torch.Tensor) and a.shape[:1] == (count,) else a
+            for a in args
+        ]
         with transom.use(**{op: "numba"}):
             found = tensors(getattr(transom, op)(*alone, **kwargs))
         assert same(found, [y[t : t + 1] for y in together])
@@ -478,8 +483,7 @@ def test_lists_that_are_cut_into_parts(length):
     indices = randint(-1, 3000, (1, 2, length))
     near = randn(1, 300, 40)
     checked("sparse_attention", q, kv, indices, local_kv=near, window=200, return_lse=True)
-    checked("sparse_attention", q, kv, None, return_lse=True,
-            visible=torch.tensor([[0, length]]))  # fmt: skip
+    checked("sparse_attention", q, kv, None, return_lse=True, visible=torch.tensor([[0, length]]))
 
 
 def test_gradients_over_lists_that_are_cut_into_parts(monkeypatch):
@@ -577,8 +581,9 @@ def test_float64_is_declined_with_a_sentence(op):
     if op == "hashed_embedding":  # copies rows of any dtype
         assert run(op, torch.float64)[0].dtype == torch.float64
         return
-    args = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-            for a in args]  # fmt: skip
+    args = [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    ]
     reasons = transom.explain(op, *args, **kwargs).rejected["numba"]
     assert "is float64; supported: float32, bfloat16, float16" in reasons[0]
 
@@ -591,6 +596,7 @@ def test_what_it_cannot_read_in_place_is_declined_with_a_sentence():
     weight = transom.quantize(drawn(18)[0](2, 50, 64), "int8")
     parts = weight.values.transpose(0, 1).contiguous().transpose(0, 1)
     strided = transom.QuantizedWeight("int8", parts, weight.scales)
-    (shown,) = transom.explain("grouped_gemm", torch.ones(3, 64), strided,
-                               torch.tensor([1, 3])).rejected["numba"]  # fmt: skip
+    (shown,) = transom.explain(
+        "grouped_gemm", torch.ones(3, 64), strided, torch.tensor([1, 3])
+    ).rejected["numba"]
     assert shown.startswith("weight holds parts that are not contiguous; supported: contiguous")

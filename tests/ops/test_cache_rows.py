@@ -101,12 +101,16 @@ def test_attention_over_rows_is_attention_over_what_they_hold(row_bytes, impl) -
         for indices in (named, None):
             bound = None if indices is not None else torch.full((2, 4), 7)
             with transom.use(impl):
-                got = transom.sparse_attention(kv=spread, indices=indices, visible=bound, **call,
-                                               return_lse=True)  # fmt: skip
+                got = transom.sparse_attention(
+                    kv=spread, indices=indices, visible=bound, **call, return_lse=True
+                )
                 want = transom.sparse_attention(
                     kv=transom.unpack_cache_rows.impls["composite"].function(rows),
-                    indices=indices, visible=bound, **call, return_lse=True,
-                )  # fmt: skip
+                    indices=indices,
+                    visible=bound,
+                    **call,
+                    return_lse=True,
+                )
             assert got[0].isfinite().all()
             if impl == "native":
                 assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])

@@ -221,10 +221,7 @@ def test_compiles_without_a_graph_break(rng):
 @pytest.mark.parametrize(
     ("ends", "text"),
     [
-        (
-            [3, 2],
-            "grouped_gemm: offsets decreases from 3 to 2 at expert 1; inclusive ends never",
-        ),
+        ([3, 2], "grouped_gemm: offsets decreases from 3 to 2 at expert 1; inclusive ends never"),
         ([3, 6], "grouped_gemm: offsets ends with 6; x has M = 5 rows"),
         ([-1, 5], "grouped_gemm: offsets starts with -1; inclusive ends must be >= 0"),
     ],

@@ -114,17 +114,23 @@ def test_edge_23_nothing_visible_selects_nothing() -> None:
 
 def test_no_keys_at_all_select_nothing() -> None:
     got = lightning_indexer(
-        torch.ones(2, 3, 1, 4), torch.ones(2, 0, 4), torch.ones(2, 3, 1), 5,
+        torch.ones(2, 3, 1, 4),
+        torch.ones(2, 0, 4),
+        torch.ones(2, 3, 1),
+        5,
         visible=torch.ones(2, 3, dtype=torch.int32),
-    )  # fmt: skip
+    )
     assert got.tolist() == [[[-1] * 5] * 3] * 2
 
 
 def test_no_queries_give_an_empty_selection() -> None:
     got = lightning_indexer(
-        torch.ones(2, 0, 1, 4), torch.ones(2, 3, 4), torch.ones(2, 0, 1), 5,
+        torch.ones(2, 0, 1, 4),
+        torch.ones(2, 3, 4),
+        torch.ones(2, 0, 1),
+        5,
         visible=torch.ones(2, 0, dtype=torch.int64),
-    )  # fmt: skip
+    )
     assert got.shape == (2, 0, 5)
 
 
@@ -170,9 +176,7 @@ def test_visible_is_taken_into_range() -> None:
     assert select([1.0, 2.0], 3, visible=-4) == [-1, -1, -1]
 
 
-def test_edge_38_hadamard_on_both_changes_nothing_and_on_one_does(
-    rng: np.random.Generator,
-) -> None:
+def test_edge_38_hadamard_on_both_changes_nothing_and_on_one_does(rng: np.random.Generator) -> None:
     q, k, w = tensors(rng, (1, 9, 4, 16), (1, 64, 16), (1, 9, 4), dtype=torch.float64)
     h = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(4):
@@ -240,9 +244,12 @@ def test_edge_35_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with Watch():
         lightning_indexer.impls["composite"].function(
-            torch.ones(1, 48, 4, 8), torch.ones(1, 6000, 8), torch.ones(1, 48, 4), 16,
+            torch.ones(1, 48, 4, 8),
+            torch.ones(1, 6000, 8),
+            torch.ones(1, 48, 4),
+            16,
             visible=torch.full((1, 48), 6000),
-        )  # fmt: skip
+        )
     assert largest <= 1 << 18
 
 

@@ -10,11 +10,17 @@ import transom
 from transom import QuantizedWeight, quantize
 
 CASES = {
-    "int8": dict(), "int8:1x16": dict(group=16), "int4": dict(), "int4:1x32": dict(group=32),
-    "fp8": dict(), "fp8:32x32": dict(group=(32, 32), scale_format="e8m0"),
-    "fp8:1x128": dict(group=(1, 128)), "fp8:16x16": dict(group=16),
-    "fp8:0x0": dict(group=(0, 0)), "mxfp4": dict(),
-}  # fmt: skip
+    "int8": dict(),
+    "int8:1x16": dict(group=16),
+    "int4": dict(),
+    "int4:1x32": dict(group=32),
+    "fp8": dict(),
+    "fp8:32x32": dict(group=(32, 32), scale_format="e8m0"),
+    "fp8:1x128": dict(group=(1, 128)),
+    "fp8:16x16": dict(group=16),
+    "fp8:0x0": dict(group=(0, 0)),
+    "mxfp4": dict(),
+}
 # Largest |error| over the largest |weight| of normal numbers: half of the coarsest step.
 BOUND = {"int8": 0.5 / 127, "int4": 1 / 15, "fp8": 2.0**-4, "mxfp4": 2.0**-2}
 
@@ -33,8 +39,12 @@ def test_the_format_the_group_and_the_error(rng, case, shape):
 
 def test_bytes_are_those_of_the_format():
     weight = torch.ones(128, 256)
-    expected = {"int8": 128 * 256 + 128 * 4, "int4": 128 * 128 + 128 * 2 * 5,
-                "fp8": 128 * 256 + 2 * 4, "mxfp4": 128 * 128 + 128 * 8}  # fmt: skip
+    expected = {
+        "int8": 128 * 256 + 128 * 4,
+        "int4": 128 * 128 + 128 * 2 * 5,
+        "fp8": 128 * 256 + 2 * 4,
+        "mxfp4": 128 * 128 + 128 * 8,
+    }
     assert {f: quantize(weight, f).nbytes for f in expected} == expected
 
 

@@ -125,12 +125,7 @@ def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     "dtype, bound",
-    [
-        (torch.float64, 1e-12),
-        (torch.float32, 2e-5),
-        (torch.float16, 4e-3),
-        (torch.bfloat16, 2e-2),
-    ],
+    [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.float16, 4e-3), (torch.bfloat16, 2e-2)],
     ids=["f64", "f32", "f16", "bf16"],
 )
 @pytest.mark.parametrize("v_dim", [None, 5])

@@ -34,9 +34,18 @@ def values(name, quantised=False, device="cuda"):
     out = (torch.empty(2, 5, 512, device=device),) if name.endswith("_out") else ()
     more = (False,) if name.endswith("_pooled") else ()
     return (
-        torch.empty(2, 5, **long), table, *out, torch.empty(3, **long), torch.empty(2, 2, **long),
-        torch.empty(4, **long), 2, None, None, (), *more,
-    )  # fmt: skip
+        torch.empty(2, 5, **long),
+        table,
+        *out,
+        torch.empty(3, **long),
+        torch.empty(2, 2, **long),
+        torch.empty(4, **long),
+        2,
+        None,
+        None,
+        (),
+        *more,
+    )
 
 
 @pytest.fixture
@@ -98,9 +107,11 @@ def test_only_the_table_may_be_elsewhere_and_only_on_the_host():
     cuda, cpu, meta = map(torch.device, ("cuda:0", "cpu", "meta"))
     assert op.check_devices({"tokens": cuda, "table": cpu}) == cuda
     for devices in (
-        {"tokens": cuda, "table": cuda, "offsets": cpu}, {"tokens": cpu, "table": cuda},
-        {"tokens": cuda, "table": meta}, {"tokens": meta, "table": cpu},
-    ):  # fmt: skip
+        {"tokens": cuda, "table": cuda, "offsets": cpu},
+        {"tokens": cpu, "table": cuda},
+        {"tokens": cuda, "table": meta},
+        {"tokens": meta, "table": cpu},
+    ):
         with pytest.raises(ValueError, match=f"{[*devices][-1]} is on .*; tokens is on"):
             op.check_devices(devices)
     backward = transom.ops()["hashed_embedding_backward"]
@@ -145,7 +156,10 @@ for name in LOOKUPS:
 def test_triton_is_a_reader_and_its_launch_is_given_the_table_itself():
     """In a process of its own: where no device is, this one has a note in place of the kernels."""
     done = subprocess.run(
-        [sys.executable, "-c", ASK_TRITON, str(Path(__file__).parent)], capture_output=True,
-        text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "0"},
-    )  # fmt: skip
+        [sys.executable, "-c", ASK_TRITON, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -90,9 +90,7 @@ def test_the_link_tree_has_the_shape_of_the_installed_package(
     assert (tree / "py.typed").exists()
 
 
-def test_a_second_editable_install_renews_the_link_tree(
-    editable: tuple[Environment, Path],
-) -> None:
+def test_a_second_editable_install_renews_the_link_tree(editable: tuple[Environment, Path]) -> None:
     environment, source = editable
     (source / "runtime/later.py").write_text("")
     environment.install("-e", source, cwd=source.parent, TRANSOM_NO_EXT="1")

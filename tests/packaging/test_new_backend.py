@@ -27,15 +27,38 @@ def test_a_new_backend_passes_verify(kind, tmp_path):
         pytest.skip("no C compiler; apt install gcc")
     source, site = tmp_path / "acme", tmp_path / "site"
     assert main(["new-backend", "acme", f"--{kind}", "--folder", str(source)]) == 0
-    built = run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation",
-                "--no-index", "--target", str(site), str(source))  # fmt: skip
+    built = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        str(site),
+        str(source),
+    )
     assert built.returncode == 0, built.stderr
     path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     done = run(
-        sys.executable, "-m", "transom.cli", "verify", "--backend", "acme", "--device", "cpu",
-        "--examples", "4", "--exceptions", str(source / "exceptions.txt"),
-        PYTHONPATH=path, TRITON_INTERPRET="1", TRANSOM_CACHE=str(tmp_path / "cache"),
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "transom.cli",
+        "verify",
+        "--backend",
+        "acme",
+        "--device",
+        "cpu",
+        "--examples",
+        "4",
+        "--exceptions",
+        str(source / "exceptions.txt"),
+        PYTHONPATH=path,
+        TRITON_INTERPRET="1",
+        TRANSOM_CACHE=str(tmp_path / "cache"),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed: " in done.stdout
 

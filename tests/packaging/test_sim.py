@@ -31,10 +31,27 @@ def with_sim(wheel, made_once):
 
 def test_it_passes_verify_beside_the_wheel(with_sim, tmp_path):
     told = run(
-        with_sim.python, "-m", "transom.cli", "verify", "--backend", "sim", "--device", "sim",
-        "--ops", "grouped_gemm,ngram_hash", "--level", "3", "--examples", "2",
-        "--report", "sim.html", "--json", "sim.json", cwd=tmp_path, TRANSOM_CACHE=str(tmp_path),
-    )  # fmt: skip
+        with_sim.python,
+        "-m",
+        "transom.cli",
+        "verify",
+        "--backend",
+        "sim",
+        "--device",
+        "sim",
+        "--ops",
+        "grouped_gemm,ngram_hash",
+        "--level",
+        "3",
+        "--examples",
+        "2",
+        "--report",
+        "sim.html",
+        "--json",
+        "sim.json",
+        cwd=tmp_path,
+        TRANSOM_CACHE=str(tmp_path),
+    )
     assert "passed: " in told
     found = json.loads((tmp_path / "sim.json").read_text())
     assert found["passed"] and found["crashes"] == 0

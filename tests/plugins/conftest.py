@@ -59,8 +59,10 @@ def child(on_path: pytest.MonkeyPatch) -> Callable[..., str]:
     def run(script: str, *arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, str(Path(__file__).parent / script), *arguments],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -42,23 +42,33 @@ def main() -> None:
         losses.append(train(here, IDS.to("sim")))
     q = torch.randn(1, 2, 4, 8, device="sim")
     explained = {
-        "sparse_attention": str(transom.explain("sparse_attention", q, q[:, :, 0], scale=1.0,
-                                                v_dim=8)),
-        "sinkhorn": str(transom.explain("sinkhorn", torch.zeros(2, 4, 4, device="sim"),
-                                        iterations=3, eps=1e-6)),
-    }  # fmt: skip
+        "sparse_attention": str(
+            transom.explain("sparse_attention", q, q[:, :, 0], scale=1.0, v_dim=8)
+        ),
+        "sinkhorn": str(
+            transom.explain("sinkhorn", torch.zeros(2, 4, 4, device="sim"), iterations=3, eps=1e-6)
+        ),
+    }
     worst = {
         name: float((a.detach() - b.detach().cpu()).abs().max())
         for (name, a), b in zip(host.named_parameters(), here.parameters(), strict=True)
     }
-    print(json.dumps({
-        "tokens": tokens.tolist(), "got": got.cpu().tolist(), "losses": losses,
-        "device": str(got.device), "worst": max(worst.items(), key=lambda item: item[1]),
-        "generated": sorted({(c.op, c.impl) for c in generated}),
-        "trained": sorted({(c.op, c.impl) for c in trained}),
-        "fallbacks": torch.sim.fallbacks(), "explained": explained,
-        "counters": torch.sim.counters(),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "tokens": tokens.tolist(),
+                "got": got.cpu().tolist(),
+                "losses": losses,
+                "device": str(got.device),
+                "worst": max(worst.items(), key=lambda item: item[1]),
+                "generated": sorted({(c.op, c.impl) for c in generated}),
+                "trained": sorted({(c.op, c.impl) for c in trained}),
+                "fallbacks": torch.sim.fallbacks(),
+                "explained": explained,
+                "counters": torch.sim.counters(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -40,9 +40,14 @@ def assert_near(got, want):
 def attention(S, N, L, M, window):
     indices = torch.randint(-1, N, (1, S, L), generator=RANDN)
     return (randn(1, S, 3, 24), randn(1, N, 24), indices), dict(
-        visible=torch.full((1, S), N - 5), local_kv=randn(1, M, 24), window=window,
-        sink=randn(3), local_valid=None, scale=0.3, v_dim=10,
-    )  # fmt: skip
+        visible=torch.full((1, S), N - 5),
+        local_kv=randn(1, M, 24),
+        window=window,
+        sink=randn(3),
+        local_valid=None,
+        scale=0.3,
+        v_dim=10,
+    )
 
 
 @pytest.fixture
@@ -62,9 +67,18 @@ def test_gradients_are_summed_over_several_passes(little):
     (q, kv, indices), more = attention(3, 9, 5, 4, 2)
     o, lse = sparse_attention.call(q, kv, indices, **more)
     args = (
-        randn(*o.shape), randn(*lse.shape), q, kv, indices, more["visible"], more["local_kv"],
-        more["sink"], None, o, lse,
-    )  # fmt: skip
+        randn(*o.shape),
+        randn(*lse.shape),
+        q,
+        kv,
+        indices,
+        more["visible"],
+        more["local_kv"],
+        more["sink"],
+        None,
+        o,
+        lse,
+    )
     assert_near(*both(sparse_attention_backward, *args, window=2, scale=0.3))
 
 
@@ -78,9 +92,13 @@ def test_the_indexer_keeps_the_first_of_equal_scores(little):
 def test_nan_is_never_selected_and_infinity_is():
     k = torch.tensor([torch.nan, 1.0, torch.inf, 0.0, -1.0])
     got, _ = both(
-        lightning_indexer, torch.ones(1, 1, 1, 1), k.view(1, 5, 1), -torch.ones(1, 1, 1), 4,
+        lightning_indexer,
+        torch.ones(1, 1, 1, 1),
+        k.view(1, 5, 1),
+        -torch.ones(1, 1, 1),
+        4,
         visible=torch.tensor([[5]]),
-    )  # fmt: skip
+    )
     assert got[0].tolist() == [[[1, 2, 3, 4]]]
 
 

@@ -53,9 +53,12 @@ for wrong in (lambda: torch.ones(2).sum(), lambda: torch.ones(2, device="meta").
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_nothing_in_host_code_waits_or_allocates_on_the_host():
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", WATCHED],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "TRITON_INTERPRET": "0"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(",") for line in done.stdout.splitlines()]
     assert len({name for name, *_ in rows}) > 40

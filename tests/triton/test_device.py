@@ -104,9 +104,10 @@ def test_a_pinned_table_is_read_in_place(quantised):
     if quantised:
         table = transom.quantize(table, "fp8", group=(1, 64))
     numbers = dict(
-        multipliers=torch.tensor([3, 5, 7]), moduli=torch.tensor([[97, 89], [83, 79]]),
+        multipliers=torch.tensor([3, 5, 7]),
+        moduli=torch.tensor([[97, 89], [83, 79]]),
         offsets=torch.tensor([0, 97, 186, 221]),
-    )  # fmt: skip
+    )
     tokens = torch.randint(1000, (2, 33), generator=g)
     want = transom.hashed_embedding(tokens, table, **numbers, pad=2)
     there = {name: tensor.cuda() for name, tensor in numbers.items()}

@@ -33,18 +33,32 @@ OPS = {
 def in_the_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A pytest in a process that runs kernels in the interpreter."""
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
-         *arguments],
-        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--import-mode=importlib",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=False,
         cwd=ROOT,
-    )  # fmt: skip
+    )
 
 
 def test_the_kit_catches_wrong_kernels_and_tiles_are_measured():
     files = (
-        "wrong_kernels.py", "interpreted_tiles.py", "interpreted_attention.py",
-        "interpreted_engram.py", "interpreted_quant.py",
-    )  # fmt: skip
+        "wrong_kernels.py",
+        "interpreted_tiles.py",
+        "interpreted_attention.py",
+        "interpreted_engram.py",
+        "interpreted_quant.py",
+    )
     done = in_the_interpreter(*(str(ROOT / "tests/triton" / name) for name in files))
     assert done.returncode == 0, done.stdout[-6000:]
 
@@ -54,8 +68,15 @@ def test_the_kit_catches_wrong_kernels_and_tiles_are_measured():
 def test_every_operator_conforms(family):
     asked = [name for name, op in OPS.items() if op.family == family]
     done = in_the_interpreter(
-        str(ROOT / "tests/conformance"), "--transom-impl", "triton", "--transom-ops",
-        ",".join(asked), "--transom-examples", EXAMPLES, "-k", f"not ({' or '.join(LEFT_OUT)})",
-    )  # fmt: skip
+        str(ROOT / "tests/conformance"),
+        "--transom-impl",
+        "triton",
+        "--transom-ops",
+        ",".join(asked),
+        "--transom-examples",
+        EXAMPLES,
+        "-k",
+        f"not ({' or '.join(LEFT_OUT)})",
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]

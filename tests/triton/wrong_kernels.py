@@ -67,9 +67,19 @@ def implementation(wrong: str):
         (T, D), y = x.shape, torch.empty(x.shape, dtype=x.dtype)
         if y.numel():
             launch(
-                _norm, programs(x, T), x, weight, y, T, D, *x.stride(), weight.stride(0), eps,
-                WRONG=wrong, BLOCK=max(16, 1 << (D - 1).bit_length()),
-            )  # fmt: skip
+                _norm,
+                programs(x, T),
+                x,
+                weight,
+                y,
+                T,
+                D,
+                *x.stride(),
+                weight.stride(0),
+                eps,
+                WRONG=wrong,
+                BLOCK=max(16, 1 << (D - 1).bit_length()),
+            )
         return y
 
     return norm

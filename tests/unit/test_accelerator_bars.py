@@ -18,9 +18,17 @@ PEAKS = {"peak_flops": 100.0, "peak_bytes": 10.0}
 
 def record(candidate, seconds, **fields):
     row = dict(
-        op="grouped_gemm", model="v4-flash", label="T = 4,096, gate and up", dtype="bf16",
-        format="plain", dims={}, flops=60.0, bytes=1.0, candidate=candidate, **PEAKS,
-    )  # fmt: skip
+        op="grouped_gemm",
+        model="v4-flash",
+        label="T = 4,096, gate and up",
+        dtype="bf16",
+        format="plain",
+        dims={},
+        flops=60.0,
+        bytes=1.0,
+        candidate=candidate,
+        **PEAKS,
+    )
     return {**row, **({} if seconds is None else {"seconds": seconds}), **fields}
 
 
@@ -52,9 +60,14 @@ def test_shares_are_of_the_peaks_that_were_measured():
 def test_few_tokens_are_64_at_most(form):
     def row(tokens, seconds):
         return record(
-            "triton", seconds, op="moe_experts", label=f"T = {tokens}", dims={"T": tokens},
-            format=form, bytes=8.0,
-        )  # fmt: skip
+            "triton",
+            seconds,
+            op="moe_experts",
+            label=f"T = {tokens}",
+            dims={"T": tokens},
+            format=form,
+            bytes=8.0,
+        )
 
     name = "bf16" if form == "plain" else form
     verdict = found([row(64, 1.0), row(4096, 9.0)], f"T <= 64, {name}")
@@ -135,8 +148,9 @@ def test_the_commands_of_the_steps_exist():
     """Each parses its options, and with --help ends well."""
     modules = {
         "transom.bench.accelerator": accelerator.main,
-        "transom.bench.accelerator_model": accelerator_model.main, gpu.COMMAND: cli.main,
-    }  # fmt: skip
+        "transom.bench.accelerator_model": accelerator_model.main,
+        gpu.COMMAND: cli.main,
+    }
     for step in gpu.steps(gpu.ROOT / "build"):
         call = [part for part in step.command if part != gpu.sys.executable]
         if step.needs:

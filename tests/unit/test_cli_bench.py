@@ -31,8 +31,22 @@ def refused(capsys, *arguments: str) -> str:
     return err.strip()
 
 
-TINY = ("--model", "toy", "--tokens", "5", "--context", "16", "--rounds", "1", "--seconds", "0.001",
-        "--memory", "0.1", "--threads", "1")  # fmt: skip
+TINY = (
+    "--model",
+    "toy",
+    "--tokens",
+    "5",
+    "--context",
+    "16",
+    "--rounds",
+    "1",
+    "--seconds",
+    "0.001",
+    "--memory",
+    "0.1",
+    "--threads",
+    "1",
+)
 
 
 # Records ----------------------------------------------------------------------------------------
@@ -53,11 +67,15 @@ def test_saved_lines_are_read_back_and_replaced(tmp_path):
     assert [(r.candidate, r.median) for r in found] == [("native", 2.0), ("composite", 1.0)]
 
 
-@pytest.mark.parametrize("before, now, noise, verdict", [
-    (0.5, 0.6, 0.01, "faster"), (0.6, 0.5, 0.01, "slower"),
-    (0.5, 0.51, 0.001, "same"),  # apart, but by less than is told
-    (0.5, 0.6, 0.2, "same"),  # the ranges overlap
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "before, now, noise, verdict",
+    [
+        (0.5, 0.6, 0.01, "faster"),
+        (0.6, 0.5, 0.01, "slower"),
+        (0.5, 0.51, 0.001, "same"),  # apart, but by less than is told
+        (0.5, 0.6, 0.2, "same"),  # the ranges overlap
+    ],
+)
 def test_a_change_is_one_beyond_the_noise(before, now, noise, verdict):
     found = records.compare(
         lines(a_row(attained=before, noise=noise)), lines(a_row(attained=now, noise=noise))
@@ -106,10 +124,16 @@ def test_the_report_says_what_was_measured():
         ),
     )
     for expected in (
-        "a machine", "Toy, T = 5, f32", "torch mm loop", "transom 2.00 x as fast",
-        "left out, RuntimeError: no", "it gives &lt;whole&gt; models", "At a glance",
-        "100 GFLOP/s", "20.0 GB/s",
-    ):  # fmt: skip
+        "a machine",
+        "Toy, T = 5, f32",
+        "torch mm loop",
+        "transom 2.00 x as fast",
+        "left out, RuntimeError: no",
+        "it gives &lt;whole&gt; models",
+        "At a glance",
+        "100 GFLOP/s",
+        "20.0 GB/s",
+    ):
         assert expected in text, expected
 
 
@@ -120,11 +144,16 @@ def test_the_report_needs_nothing_else():
 
 
 def test_the_summary_compares_with_the_best_other():
-    (found,) = report.summary([
-        a_row(median=1.0), a_row("composite", median=8.0), a_row("torch a", median=2.0),
-        a_row("torch b", median=3.0), a_row("native", median=1.0, label="T = 9"),
-        a_row("torch a", median=0.5, label="T = 9"),
-    ])  # fmt: skip
+    (found,) = report.summary(
+        [
+            a_row(median=1.0),
+            a_row("composite", median=8.0),
+            a_row("torch a", median=2.0),
+            a_row("torch b", median=3.0),
+            a_row("native", median=1.0, label="T = 9"),
+            a_row("torch a", median=0.5, label="T = 9"),
+        ]
+    )
     assert found["cases"] == 2 and found["by"] == "native"
     assert found["best"] == pytest.approx(1.0)  # 2 and 1/2
     assert found["least"][0] == 0.5 and found["most"][0] == 2.0
@@ -133,10 +162,12 @@ def test_the_summary_compares_with_the_best_other():
 
 def test_the_report_shows_what_grows_and_what_threads_give():
     rows = [
-        a_row(median=n * 1e-3 / threads, label=f"T = {n}", sweep=("tokens", float(n)),
-              threads=threads)
-        for n in (1, 8, 64) for threads in (1, 2)
-    ]  # fmt: skip
+        a_row(
+            median=n * 1e-3 / threads, label=f"T = {n}", sweep=("tokens", float(n)), threads=threads
+        )
+        for n in (1, 8, 64)
+        for threads in (1, 2)
+    ]
     text = page(*rows)
     assert "How it grows" in text and "2 threads over 1" in text and "2.00 x, 2.00 x" in text
 
@@ -158,9 +189,19 @@ def test_every_operator_of_a_family_has_a_colour_of_its_own():
 def test_a_run_writes_everything(capsys, tmp_path):
     files = [tmp_path / name for name in ("a.html", "a.json", "a.jsonl")]
     status, out, err = call(
-        capsys, "mhc_post", "route", *TINY, "--against", "composite,torch,llama.cpp", "--html",
-        str(files[0]), "--json", str(files[1]), "--save", str(files[2]),
-    )  # fmt: skip
+        capsys,
+        "mhc_post",
+        "route",
+        *TINY,
+        "--against",
+        "composite,torch,llama.cpp",
+        "--html",
+        str(files[0]),
+        "--json",
+        str(files[1]),
+        "--save",
+        str(files[2]),
+    )
     assert status == 0
     assert "mhc_post" in out and "Toy, T = 5, bf16" in out and "not compared with llama.cpp" in out
     assert "[" in err and "route: Toy" in err
@@ -202,30 +243,38 @@ def test_without_models_each_operator_has_one(monkeypatch):
     assert "block_sparse_attention" in by_op and "hashed_embedding" in by_op
 
 
-@pytest.mark.parametrize("arguments, text", [
-    (("bogus",), "bogus: is not an operator"),
-    (("--model", "gpt-2"), "'gpt-2' is neither a folder with config.json nor one of v4-flash"),
-    (("--dtype", "f64"), "--dtype: 'f64' is unknown; expected f32, bf16, f16"),
-    (("--format", "int3"), "--format: 'int3' is unknown; expected plain, int8"),
-    (("--tokens", "1,x"), "--tokens: 'x' was given; expected 1 or more, like 64, 64k or 1M"),
-    (("--tokens", ","), "--tokens is empty"),
-    (("--context", "0"), "--context: '0' was given"),
-    (("--threads", "-1"), "--threads: '-1' was given"),
-    (("--against", "cublas"), "--against: 'cublas' is unknown; expected composite, torch"),
-    (("--rounds", "0"), "--rounds is 0; expected 1 or more"),
-    (("--seconds", "0"), "--seconds is 0; expected more than 0"),
-    (("--memory", "-1"), "--memory is -1"),
-    (("quantize_int8",), "no case is left"),
-    (("--html", "/"), "/ is a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (("bogus",), "bogus: is not an operator"),
+        (("--model", "gpt-2"), "'gpt-2' is neither a folder with config.json nor one of v4-flash"),
+        (("--dtype", "f64"), "--dtype: 'f64' is unknown; expected f32, bf16, f16"),
+        (("--format", "int3"), "--format: 'int3' is unknown; expected plain, int8"),
+        (("--tokens", "1,x"), "--tokens: 'x' was given; expected 1 or more, like 64, 64k or 1M"),
+        (("--tokens", ","), "--tokens is empty"),
+        (("--context", "0"), "--context: '0' was given"),
+        (("--threads", "-1"), "--threads: '-1' was given"),
+        (("--against", "cublas"), "--against: 'cublas' is unknown; expected composite, torch"),
+        (("--rounds", "0"), "--rounds is 0; expected 1 or more"),
+        (("--seconds", "0"), "--seconds is 0; expected more than 0"),
+        (("--memory", "-1"), "--memory is -1"),
+        (("quantize_int8",), "no case is left"),
+        (("--html", "/"), "/ is a folder"),
+    ],
+)
 def test_bad_input_is_one_line(capsys, arguments, text):
     assert text in refused(capsys, *arguments)
 
 
-@pytest.mark.parametrize("content, text", [
-    ("{", "line 1: it is not JSON"), ("", "holds no measurement"), ('{"schema": 9}', "schema is 9"),
-    ('{"schema": 1}', "a line has no 'op'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        ("{", "line 1: it is not JSON"),
+        ("", "holds no measurement"),
+        ('{"schema": 9}', "schema is 9"),
+        ('{"schema": 1}', "a line has no 'op'"),
+    ],
+)
 def test_a_damaged_baseline_is_refused(capsys, tmp_path, content, text):
     path = tmp_path / "old.jsonl"
     path.write_text(content)

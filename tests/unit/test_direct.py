@@ -151,8 +151,9 @@ def test_a_quantised_weight_is_read_by_its_parts():
         want = transom.grouped_gemm(x, weight.dequantize(), offsets)
     torch.testing.assert_close(got, want)
     assert sorted(str(p.facts.dtypes["weight"]) for p in plans.values()) == [
-        "int8", "torch.float32"
-    ]  # fmt: skip
+        "int8",
+        "torch.float32",
+    ]
 
 
 def test_a_wrong_value_is_refused_at_every_call():

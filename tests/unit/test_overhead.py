@@ -18,12 +18,12 @@ def found(direct=1.0, cffi=1.0, extension=1.0, road="transom._C"):
     above = {"cffi": row(cffi), "transom._C": row(extension), "operator": row(99.0)}
     calls = {"sinkhorn": {"direct": row(direct), "torch operator": row(99.0)}}
     return {
-        "torch_add_us": 1e6, overhead.ROAD: road, "calls": calls,
-        "plugin": {
-            "C function": row(0.1), "torch.empty_like": row(0.5), "above C function": above
-        },
+        "torch_add_us": 1e6,
+        overhead.ROAD: road,
+        "calls": calls,
+        "plugin": {"C function": row(0.1), "torch.empty_like": row(0.5), "above C function": above},
         "import": {"transom_ms": 1e6, "torch_ms": 1e6},
-    }  # fmt: skip
+    }
 
 
 def test_ratios_within_their_limits_pass_whatever_the_times():

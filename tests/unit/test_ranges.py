@@ -32,10 +32,15 @@ def asks(text, tensors, **bound):
 @pytest.mark.parametrize(
     "numbers, asked",
     [
-        ([], False), ([-1, 7, 3], False), ([7] * 100, False), ([8], True), ([-2], True),
-        ([3] * 99 + [8], True), ([3] * 50 + [-2] + [3] * 50, True),
+        ([], False),
+        ([-1, 7, 3], False),
+        ([7] * 100, False),
+        ([8], True),
+        ([-2], True),
+        ([3] * 99 + [8], True),
+        ([3] * 50 + [-2] + [3] * 50, True),
     ],
-)  # fmt: skip
+)
 def test_each_number_is_held_against_both_bounds(dtype, numbers, asked):
     assert asks("-1 <= ids <= E - 1", {"ids": torch.tensor(numbers, dtype=dtype)}, E=8) is asked
 
@@ -91,13 +96,16 @@ def test_a_bound_beyond_64_bits_is_one_of_64():
 @pytest.mark.parametrize(
     "tensor",
     [
-        torch.arange(6)[::2], torch.arange(6).view(2, 3).t(), torch.zeros(3),
-        torch.zeros(10_000, dtype=torch.int64), torch.zeros(3, dtype=torch.int16),
+        torch.arange(6)[::2],
+        torch.arange(6).view(2, 3).t(),
+        torch.zeros(3),
+        torch.zeros(10_000, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.int16),
         torch.zeros(3, dtype=torch.int64, device="meta"),
         torch.zeros(3, dtype=torch.int64).as_subclass(type("Other", (torch.Tensor,), {})),
     ],
     ids=["stepped", "transposed", "float", "many", "int16", "meta", "subclass"],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_left_to_the_rule(tensor):
     assert asks("0 <= ids <= 9", {"ids": tensor})
 
@@ -144,9 +152,14 @@ def at_a_bound(op, values, bound, rng):
 
 def test_the_operators_that_are_called_often_have_ranges():
     assert {op.name for op in RANGED} >= {
-        "grouped_gemm", "hashed_embedding", "hashed_embedding_out", "hashed_embedding_pooled",
-        "moe_experts", "ngram_hash", "route",
-    }  # fmt: skip
+        "grouped_gemm",
+        "hashed_embedding",
+        "hashed_embedding_out",
+        "hashed_embedding_pooled",
+        "moe_experts",
+        "ngram_hash",
+        "route",
+    }
 
 
 @pytest.mark.parametrize("op", RANGED, ids=lambda op: op.name)

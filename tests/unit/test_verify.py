@@ -194,8 +194,23 @@ def test_a_line_that_is_no_exception_is_refused(tmp_path, text, says):
 
 def test_the_command_writes_a_report_that_stands_alone(plugin, tmp_path, capsys):
     html, findings = tmp_path / "out.html", tmp_path / "out.json"
-    status = main(["verify", "--backend", "boasts", "--ops", "sinkhorn", "--level", "2",
-                   "--examples", "3", "--report", str(html), "--json", str(findings)])  # fmt: skip
+    status = main(
+        [
+            "verify",
+            "--backend",
+            "boasts",
+            "--ops",
+            "sinkhorn",
+            "--level",
+            "2",
+            "--examples",
+            "3",
+            "--report",
+            str(html),
+            "--json",
+            str(findings),
+        ]
+    )
     text = html.read_text()
     assert status == 1 and "<strong>Failed.</strong>" in text and "rebuild(" in text
     assert "http" not in text.replace("http-equiv", "") and "src=" not in text

@@ -304,28 +304,55 @@ def test_edge_17_float_scales_where_e8m0_is_expected_raise(rng):
 @pytest.mark.parametrize(
     "error, text, build",
     [
-        (ValueError, "format is 'int3'; expected one of int8, int4, fp8, mxfp4", lambda v, s:
-            QuantizedWeight("int3", v, s)),
-        (ValueError, r"scales have shape \[1, 1\]; fp8 weight \[200, 300\] in groups of 128x128 "
-            r"needs \[2, 3\]", lambda v, s: QuantizedWeight("fp8", v, s)),
-        (ValueError, "group is 1x64; mxfp4 has one scale for each 1x32", lambda v, s:
-            QuantizedWeight("mxfp4", v, s, group=64)),
-        (ValueError, r"group is \(-1, 4\); expected sizes >= 0", lambda v, s:
-            QuantizedWeight("fp8", v, s, group=(-1, 4))),
-        (ValueError, "zeros are missing; int4 has a zero point for each group", lambda v, s:
-            QuantizedWeight("int4", v, s)),
-        (ValueError, "zeros are given; fp8 has none", lambda v, s:
-            QuantizedWeight("fp8", v, s, v)),
-        (TypeError, "values are uint8; int8 expects int8", lambda v, s:
-            QuantizedWeight("int8", v, s)),
-        (TypeError, "values are float8_e4m3fnuz; fp8 expects .*convert with fn_from_fnuz",
-            lambda v, s: QuantizedWeight("fp8", v.view(torch.float8_e4m3fnuz), s)),
-        (ValueError, r"values have shape \[300\]; expected \[..., N, K\]", lambda v, s:
-            QuantizedWeight("fp8", v[0], s)),
-        (ValueError, "scales are on meta; values are on cpu", lambda v, s:
-            QuantizedWeight("fp8", v[:9, :9], s.to("meta"))),
+        (
+            ValueError,
+            "format is 'int3'; expected one of int8, int4, fp8, mxfp4",
+            lambda v, s: QuantizedWeight("int3", v, s),
+        ),
+        (
+            ValueError,
+            r"scales have shape \[1, 1\]; fp8 weight \[200, 300\] in groups of 128x128 "
+            r"needs \[2, 3\]",
+            lambda v, s: QuantizedWeight("fp8", v, s),
+        ),
+        (
+            ValueError,
+            "group is 1x64; mxfp4 has one scale for each 1x32",
+            lambda v, s: QuantizedWeight("mxfp4", v, s, group=64),
+        ),
+        (
+            ValueError,
+            r"group is \(-1, 4\); expected sizes >= 0",
+            lambda v, s: QuantizedWeight("fp8", v, s, group=(-1, 4)),
+        ),
+        (
+            ValueError,
+            "zeros are missing; int4 has a zero point for each group",
+            lambda v, s: QuantizedWeight("int4", v, s),
+        ),
+        (ValueError, "zeros are given; fp8 has none", lambda v, s: QuantizedWeight("fp8", v, s, v)),
+        (
+            TypeError,
+            "values are uint8; int8 expects int8",
+            lambda v, s: QuantizedWeight("int8", v, s),
+        ),
+        (
+            TypeError,
+            "values are float8_e4m3fnuz; fp8 expects .*convert with fn_from_fnuz",
+            lambda v, s: QuantizedWeight("fp8", v.view(torch.float8_e4m3fnuz), s),
+        ),
+        (
+            ValueError,
+            r"values have shape \[300\]; expected \[..., N, K\]",
+            lambda v, s: QuantizedWeight("fp8", v[0], s),
+        ),
+        (
+            ValueError,
+            "scales are on meta; values are on cpu",
+            lambda v, s: QuantizedWeight("fp8", v[:9, :9], s.to("meta")),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_parts_raise_one_line(error, text, build):
     with pytest.raises(error, match=text) as seen:
         build(torch.zeros(200, 300, dtype=torch.uint8), torch.ones(1, 1))
@@ -402,8 +429,23 @@ def test_every_code_decodes_as_torch_decodes_it():
         exact = every.view(dtype).float()
         torch.testing.assert_close(mine(every), exact, rtol=0, atol=0, equal_nan=True)
     assert codes.decode_e2m1(every[:16]).tolist() == [
-        0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6,
-    ]  # fmt: skip
+        0,
+        0.5,
+        1,
+        1.5,
+        2,
+        3,
+        4,
+        6,
+        -0.0,
+        -0.5,
+        -1,
+        -1.5,
+        -2,
+        -3,
+        -4,
+        -6,
+    ]
 
 
 def test_e4m3_rounds_as_torch_rounds(rng):

@@ -92,12 +92,19 @@ def _compiled(environment: Environment, text: str, target: str) -> tuple[int | N
         (folder / "kernel.mlir").write_text(text)
         report = "--enable-print-memory-allocated-size" if newer else "--enable-memory-display"
         command = [
-            environment.compiler(newer), "kernel.mlir", f"--target={target}", report,
+            environment.compiler(newer),
+            "kernel.mlir",
+            f"--target={target}",
+            report,
             # with threads it loses messages, and crashes now and then
-            "--mlir-disable-threading", "--enable-auto-multi-buffer=true",
-            "--enable-hfusion-compile=true", "--enable-hivm-compile=true",
-            "--enable-triton-kernel-compile=true", "-o", "kernel",
-        ]  # fmt: skip
+            "--mlir-disable-threading",
+            "--enable-auto-multi-buffer=true",
+            "--enable-hfusion-compile=true",
+            "--enable-hivm-compile=true",
+            "--enable-triton-kernel-compile=true",
+            "-o",
+            "kernel",
+        ]
         status = run_child(command, folder, environment)
         printed = (folder / "printed").read_text(errors="replace")
         records = [json.loads(p.read_text()) for p in sorted(folder.glob("memory_info_*.json"))]

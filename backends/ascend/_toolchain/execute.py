@@ -153,12 +153,7 @@ def _memref(address: int, size: int) -> list[Any]:
     return [pointer(address), pointer(address), word(0), word(size), word(1)]
 
 
-KINDS = {
-    "i1": ctypes.c_bool,
-    "i32": ctypes.c_int32,
-    "i64": ctypes.c_int64,
-    "fp32": ctypes.c_float,
-}
+KINDS = {"i1": ctypes.c_bool, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

@@ -126,8 +126,11 @@ def execute(
             "program": str(program.executables[-1 if newer else 0]),
             "symbols": str(environment.symbols),
             "storages": [f"{at}.bytes" for at in range(len(storages))],
-            "names": names, "arguments": described, "grid": grid, "seed": seed,
-        }  # fmt: skip
+            "names": names,
+            "arguments": described,
+            "grid": grid,
+            "seed": seed,
+        }
         (folder / "launch.json").write_text(json.dumps(task))
         child = Path(__file__).with_name("execute.py")
         status = run_child([environment.python, "-I", child, folder], folder, environment)
@@ -147,10 +150,14 @@ def run_child(
     with (folder / "printed").open("wb") as printed:
         try:
             return subprocess.run(
-                [str(part) for part in command], cwd=folder, stdin=subprocess.DEVNULL,
-                stdout=printed, stderr=subprocess.STDOUT, timeout=seconds,
+                [str(part) for part in command],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
                 env=environment.variables(folder),
-            ).returncode  # fmt: skip
+            ).returncode
         except subprocess.TimeoutExpired:
             return None
 

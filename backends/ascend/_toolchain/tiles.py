@@ -122,10 +122,14 @@ def climb(
 
 
 def refit(
-    environment: Environment, names: list[str] | None = None, *, every: bool = True,
-    targets: Iterable[str] = TARGETS, workers: int = 1,
+    environment: Environment,
+    names: list[str] | None = None,
+    *,
+    every: bool = True,
+    targets: Iterable[str] = TARGETS,
+    workers: int = 1,
     tell: Callable[[str, str, Tile | None], None],
-) -> None:  # fmt: skip
+) -> None:
     """Find and store the tile of every entry that these operators (None: all) take; `tell` hears
     each. An entry that several operators take is fitted to all of them."""
     with calls.implementations() as impls:

@@ -122,10 +122,15 @@ Finding = Ran | Refused | Fit
 
 
 def verify(
-    environment: Environment, names: list[str] | None = None, *, examples: int = 0,
-    targets: Iterable[str] = TARGETS, every: bool = True, workers: int = 2,
+    environment: Environment,
+    names: list[str] | None = None,
+    *,
+    examples: int = 0,
+    targets: Iterable[str] = TARGETS,
+    every: bool = True,
+    workers: int = 2,
     progress: Callable[[int, int], None] = lambda *_: None,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """L1 to L3 of the Triton kernels of these operators (None: all).
 
     examples    drawn calls of each operator, beyond the fixed ones

@@ -27,17 +27,29 @@ def _worth(f: Facts) -> str | None:
 
 
 @offer(
-    sparse_attention, dtype("q", torch.bfloat16, torch.float16), one_of("D", LATENT + ROPE),
-    one_of("v_dim", LATENT), one_of("H", 1, 2, 4, 8, 16, 32, 64, 128),
-    condition("with indices", ("given:indices",), _selected), not_empty("B", "S", "N", "L"),
+    sparse_attention,
+    dtype("q", torch.bfloat16, torch.float16),
+    one_of("D", LATENT + ROPE),
+    one_of("v_dim", LATENT),
+    one_of("H", 1, 2, 4, 8, 16, 32, 64, 128),
+    condition("with indices", ("given:indices",), _selected),
+    not_empty("B", "S", "N", "L"),
     absent("visible", "local_kv", "sink", "local_valid"),
     condition("N <= S*L", ("N", "S", "L"), _worth),
-)  # fmt: skip
+)
 def forward(
-    q: Tensor, kv: Tensor, indices: Tensor | None = None, *, visible: Tensor | None = None,
-    local_kv: Tensor | None = None, window: int = 0, sink: Tensor | None = None, scale: float,
-    v_dim: int, local_valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None = None,
+    *,
+    visible: Tensor | None = None,
+    local_kv: Tensor | None = None,
+    window: int = 0,
+    sink: Tensor | None = None,
+    scale: float,
+    v_dim: int,
+    local_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Rows are cut into their two parts, which copies them. The vendor wants valid entries first
     and all others -1; a query that has none is ours to answer."""
     valid = (indices >= 0) & (indices < kv.shape[1])
@@ -46,12 +58,21 @@ def forward(
     rows = kv[:, :, None]
     key = rows[..., :LATENT].contiguous()
     o, largest, total = call(
-        "npu_sparse_flash_attention", q[..., :LATENT].contiguous(), key, key,
-        packed[:, :, None].contiguous(), scale,
-        query_rope=q[..., LATENT:].contiguous(), key_rope=rows[..., LATENT:].contiguous(),
-        sparse_block_size=1, layout_query="BSND", layout_kv="BSND", sparse_mode=0,
-        attention_mode=2, return_softmax_lse=True,
-    )  # fmt: skip
+        "npu_sparse_flash_attention",
+        q[..., :LATENT].contiguous(),
+        key,
+        key,
+        packed[:, :, None].contiguous(),
+        scale,
+        query_rope=q[..., LATENT:].contiguous(),
+        key_rope=rows[..., LATENT:].contiguous(),
+        sparse_block_size=1,
+        layout_query="BSND",
+        layout_kv="BSND",
+        sparse_mode=0,
+        attention_mode=2,
+        return_softmax_lse=True,
+    )
     empty = ~valid.any(-1)
     lse = (largest + total.log()).squeeze(1)
     o = torch.where(empty[..., None, None], 0, o)

@@ -17,7 +17,10 @@ def forward(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """comb contracts its first axis, here as there."""
     R, D = x.shape[-2:]
     y = call(
-        "npu_mhc_post", x.reshape(-1, R, D).contiguous(), comb.float().reshape(-1, R, R),
-        f.reshape(-1, D).contiguous(), post.float().reshape(-1, R),
-    )  # fmt: skip
+        "npu_mhc_post",
+        x.reshape(-1, R, D).contiguous(),
+        comb.float().reshape(-1, R, R),
+        f.reshape(-1, D).contiguous(),
+        post.float().reshape(-1, R),
+    )
     return y.view(x.shape)

@@ -13,9 +13,11 @@ from ._limits import ITERATIONS, LIMITS
 
 
 @offer(
-    sinkhorn, dtype("logits", torch.float32, torch.bfloat16, torch.float16),
-    at_most("iterations", ITERATIONS), *LIMITS,
-)  # fmt: skip
+    sinkhorn,
+    dtype("logits", torch.float32, torch.bfloat16, torch.float16),
+    at_most("iterations", ITERATIONS),
+    *LIMITS,
+)
 def forward(logits: Tensor, *, iterations: int, eps: float) -> Tensor:
     return balanced(logits, iterations, eps)
 

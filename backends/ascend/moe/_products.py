@@ -39,8 +39,13 @@ def grouped(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     closed = torch.cat([ends[:-1], ends.new_full((1,), rows)])
     # split_item 3: one result; group_type 0: rows are grouped; group_list_type 0: by their ends
     (y,) = call(
-        "npu_grouped_matmul", [x], [weight], group_list=closed, split_item=3, group_type=0,
+        "npu_grouped_matmul",
+        [x],
+        [weight],
+        group_list=closed,
+        split_item=3,
+        group_type=0,
         group_list_type=0,
-    )  # fmt: skip
+    )
     owned = torch.arange(rows, device=x.device)[:, None] < ends[-1]
     return torch.where(owned, y, 0)

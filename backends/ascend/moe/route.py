@@ -34,23 +34,43 @@ def _normalised(f: Facts) -> str | None:
 
 
 @offer(
-    route, dtype("logits", torch.float32, torch.bfloat16, torch.float16), one_of("score", *KINDS),
-    at_most("E", EXPERTS), not_empty("T"), absent("preset", "mask"),
+    route,
+    dtype("logits", torch.float32, torch.bfloat16, torch.float16),
+    one_of("score", *KINDS),
+    at_most("E", EXPERTS),
+    not_empty("T"),
+    absent("preset", "mask"),
     condition("groups of 3 experts or more", ("E", "groups"), _groups),
     condition("renormalised if sigmoid", ("score", "renormalize"), _normalised),
-)  # fmt: skip
+)
 def forward(
-    logits: Tensor, k: int, *, score: str, bias: Tensor | None = None, groups: int = 1,
-    top_groups: int = 1, renormalize: bool = True, scale: float = 1.0,
-    preset: Tensor | None = None, mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    k: int,
+    *,
+    score: str,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    preset: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """In float32 throughout: the vendor returns weights in the dtype of the logits."""
     soft = score == "softmax"
     weights, ids, _ = call(
-        "npu_moe_gating_top_k", logits.float(), k, bias=None if bias is None else bias.float(),
-        k_group=top_groups, group_count=groups, group_select_mode=0 if bias is None else 1,
-        renorm=0, norm_type=KINDS[score], routed_scaling_factor=1.0 if soft else scale, eps=1e-20,
-    )  # fmt: skip
+        "npu_moe_gating_top_k",
+        logits.float(),
+        k,
+        bias=None if bias is None else bias.float(),
+        k_group=top_groups,
+        group_count=groups,
+        group_select_mode=0 if bias is None else 1,
+        renorm=0,
+        norm_type=KINDS[score],
+        routed_scaling_factor=1.0 if soft else scale,
+        eps=1e-20,
+    )
     if soft:  # of which the vendor leaves the sum to the caller
         total = weights.sum(-1, keepdim=True) + 1e-20 if renormalize else 1.0
         weights = weights / total * scale

@@ -73,8 +73,7 @@ def _meet_tile(queries, grads, keys, values, filled, ends, scale, numbers, weigh
 
 
 @part
-def _lists(task, thread, at, q, do, k, v, indices, shape, scale, numbers, held, sums, dq,
-           room):  # fmt: skip
+def _lists(task, thread, at, q, do, k, v, indices, shape, scale, numbers, held, sums, dq, room):
     """One cut and one key head, with the tokens from at[2] to at[3] of the list."""
     S, N, _, _, _, block_size, causal = shape
     heads, G = k[4], numbers.shape[1] // at[4]
@@ -113,9 +112,18 @@ def _lists(task, thread, at, q, do, k, v, indices, shape, scale, numbers, held, 
         filled = found - done
         if filled == KEYS or (filled > 0 and slot == at[3]):
             _meet_tile(
-                queries, dos, keys, values, filled, ends, scale, of_rows, weights[task, done:],
-                slopes[task, done:], sums[task],
-            )  # fmt: skip
+                queries,
+                dos,
+                keys,
+                values,
+                filled,
+                ends,
+                scale,
+                of_rows,
+                weights[task, done:],
+                slopes[task, done:],
+                sums[task],
+            )
             done = found
     counts[task] = found
     for r in range(rows):  # what later tokens add is written over it
@@ -171,9 +179,20 @@ def _run(at, q, do, k, v, indices, shape, scale, numbers, held, sums, outs, room
 
 
 def numba(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, sink: Tensor,
-    o: Tensor, lse: Tensor, *, block_size: int, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    sink: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dsink; sums over queries are float32, in the order of queries and lists."""
     (B, S, H, D), (N, heads, Dv), lists = q.shape, v.shape[1:], block_indices.shape[1]
     block_size = min(block_size, max(1, N))
@@ -189,13 +208,16 @@ def numba(
     held = (
         np.empty((some * heads, length, lanes), np.float32),
         np.empty((some * heads, length, lanes), np.float32),
-        np.empty((some * heads, length), np.int64), np.empty(some * heads, np.int64),
-    )  # fmt: skip
+        np.empty((some * heads, length), np.int64),
+        np.empty(some * heads, np.int64),
+    )
     room = (
-        scratch(used, lanes // LANES, D, LANES), scratch(used, lanes // LANES, Dv, LANES),
-        np.zeros((used, KEYS, width), np.float32), np.zeros((used, KEYS, wide), np.float32),
+        scratch(used, lanes // LANES, D, LANES),
+        scratch(used, lanes // LANES, Dv, LANES),
+        np.zeros((used, KEYS, width), np.float32),
+        np.zeros((used, KEYS, wide), np.float32),
         scratch(used, 5, max(lanes, KEYS)),
-    )  # fmt: skip
+    )
     tiles, ids = scratch(used, ROWS, SPAN), array(whole(block_indices))
     shape = S, N, span, step, lists, block_size, causal
     outs = array(dq.view(B * S, H, D)), array(dk), array(dv)
@@ -222,10 +244,21 @@ def numba(
         for start in range(0, total, length):
             stop = min(start + length, total)
             _run(
-                (unit, first, start, stop, max(1, count), held_units), array(x), array(dy),
-                (flat(k), *k.stride()[:3], heads), (flat(v), *v.stride()[:3]), ids, shape,
-                np.float32(scale), array(numbers), held, array(dx), outs, room, tiles,
-            )  # fmt: skip
+                (unit, first, start, stop, max(1, count), held_units),
+                array(x),
+                array(dy),
+                (flat(k), *k.stride()[:3], heads),
+                (flat(v), *v.stride()[:3]),
+                ids,
+                shape,
+                np.float32(scale),
+                array(numbers),
+                held,
+                array(dx),
+                outs,
+                room,
+                tiles,
+            )
     dk, dv = (
         sums.view(B, N, heads, sums.shape[2])[..., :size].to(like.dtype).contiguous()
         for sums, size, like in ((dk, D, k), (dv, Dv, v))

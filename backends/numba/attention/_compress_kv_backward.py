@@ -75,9 +75,19 @@ def _task(task, thread, sources, before, pending, dentries, outs, dbias, room):
     for b in range(kv.shape[0]):
         for i in range(blocks):
             _entry(
-                b, i, first, size, sources, before, head, pending, dentries, outs, dbias,
+                b,
+                i,
+                first,
+                size,
+                sources,
+                before,
+                head,
+                pending,
+                dentries,
+                outs,
+                dbias,
                 room[thread],
-            )  # fmt: skip
+            )
         for half in range(2 if before else 1):
             own = half == 1 or before == 0
             # Rows that no entry takes: beyond the last block; of own halves, the block before's.
@@ -97,10 +107,18 @@ def _run(sources, before, pending, dentries, outs, dbias, room):
 
 
 def numba(
-    kv: Tensor, gate: Tensor, position_bias: Tensor, dentries: Tensor, dnext_kv: Tensor,
-    dnext_gate: Tensor, *, overlap: bool, state_kv: Tensor | None = None,
-    state_gate: Tensor | None = None, pending: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kv: Tensor,
+    gate: Tensor,
+    position_bias: Tensor,
+    dentries: Tensor,
+    dnext_kv: Tensor,
+    dnext_gate: Tensor,
+    *,
+    overlap: bool,
+    state_kv: Tensor | None = None,
+    state_gate: Tensor | None = None,
+    pending: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dkv = p * dE, dgate = p * (kv - E) * dE, dbias = sum of dgate over blocks."""
     dkv, dgate = torch.empty(kv.shape, dtype=kv.dtype), torch.empty(gate.shape, dtype=gate.dtype)
     dstate_kv, dstate_gate = torch.zeros(dnext_kv.shape), torch.zeros(dnext_gate.shape)
@@ -108,12 +126,20 @@ def numba(
     none = torch.empty((0, 0, 0))
     states = (dstate_kv, dstate_gate) if state_kv is not None else (none, none)
     sources = (
-        array(kv), array(gate), array(position_bias.float()), given(state_kv, 3, torch.float32),
+        array(kv),
+        array(gate),
+        array(position_bias.float()),
+        given(state_kv, 3, torch.float32),
         given(state_gate, 3, torch.float32),
-    )  # fmt: skip
+    )
     outs = tuple(array(t) for t in (dkv, dgate, *states, dnext_kv, dnext_gate))
     _run(
-        sources, overlap * position_bias.shape[0], pending, array(dentries), outs, array(dbias),
+        sources,
+        overlap * position_bias.shape[0],
+        pending,
+        array(dentries),
+        outs,
+        array(dbias),
         scratch(threads(8 * kv.numel()), 5, CHANNELS),
-    )  # fmt: skip
+    )
     return dkv, dgate, dbias.to(position_bias.dtype), dstate_kv, dstate_gate

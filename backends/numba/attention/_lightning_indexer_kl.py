@@ -48,12 +48,19 @@ def numba(q: Tensor, k: Tensor, weights: Tensor, target: Tensor, indices: Tensor
         return loss
     used, lanes = threads(B * S * L * H * D), padded(H)
     _run(
-        array(q.reshape(B * S, H, D)), (flat(k), *k.stride()[:2]), N,
-        array(weights.float().reshape(B * S, H)), array(target), array(whole(indices)),
+        array(q.reshape(B * S, H, D)),
+        (flat(k), *k.stride()[:2]),
+        N,
+        array(weights.float().reshape(B * S, H)),
+        array(target),
+        array(whole(indices)),
         array(loss),
         (
-            scratch(used, lanes // LANES, D, LANES), scratch(used, KEYS, D),
-            scratch(used, L, lanes), scratch(used, L), np.empty((used, L), np.int64),
+            scratch(used, lanes // LANES, D, LANES),
+            scratch(used, KEYS, D),
+            scratch(used, L, lanes),
+            scratch(used, L),
+            np.empty((used, L), np.int64),
         ),
-    )  # fmt: skip
+    )
     return loss

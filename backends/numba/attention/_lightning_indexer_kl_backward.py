@@ -103,23 +103,34 @@ def numba(
     used = threads(3 * count * L * H * D)
     some = max(1, min(count, HELD // max(1, 4 * L * lanes)))
     held = (
-        np.empty((some, L, lanes), np.float32), np.empty((some, L), np.int64),
+        np.empty((some, L, lanes), np.float32),
+        np.empty((some, L), np.int64),
         np.empty(some, np.int64),
-    )  # fmt: skip
+    )
     room = (
-        scratch(used, lanes // LANES, D, LANES), np.zeros((used, KEYS, width), np.float32),
-        scratch(used, L), np.empty((used, L), np.int64),
-    )  # fmt: skip
+        scratch(used, lanes // LANES, D, LANES),
+        np.zeros((used, KEYS, width), np.float32),
+        scratch(used, L),
+        np.empty((used, L), np.int64),
+    )
     factors, outer = weights.float().reshape(B * S, H), dloss.float().reshape(B * S)
     for first in range(0, count, some):
         qs = q.reshape(B * S, H, D)[first : first + some].float()
         dx = torch.zeros(qs.shape[0], lanes, width)
         _run(
-            first, array(functional.pad(qs, (0, width - D))), (flat(k), *k.stride()[:2]), N,
-            array(factors), (array(target), array(whole(indices))), array(outer), held,
-            (array(dx), array(dweights), array(dtarget.view(B * S, L))), array(sums), room,
+            first,
+            array(functional.pad(qs, (0, width - D))),
+            (flat(k), *k.stride()[:2]),
+            N,
+            array(factors),
+            (array(target), array(whole(indices))),
+            array(outer),
+            held,
+            (array(dx), array(dweights), array(dtarget.view(B * S, L))),
+            array(sums),
+            room,
             scratch(used, ROWS, SPAN),
-        )  # fmt: skip
+        )
         dq.view(B * S, H, D)[first : first + some] = dx[:, :H, :D]
     dk = sums.view(B, N, width)[..., :D].to(k.dtype).contiguous()
     return dq, dk, dweights.view(B, S, H).to(weights.dtype), dtarget

@@ -76,15 +76,29 @@ def _query(task, thread, at, q, do, kv, local, lists, sizes, scale, numbers, hel
         count += 1
         if count - done == KEYS:
             _meet_tile(
-                queries, grads, keys, KEYS, scale, numbers[task], weights[task, done:],
-                slopes[task, done:], dq[task],
-            )  # fmt: skip
+                queries,
+                grads,
+                keys,
+                KEYS,
+                scale,
+                numbers[task],
+                weights[task, done:],
+                slopes[task, done:],
+                dq[task],
+            )
             done = count
     if count > done:
         _meet_tile(
-            queries, grads, keys, count - done, scale, numbers[task], weights[task, done:],
-            slopes[task, done:], dq[task],
-        )  # fmt: skip
+            queries,
+            grads,
+            keys,
+            count - done,
+            scale,
+            numbers[task],
+            weights[task, done:],
+            slopes[task, done:],
+            dq[task],
+        )
     counts[task] = count
 
 
@@ -118,10 +132,21 @@ def _run(at, q, do, kv, local, lists, sizes, scale, numbers, held, dq, sums, roo
 
 
 def numba(
-    do: Tensor, dlse: Tensor, q: Tensor, kv: Tensor, indices: Tensor | None,
-    visible: Tensor | None, local_kv: Tensor, sink: Tensor, local_valid: Tensor | None, o: Tensor,
-    lse: Tensor, *, window: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None,
+    visible: Tensor | None,
+    local_kv: Tensor,
+    sink: Tensor,
+    local_valid: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dkv, dlocal_kv, dsink; sums over queries are float32, in the order of the queries."""
     (B, S, H, D), N, M, v_dim = q.shape, kv.shape[1], local_kv.shape[1], do.shape[3]
     lanes, width, sinks = padded(H), padded(D), sink.float()
@@ -133,19 +158,23 @@ def numba(
     if indices is not None and not indices.numel():
         indices, listed = None, kv[:, :0]  # to a kernel, an empty list is none: every entry
     lists = (
-        given(whole(indices), 3, torch.int32), given(whole(visible), 2, torch.int32),
+        given(whole(indices), 3, torch.int32),
+        given(whole(visible), 2, torch.int32),
         given(local_valid, 2, torch.bool),
-    )  # fmt: skip
+    )
     count, used = B * S, threads(B * S * H * D * longest)
     some = max(1, min(count, HELD // max(1, 8 * length * lanes)))
     held = (
-        np.empty((some, length, lanes), np.float32), np.empty((some, length, lanes), np.float32),
-        np.empty((some, length), np.int64), np.empty(some, np.int64),
-    )  # fmt: skip
+        np.empty((some, length, lanes), np.float32),
+        np.empty((some, length, lanes), np.float32),
+        np.empty((some, length), np.int64),
+        np.empty(some, np.int64),
+    )
     room = (
-        scratch(used, lanes // LANES, D, LANES), scratch(used, lanes // LANES, v_dim, LANES),
+        scratch(used, lanes // LANES, D, LANES),
+        scratch(used, lanes // LANES, v_dim, LANES),
         np.zeros((used, KEYS, width), np.float32),
-    )  # fmt: skip
+    )
     tiles = scratch(used, ROWS, SPAN)
     for first in range(0, count if H else 0, some):
         at = slice(first, first + some)
@@ -162,11 +191,21 @@ def numba(
         qs, dos = functional.pad(qs, (0, width - D)), functional.pad(dos, (0, width - v_dim))
         for start in range(0, longest, length):
             _run(
-                (first, start, start + length), array(qs), array(dos),
-                (flat(listed), *listed.stride()[:2]), (flat(local_kv), *local_kv.stride()[:2]),
-                lists, (B * N, S, listed.shape[1], M, window), np.float32(scale),
-                array(numbers), held, array(dx), array(sums), room, tiles,
-            )  # fmt: skip
+                (first, start, start + length),
+                array(qs),
+                array(dos),
+                (flat(listed), *listed.stride()[:2]),
+                (flat(local_kv), *local_kv.stride()[:2]),
+                lists,
+                (B * N, S, listed.shape[1], M, window),
+                np.float32(scale),
+                array(numbers),
+                held,
+                array(dx),
+                array(sums),
+                room,
+                tiles,
+            )
         dq.view(count, H, D)[at] = dx[:, :H, :D]
     dkv = sums[: B * N].view(B, N, width)[..., :D].to(kv.dtype)
     dlocal = sums[B * N :].view(B, M, width)[..., :D].to(local_kv.dtype)

@@ -119,9 +119,20 @@ def meet(queries, keys, count, logits):
     for p in range(panels):
         for j in range(0, count, ROWS):
             product(
-                keys, j * across, across, 1, queries, p * D * LANES, LANES,
-                logits, j * heads + p * LANES, heads, min(ROWS, count - j), D, False,
-            )  # fmt: skip
+                keys,
+                j * across,
+                across,
+                1,
+                queries,
+                p * D * LANES,
+                LANES,
+                logits,
+                j * heads + p * LANES,
+                heads,
+                min(ROWS, count - j),
+                D,
+                False,
+            )
 
 
 @part
@@ -131,9 +142,20 @@ def mix(weights, values, count, o):
     for h in range(0, heads, ROWS):
         for d in range(0, width, LANES):
             product(
-                weights, h, 1, heads, values, d, across,
-                o, h * width + d, width, min(ROWS, heads - h), count, True,
-            )  # fmt: skip
+                weights,
+                h,
+                1,
+                heads,
+                values,
+                d,
+                across,
+                o,
+                h * width + d,
+                width,
+                min(ROWS, heads - h),
+                count,
+                True,
+            )
 
 
 @part

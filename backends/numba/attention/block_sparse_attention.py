@@ -22,19 +22,7 @@ from .._numbers import narrow
 from .._pool import for_each, threads
 from .._product import LANES
 from ._block_sparse_attention_backward import numba as backward
-from ._tiles import (
-    KEYS,
-    LOWEST,
-    clear,
-    copy_row,
-    finish,
-    meet,
-    mix,
-    pack,
-    padded,
-    softmax,
-    whole,
-)
+from ._tiles import KEYS, LOWEST, clear, copy_row, finish, meet, mix, pack, padded, softmax, whole
 
 MOST = 128
 """Rows of a task, queries times heads of a key head (one query's heads at least)."""
@@ -125,9 +113,16 @@ REQUIRED = (*floats("q"), last_dim_contiguous("k", "v"), at_most("N", 2**31 - 1)
 
 @block_sparse_attention.impl(requires=REQUIRED)
 def numba(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, causal: bool,
-    sink: Tensor | None = None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    sink: Tensor | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """o = sum_j softmax(scale * q . k)_j v_j over the tokens of listed blocks and the sink; lse."""
     (B, S, H, D), (N, Hkv, width), lists = q.shape, v.shape[1:], block_indices.shape[1]
     o, lse = torch.empty((B, S, H, width), dtype=q.dtype), torch.empty((B, S, H))
@@ -141,16 +136,24 @@ def numba(
     values = scratch(used, KEYS, across)
     values[:] = 0  # what stands behind a value's width is multiplied, and must not look spoilt
     _run(
-        array(q.reshape(B * S, H, D)), (flat(k), *k.stride()[:3]), (flat(v), *v.stride()[:3]),
-        array(whole(block_indices)), (S, N, span, step, min(block_size, max(1, N)), causal),
-        np.float32(scale), array(sinks), array(o.view(B * S, H, width)),
+        array(q.reshape(B * S, H, D)),
+        (flat(k), *k.stride()[:3]),
+        (flat(v), *v.stride()[:3]),
+        array(whole(block_indices)),
+        (S, N, span, step, min(block_size, max(1, N)), causal),
+        np.float32(scale),
+        array(sinks),
+        array(o.view(B * S, H, width)),
         array(lse.view(B * S, H)),
         (
-            scratch(used, rows // LANES, D, LANES), scratch(used, KEYS, D), values,
-            scratch(used, KEYS + 1, rows), scratch(used, rows, across),
+            scratch(used, rows // LANES, D, LANES),
+            scratch(used, KEYS, D),
+            values,
+            scratch(used, KEYS + 1, rows),
+            scratch(used, rows, across),
             scratch(used, 3, max(rows, KEYS)),
         ),
-    )  # fmt: skip
+    )
     return o, lse
 
 

@@ -33,9 +33,7 @@ def _entry(task, thread, kv, gate, bias, state_kv, state_gate, before, pending, 
     b, i, first = task // (blocks * pieces), task // pieces % blocks, task % pieces * CHANNELS
     size = min(CHANNELS, D - first)
     sources = kv, gate, bias, state_kv, state_gate
-    _, mass, total = pooled(
-        b, i, first, sources, before, head, pending, D, room[thread][:, :size]
-    )  # fmt: skip
+    _, mass, total = pooled(b, i, first, sources, before, head, pending, D, room[thread][:, :size])
     out = entries[b, i, first : first + size]
     for c in range(size):
         out[c] = narrow(total[c] / mass[c], out)
@@ -68,19 +66,32 @@ def _run(kv, gate, bias, state_kv, state_gate, before, pending, entries, next_kv
 
 @compress_kv.impl(requires=floats("kv"))
 def numba(
-    kv: Tensor, gate: Tensor, position_bias: Tensor, *, overlap: bool,
-    state_kv: Tensor | None = None, state_gate: Tensor | None = None, pending: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kv: Tensor,
+    gate: Tensor,
+    position_bias: Tensor,
+    *,
+    overlap: bool,
+    state_kv: Tensor | None = None,
+    state_gate: Tensor | None = None,
+    pending: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """entries[i] = sum over the slots p of block i of softmax_p(gate + bias)[p] * kv[p]."""
     (B, S, W), m = kv.shape, position_bias.shape[0]
     entries = torch.empty((B, (pending + S) // m, W // (1 + overlap)), dtype=kv.dtype)
     next_kv, next_gate = (torch.empty((B, (1 + overlap) * m, W)) for _ in range(2))
     _run(
-        array(kv), array(gate), array(position_bias.float()),
-        given(state_kv, 3, torch.float32), given(state_gate, 3, torch.float32), overlap * m,
-        pending, array(entries), array(next_kv), array(next_gate),
+        array(kv),
+        array(gate),
+        array(position_bias.float()),
+        given(state_kv, 3, torch.float32),
+        given(state_gate, 3, torch.float32),
+        overlap * m,
+        pending,
+        array(entries),
+        array(next_kv),
+        array(next_gate),
         scratch(threads(4 * kv.numel()), 5, CHANNELS),
-    )  # fmt: skip
+    )
     return entries, next_kv, next_gate
 
 

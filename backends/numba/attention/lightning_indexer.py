@@ -178,13 +178,20 @@ def numba(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor)
     some, used, most = min(QUERIES, B * S), threads(B * S * N * H), min(top_k, max(1, N))
     lanes, span = padded(H), min(HELD, max(1, N))
     _run(
-        array(q.reshape(B * S, H, D)), (S, N), (flat(k), *k.stride()[:2]),
-        array(weights.float().reshape(B * S, H)), given(whole(visible.clamp(0, N)), 2, torch.int32),
-        array(indices.view(B * S, top_k)), scratch(some, lanes // LANES, D, LANES),
-        np.empty((some, span), np.float32), np.empty((some, 2 * most), np.float32),
-        np.empty((some, 2 * most), np.int32), np.empty((some, 2), np.int64),
-        (scratch(used, KEYS, D), scratch(used, KEYS, lanes)), scratch(used, 2 * most),
-    )  # fmt: skip
+        array(q.reshape(B * S, H, D)),
+        (S, N),
+        (flat(k), *k.stride()[:2]),
+        array(weights.float().reshape(B * S, H)),
+        given(whole(visible.clamp(0, N)), 2, torch.int32),
+        array(indices.view(B * S, top_k)),
+        scratch(some, lanes // LANES, D, LANES),
+        np.empty((some, span), np.float32),
+        np.empty((some, 2 * most), np.float32),
+        np.empty((some, 2 * most), np.int32),
+        np.empty((some, 2), np.int64),
+        (scratch(used, KEYS, D), scratch(used, KEYS, lanes)),
+        scratch(used, 2 * most),
+    )
     return indices
 
 

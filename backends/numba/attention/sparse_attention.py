@@ -6,10 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels.attention.sparse_attention import (
-    sparse_attention,
-    sparse_attention_backward,
-)
+from transom.kernels.attention.sparse_attention import sparse_attention, sparse_attention_backward
 from transom.requires import at_most, last_dim_contiguous
 
 from .._arrays import array, flat, floats, given, scratch
@@ -97,19 +94,34 @@ REQUIRED = (*floats("q"), last_dim_contiguous("kv", "local_kv"), at_most("N", 2*
 
 @sparse_attention.impl(requires=REQUIRED)
 def numba(
-    q: Tensor, kv: Tensor, indices: Tensor | None = None, *, visible: Tensor | None = None,
-    local_kv: Tensor | None = None, window: int = 0, sink: Tensor | None = None, scale: float,
-    v_dim: int, local_valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None = None,
+    *,
+    visible: Tensor | None = None,
+    local_kv: Tensor | None = None,
+    window: int = 0,
+    sink: Tensor | None = None,
+    scale: float,
+    v_dim: int,
+    local_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """o = sum_j softmax(scale * q . K)_j K_j[:v_dim] over entries, local tokens and sink; lse."""
     return attention(q, kv, indices, visible, local_kv, window, sink, scale, v_dim, local_valid)
 
 
 def attention(
-    q: Tensor, kv: Tensor, indices: Tensor | None, visible: Tensor | None,
-    local_kv: Tensor | None, window: int, sink: Tensor | None, scale: float, v_dim: int,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None,
+    visible: Tensor | None,
+    local_kv: Tensor | None,
+    window: int,
+    sink: Tensor | None,
+    scale: float,
+    v_dim: int,
     local_valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """o and lse of `sparse_attention`, and of `sparse_attention_rows`, whose kv are bytes."""
     (B, S, H, D), N = q.shape, kv.shape[1]
     o, lse = torch.empty((B, S, H, v_dim), dtype=q.dtype), torch.empty((B, S, H))
@@ -126,24 +138,31 @@ def attention(
     if indices is not None and not indices.numel():
         indices, kv, N = None, kv[:, :0], 0  # to a kernel, an empty list is none: every entry
     lists = (
-        given(whole(indices), 3, torch.int32), given(whole(visible), 2, torch.int32),
+        given(whole(indices), 3, torch.int32),
+        given(whole(visible), 2, torch.int32),
         given(local_valid, 2, torch.bool),
-    )  # fmt: skip
+    )
     _run(
-        (splits, lanes // heads, heads), array(q.reshape(B * S, H, D)),
-        (flat(kv), *kv.stride()[:2], kv.shape[2]), (flat(near), *near.stride()[:2], D), lists,
-        (S, N, near.shape[1], window, np.float32(scale)), array(sinks),
-        array(o.view(B * S, H, v_dim)), array(lse.view(B * S, H)),
+        (splits, lanes // heads, heads),
+        array(q.reshape(B * S, H, D)),
+        (flat(kv), *kv.stride()[:2], kv.shape[2]),
+        (flat(near), *near.stride()[:2], D),
+        lists,
+        (S, N, near.shape[1], window, np.float32(scale)),
+        array(sinks),
+        array(o.view(B * S, H, v_dim)),
+        array(lse.view(B * S, H)),
         (
             np.empty((at_once * splits, lanes, width), np.float32),
             np.empty((at_once * splits, lanes), np.float32),
             np.empty((at_once * splits, lanes), np.float32),
         ),
         (
-            scratch(used, heads // LANES, D, LANES), scratch(used, KEYS, max(D, width)),
+            scratch(used, heads // LANES, D, LANES),
+            scratch(used, KEYS, max(D, width)),
             scratch(used, KEYS + 1, heads),
         ),
-    )  # fmt: skip
+    )
     return o, lse
 
 

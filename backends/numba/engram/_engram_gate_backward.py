@@ -75,9 +75,18 @@ def _task(task, thread, dy, x, key, value, weight, numbers, mask, residual, outs
         total[:] = np.float32(0)
         for j in range(R):
             _stream(
-                dy[t, j], x[t, j], key[t, j], value[t], weight[j], numbers, residual, dx[t, j],
-                dkey[t, j], partial[task, j], total,
-            )  # fmt: skip
+                dy[t, j],
+                x[t, j],
+                key[t, j],
+                value[t],
+                weight[j],
+                numbers,
+                residual,
+                dx[t, j],
+                dkey[t, j],
+                partial[task, j],
+                total,
+            )
         into = dvalue[t]
         for d in range(total.shape[0]):
             into[d] = narrow(total[d], into)
@@ -90,9 +99,17 @@ def _run(dy, x, key, value, weight, numbers, mask, residual, outs, partial, room
 
 
 def numba(
-    dy: Tensor, x: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, eps: float,
-    clamp: float = 1e-6, mask: Tensor | None = None, residual: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    clamp: float = 1e-6,
+    mask: Tensor | None = None,
+    residual: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dkey, dvalue and dweight; where |dot| < clamp the gate is constant."""
     (R, D), T = x.shape[-2:], x.shape[:-2].numel()
     dx, dkey, dvalue = (torch.empty(t.shape, dtype=t.dtype) for t in (x, key, value))
@@ -100,9 +117,16 @@ def numba(
     numbers = np.array((eps, clamp, math.sqrt(max(1, D))), np.float32)
     partial = np.empty((max(1, min(PARTS, T // 8)), R, D), np.float32)
     _run(
-        array(dy.reshape(T, R, D)), array(x.reshape(T, R, D)), array(key.reshape(T, R, D)),
-        array(value.reshape(T, D)), array(weight.float()), numbers, given(taking, 1, torch.bool),
-        residual, (array(dx.view(T, R, D)), array(dkey.view(T, R, D)), array(dvalue.view(T, D))),
-        partial, scratch(threads(4 * T * R * D), D),
-    )  # fmt: skip
+        array(dy.reshape(T, R, D)),
+        array(x.reshape(T, R, D)),
+        array(key.reshape(T, R, D)),
+        array(value.reshape(T, D)),
+        array(weight.float()),
+        numbers,
+        given(taking, 1, torch.bool),
+        residual,
+        (array(dx.view(T, R, D)), array(dkey.view(T, R, D)), array(dvalue.view(T, D))),
+        partial,
+        scratch(threads(4 * T * R * D), D),
+    )
     return dx, dkey, dvalue, torch.from_numpy(partial).sum(0)

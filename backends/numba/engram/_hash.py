@@ -49,9 +49,15 @@ def hash_arguments(
     older = tokens.new_full((B, n - 1), -1) if lookback is None else lookback
     reciprocals = np.uint64(2**64 - 1) // sizes.astype(np.uint64)
     return (
-        array(tokens.long()), array(multipliers), sizes, reciprocals, array(starts.long()), pad,
-        array(older.long()), given(blocked, 2, torch.bool),
-    )  # fmt: skip
+        array(tokens.long()),
+        array(multipliers),
+        sizes,
+        reciprocals,
+        array(starts.long()),
+        pad,
+        array(older.long()),
+        given(blocked, 2, torch.bool),
+    )
 
 
 @part

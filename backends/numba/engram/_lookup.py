@@ -128,9 +128,17 @@ def _decode(given, first, count, codes, y, room, line):
 
 
 def lookup_into(
-    y: Tensor, tokens: Tensor, table: Weight, multipliers: Tensor, moduli: Tensor, offsets: Tensor,
-    pad: int, lookback: Tensor | None, blocked: Tensor | None, shard: tuple[int, ...],
-) -> None:  # fmt: skip
+    y: Tensor,
+    tokens: Tensor,
+    table: Weight,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None,
+    blocked: Tensor | None,
+    shard: tuple[int, ...],
+) -> None:
     """Write the rows of all tokens into y[B,S,columns*d], contiguous."""
     (count, d), columns = table.shape, moduli.numel()
     if y.numel() == 0:

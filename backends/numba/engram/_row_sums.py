@@ -52,9 +52,16 @@ def _run(dy, strides, order, starts, places, out, room):
 
 
 def sorted_rows(
-    tokens: Tensor, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int, rows: int,
-    lookback: Tensor | None, blocked: Tensor | None, shard: tuple[int, ...],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens: Tensor,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    rows: int,
+    lookback: Tensor | None,
+    blocked: Tensor | None,
+    shard: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
     """(order, starts, ids): n-grams order[starts[i]] .. order[starts[i + 1]] read row ids[i]."""
     given = hash_arguments(tokens, multipliers, moduli, offsets, pad, lookback, blocked)
     read = torch.empty((*tokens.shape, moduli.numel()), dtype=torch.int64)

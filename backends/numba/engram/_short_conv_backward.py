@@ -94,9 +94,14 @@ def _run(dy, dnew, v, weight, state, dilation, dv, dweight, dstate, rings, room)
 
 
 def numba(
-    dy: Tensor, dnew_state: Tensor, v: Tensor, weight: Tensor, *, dilation: int,
+    dy: Tensor,
+    dnew_state: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    *,
+    dilation: int,
     state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dv, dweight, dstate; dz = dy * sigmoid(z) * (1 + z * (1 - sigmoid(z)))."""
     (B, _, C), K = v.shape, weight.shape[1]
     reach = (K - 1) * dilation
@@ -104,8 +109,16 @@ def numba(
     dweight, used = torch.empty((K, C)), threads(4 * K * v.numel())
     older = v.new_zeros((B, reach, C)) if state is None else state
     _run(
-        array(dy), array(dnew_state), array(v), array(weight.t().float()), array(older), dilation,
-        array(dv), array(dweight), array(dstate), scratch(used, reach + 1, CHANNELS),
+        array(dy),
+        array(dnew_state),
+        array(v),
+        array(weight.t().float()),
+        array(older),
+        dilation,
+        array(dv),
+        array(dweight),
+        array(dstate),
+        scratch(used, reach + 1, CHANNELS),
         scratch(used, 1 + K, CHANNELS),
-    )  # fmt: skip
+    )
     return dv, dweight.t().contiguous(), dstate

@@ -57,19 +57,32 @@ def _run(x, key, value, weight, numbers, mask, residual, y, threads):
 
 @engram_gate.impl(requires=floats("x"))
 def numba(
-    x: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, eps: float, clamp: float = 1e-6,
-    mask: Tensor | None = None, residual: bool = True,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    clamp: float = 1e-6,
+    mask: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
     """y[t,j] = x[t,j] + g[t,j] * value[t], g = sigmoid(+-sqrt(max(|dot|, clamp)))."""
     (R, D), T = x.shape[-2:], x.shape[:-2].numel()
     y = torch.empty(x.shape, dtype=x.dtype)
     taking = None if mask is None else mask.reshape(T)
     numbers = np.array((eps, clamp, math.sqrt(max(1, D))), np.float32)
     _run(
-        array(x.reshape(T, R, D)), array(key.reshape(T, R, D)), array(value.reshape(T, D)),
-        array(weight.float()), numbers, given(taking, 1, torch.bool), residual,
-        array(y.view(T, R, D)), threads(2 * T * R * D),
-    )  # fmt: skip
+        array(x.reshape(T, R, D)),
+        array(key.reshape(T, R, D)),
+        array(value.reshape(T, D)),
+        array(weight.float()),
+        numbers,
+        given(taking, 1, torch.bool),
+        residual,
+        array(y.view(T, R, D)),
+        threads(2 * T * R * D),
+    )
     return y
 
 

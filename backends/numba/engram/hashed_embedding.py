@@ -24,10 +24,17 @@ TABLE = (device("cpu"), last_dim_contiguous("table"), stored_contiguously("table
 
 @hashed_embedding.impl(requires=TABLE)
 def numba(
-    tokens: Tensor, table: Weight, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor,
-    pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    tokens: Tensor,
+    table: Weight,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y[b,s] = concatenation of table[row(b,s,c)] over c."""
     dtype = table.dtype if isinstance(table, Tensor) else torch.float32
     y = torch.empty((*tokens.shape, moduli.numel() * table.shape[1]), dtype=dtype)
@@ -36,10 +43,18 @@ def numba(
 
 
 def _numba_out(
-    tokens: Tensor, table: Weight, out: Tensor, *, multipliers: Tensor, moduli: Tensor,
-    offsets: Tensor, pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    tokens: Tensor,
+    table: Weight,
+    out: Tensor,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> None:  # fmt: skip
+) -> None:
     """out[b,s] = concatenation of table[row(b,s,c)] over c."""
     y = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
     lookup_into(y, tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, shard)
@@ -55,10 +70,18 @@ GRADIENT = (*floats("dy"), last_dim_contiguous("dy"))
 
 
 def _numba_backward(
-    dy: Tensor, tokens: Tensor, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int,
-    rows: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    dy: Tensor,
+    tokens: Tensor,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    rows: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dtable[r] = sum of dy[b,s,c] over all (b,s,c) that read row r; zero for rows not read."""
     order, starts, ids = sorted_rows(
         tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, shard
@@ -69,10 +92,18 @@ def _numba_backward(
 
 
 def _numba_row_gradient(
-    dy: Tensor, tokens: Tensor, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int,
-    rows: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    dy: Tensor,
+    tokens: Tensor,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    rows: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """(ids, gradients): the rows that were read, ascending, and gradients[i] = dtable[ids[i]]."""
     order, starts, found = sorted_rows(
         tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, shard

@@ -76,15 +76,25 @@ def _run(given, first, count, table, share, y, room, lines):
 
 @hashed_embedding_pooled.impl(
     requires=(
-        device("cpu"), dtype("table", *FLOATS, "int8", "int4", "fp8", "mxfp4"),
-        last_dim_contiguous("table"), stored_contiguously("table"),
+        device("cpu"),
+        dtype("table", *FLOATS, "int8", "int4", "fp8", "mxfp4"),
+        last_dim_contiguous("table"),
+        stored_contiguously("table"),
     )
-)  # fmt: skip
+)
 def numba(
-    tokens: Tensor, table: Weight, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor,
-    pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
-    shard: tuple[int, ...] = (), mean: bool = False,
-) -> Tensor:  # fmt: skip
+    tokens: Tensor,
+    table: Weight,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
+    shard: tuple[int, ...] = (),
+    mean: bool = False,
+) -> Tensor:
     """y[b,s] = sum (or mean) of table[row(b,s,c)] over c."""
     (count, d), columns, plain = table.shape, moduli.numel(), isinstance(table, Tensor)
     y = torch.empty((*tokens.shape, d), dtype=table.dtype if plain else torch.float32)
@@ -93,7 +103,13 @@ def numba(
         rows = (flat(table), table.stride(0)) if plain else tuple(Codes.of(table))
         used, share = threads(y.numel() * columns), np.float32(max(1, columns) if mean else 1)
         _run(
-            given, shard[0] if shard else 0, count, rows, share, array(y.view(-1, d)),
-            np.empty((used, TOKENS, columns), np.int64), scratch(used, 2, d),
-        )  # fmt: skip
+            given,
+            shard[0] if shard else 0,
+            count,
+            rows,
+            share,
+            array(y.view(-1, d)),
+            np.empty((used, TOKENS, columns), np.int64),
+            scratch(used, 2, d),
+        )
     return y

@@ -15,9 +15,15 @@ from ._hash import hash_all, hash_arguments
 
 @ngram_hash.impl(requires=(device("cpu"),))
 def numba(
-    tokens: Tensor, multipliers: Tensor, moduli: Tensor, *, offsets: Tensor | None = None,
-    pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    tokens: Tensor,
+    multipliers: Tensor,
+    moduli: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
+) -> Tensor:
     """rows[b,s,c] = the hash of the n-gram that ends at token s, for column c."""
     given = hash_arguments(tokens, multipliers, moduli, offsets, pad, lookback, blocked)
     rows = torch.empty((*tokens.shape, moduli.numel()), dtype=torch.int32)

@@ -100,9 +100,15 @@ def numba(
     df, dx = torch.empty(f.shape, dtype=f.dtype), torch.empty(x.shape, dtype=x.dtype)
     dpost, dcomb = torch.empty(post.shape), torch.empty(comb.shape)
     _run(
-        array(dy.reshape(T, R, D)), array(f.reshape(T, D)), array(x.reshape(T, R, D)),
-        array(post.float().reshape(T, R)), array(comb.float().reshape(T, R, R)),
-        array(df.view(T, D)), array(dx.view(T, R, D)), array(dpost.view(T, R)),
-        array(dcomb.view(T, R, R)), scratch(threads(2 * T * R * D), R + 2, PIECE),
-    )  # fmt: skip
+        array(dy.reshape(T, R, D)),
+        array(f.reshape(T, D)),
+        array(x.reshape(T, R, D)),
+        array(post.float().reshape(T, R)),
+        array(comb.float().reshape(T, R, R)),
+        array(df.view(T, D)),
+        array(dx.view(T, R, D)),
+        array(dpost.view(T, R)),
+        array(dcomb.view(T, R, R)),
+        scratch(threads(2 * T * R * D), R + 2, PIECE),
+    )
     return df, dx, dpost, dcomb

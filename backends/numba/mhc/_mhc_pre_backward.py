@@ -11,9 +11,19 @@ from ._sinkhorn_backward import numba as sinkhorn_backward
 
 
 def pre_backward(
-    dh: Tensor, dpost: Tensor, dcomb: Tensor, x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *,
-    iterations: int, eps: float, rms_eps: float, post_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dh: Tensor,
+    dpost: Tensor,
+    dcomb: Tensor,
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    rms_eps: float,
+    post_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dfn, dscale, dbase; mixes and Sinkhorn steps are computed again."""
     (R, D), T = x.shape[-2:], x.shape[:-2].numel()
     flat, dhs = x.reshape(T, R, D).contiguous(), dh.reshape(T, D)

@@ -69,14 +69,36 @@ def _columns(task, thread, x, dh, fn, by, along, pre, dx, dfn, room):
         for c in range(0, size, LANES):
             for n in range(0, N, ROWS):
                 product(
-                    by, start * N + n, 1, N, streams, c, SPAN, sums, n * SPAN + c, SPAN,
-                    min(ROWS, N - n), count, True,
-                )  # fmt: skip
+                    by,
+                    start * N + n,
+                    1,
+                    N,
+                    streams,
+                    c,
+                    SPAN,
+                    sums,
+                    n * SPAN + c,
+                    SPAN,
+                    min(ROWS, N - n),
+                    count,
+                    True,
+                )
             for t in range(0, count, ROWS):
                 product(
-                    by, (start + t) * N, N, 1, weights, c, SPAN, outs, t * SPAN + c, SPAN,
-                    min(ROWS, count - t), N, False,
-                )  # fmt: skip
+                    by,
+                    (start + t) * N,
+                    N,
+                    1,
+                    weights,
+                    c,
+                    SPAN,
+                    outs,
+                    t * SPAN + c,
+                    SPAN,
+                    min(ROWS, count - t),
+                    N,
+                    False,
+                )
         for t in range(count):
             mixed, row, less = outs[t], streams[t], along[start + t]
             into, g = dx[start + t, first : first + size], dh[start + t]
@@ -106,9 +128,13 @@ def products(x: Tensor, fn: Tensor, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]
     pieces, used = max(1, -(-R * D // PIECE)), threads(T * R * R * D)
     out = torch.empty((T, N + 1 + R))
     _products(
-        array(x.view(T, R * D)), array(fn), array(dh), array(out),
-        np.empty((min(T, CHUNK), pieces, N + 1), np.float32), scratch(used, TOKENS, PIECE),
-    )  # fmt: skip
+        array(x.view(T, R * D)),
+        array(fn),
+        array(dh),
+        array(out),
+        np.empty((min(T, CHUNK), pieces, N + 1), np.float32),
+        scratch(used, TOKENS, PIECE),
+    )
     return out[:, :N], out[:, N : N + 1], out[:, N + 1 :]
 
 
@@ -124,8 +150,14 @@ def gradients(
     if x.numel():
         used = threads(T * R * R * D)
         _second(
-            array(x.view(T, R * D)), array(dh), array(fn), array(dmix * r), array(along),
-            array(pre), array(dx.view(T, R * D)), array(dfn),
+            array(x.view(T, R * D)),
+            array(dh),
+            array(fn),
+            array(dmix * r),
+            array(along),
+            array(pre),
+            array(dx.view(T, R * D)),
+            array(dfn),
             scratch(used, 2 * N + 2 * CHUNK, SPAN),
-        )  # fmt: skip
+        )
     return dx, dfn, (da * u * r).sum(0), da.sum(0)

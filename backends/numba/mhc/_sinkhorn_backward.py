@@ -122,8 +122,11 @@ def numba(dcomb: Tensor, logits: Tensor, *, iterations: int, eps: float) -> Tens
     if dlogits.numel():
         used = threads(3 * T * R * R * iterations)
         _run(
-            array(dcomb.reshape(T, R, R)), array(logits.float().reshape(T, R, R)),
-            array(dlogits.view(T, R, R)), iterations, eps,
+            array(dcomb.reshape(T, R, R)),
+            array(logits.float().reshape(T, R, R)),
+            array(dlogits.view(T, R, R)),
+            iterations,
+            eps,
             scratch(used, 3 * R * R + 1 + steps * (R * R + R), TOKENS),
-        )  # fmt: skip
+        )
     return dlogits.to(logits.dtype)

@@ -47,11 +47,16 @@ def numba(
     pieces, used = max(1, -(-R * D // PIECE)), threads(T * R * R * D)
     h = torch.empty((*x.shape[:-2], D), dtype=x.dtype)
     _run(
-        array(x.reshape(T, R * D)), array(fn.float()), array(scale.float()), array(base.float()),
-        np.array((eps, rms_eps), np.float32), array(h.view(T, D)),
-        np.empty((min(T, CHUNK), pieces, R + 1), np.float32), scratch(used, TOKENS, PIECE),
+        array(x.reshape(T, R * D)),
+        array(fn.float()),
+        array(scale.float()),
+        array(base.float()),
+        np.array((eps, rms_eps), np.float32),
+        array(h.view(T, D)),
+        np.empty((min(T, CHUNK), pieces, R + 1), np.float32),
+        scratch(used, TOKENS, PIECE),
         scratch(used, R + 1 + PIECE),
-    )  # fmt: skip
+    )
     return h
 
 

@@ -55,10 +55,13 @@ def numba(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     (R, D), T = x.shape[-2:], x.shape[:-2].numel()
     y = torch.empty(x.shape, dtype=x.dtype)
     _run(
-        array(f.reshape(T, D)), array(x.reshape(T, R, D)), array(post.float().reshape(T, R)),
-        array(comb.float().reshape(T, R, R)), array(y.view(T, R, D)),
+        array(f.reshape(T, D)),
+        array(x.reshape(T, R, D)),
+        array(post.float().reshape(T, R)),
+        array(comb.float().reshape(T, R, R)),
+        array(y.view(T, R, D)),
         scratch(threads(T * R * D), PIECE),
-    )  # fmt: skip
+    )
     return y
 
 

@@ -78,21 +78,35 @@ def _run(x, fn, scale, base, iterations, numbers, h, post, comb, sums, rows, roo
 
 @mhc_pre.impl(requires=floats("x"))
 def numba(
-    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, iterations: int, eps: float,
-    rms_eps: float, post_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    rms_eps: float,
+    post_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """h = sum_j pre[j] * x[j]; post and comb are what `mhc_post` takes."""
     (R, D), T, lead = x.shape[-2:], x.shape[:-2].numel(), x.shape[:-2]
     N, pieces, used = (2 + R) * R, max(1, -(-R * D // PIECE)), threads(T * R * R * D)
     h = torch.empty((*lead, D), dtype=x.dtype)
     post, comb = torch.empty((*lead, R)), torch.empty((*lead, R, R))
     _run(
-        array(x.reshape(T, R * D)), array(fn.float()), array(scale.float()), array(base.float()),
-        iterations, np.array((eps, rms_eps, post_scale), np.float32), array(h.view(T, D)),
-        array(post.view(T, R)), array(comb.view(T, R, R)),
-        np.empty((min(T, CHUNK), pieces, N + 1), np.float32), scratch(used, TOKENS, PIECE),
+        array(x.reshape(T, R * D)),
+        array(fn.float()),
+        array(scale.float()),
+        array(base.float()),
+        iterations,
+        np.array((eps, rms_eps, post_scale), np.float32),
+        array(h.view(T, D)),
+        array(post.view(T, R)),
+        array(comb.view(T, R, R)),
+        np.empty((min(T, CHUNK), pieces, N + 1), np.float32),
+        scratch(used, TOKENS, PIECE),
         scratch(used, N + 1 + PIECE),
-    )  # fmt: skip
+    )
     return h, post, comb
 
 

@@ -92,9 +92,12 @@ def numba(logits: Tensor, *, iterations: int, eps: float) -> Tensor:
     if comb.numel():
         used = threads(T * R * R * iterations)
         _run(
-            array(logits.reshape(T, R, R)), array(comb.view(T, R, R)), iterations, eps,
+            array(logits.reshape(T, R, R)),
+            array(comb.view(T, R, R)),
+            iterations,
+            eps,
             scratch(used, R * R + 1, TOKENS),
-        )  # fmt: skip
+        )
     return comb
 
 

@@ -172,9 +172,20 @@ def meet_panel(rows, count, source, at, K, tile):
     for k in range(0, max(K, 1), DEPTH):
         for i in range(0, count, ROWS):
             product(
-                memory, start + i * across + k, across, 1, source, at + k * LANES, LANES,
-                tile, i * LANES, LANES, min(ROWS, count - i), min(DEPTH, K - k), k > 0,
-            )  # fmt: skip
+                memory,
+                start + i * across + k,
+                across,
+                1,
+                source,
+                at + k * LANES,
+                LANES,
+                tile,
+                i * LANES,
+                LANES,
+                min(ROWS, count - i),
+                min(DEPTH, K - k),
+                k > 0,
+            )
 
 
 @part

@@ -136,11 +136,20 @@ def _sum(ids, E, out, y, room):
 
 @moe_experts.impl(requires=(*floats("x", "weights"), stored_contiguously("gate_up", "down")))
 def numba(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight, *,
-    activation: str = "silu", limit: float | None = None, gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None, weight_position: str = "after", interleaved: bool = False,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    *,
+    activation: str = "silu",
+    limit: float | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight_position: str = "after",
+    interleaved: bool = False,
     alpha: float = 1.702,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y[t] = sum over slots of weights[t,s] * (down[e] @ h(gate_up[e] @ x[t] + b) + b')."""
     (T, D), K, E, width = x.shape, ids.shape[1], gate_up.shape[0], down.shape[2]
     y = torch.empty((T, D), dtype=x.dtype)
@@ -149,9 +158,10 @@ def numba(
     biases = (given(b, 2, torch.float32) for b in (gate_up_bias, down_bias))
     first_bias, second_bias = biases
     form = (
-        ACTIVATIONS.index(activation), np.float32(math.inf if limit is None else limit),
+        ACTIVATIONS.index(activation),
+        np.float32(math.inf if limit is None else limit),
         np.float32(alpha),
-    )  # fmt: skip
+    )
     used = threads(3 * T * K * D * width // 16)
     work = scratch(used, 2 * BLOCK, D), scratch(used, 2 * BLOCK, LANES)
     other = scratch(used, BLOCK, width), scratch(used, BLOCK, LANES)
@@ -169,12 +179,30 @@ def numba(
         for parts in groups:
             pack_rows(parts, few, rows, order, K, given_rows, used)
             _gated(
-                parts, few, first_weight, (D, width, interleaved), form, given_rows, first_bias,
-                order, scales if before else none, hidden, work,
-            )  # fmt: skip
+                parts,
+                few,
+                first_weight,
+                (D, width, interleaved),
+                form,
+                given_rows,
+                first_bias,
+                order,
+                scales if before else none,
+                hidden,
+                work,
+            )
             rows_into(
-                parts, few, second_weight, (D, width, before), hidden, 4, order, second_bias,
-                scales, out, other,
-            )  # fmt: skip
+                parts,
+                few,
+                second_weight,
+                (D, width, before),
+                hidden,
+                4,
+                order,
+                second_bias,
+                scales,
+                out,
+                other,
+            )
         _sum(slots, E, out, array(y[some]), scratch(used, D))
     return y

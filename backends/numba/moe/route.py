@@ -161,10 +161,18 @@ def _run(logits, form, bias, preset, mask, ids, weights, room, integers):
 
 @route.impl(requires=floats("logits"))
 def numba(
-    logits: Tensor, k: int, *, score: str, bias: Tensor | None = None, groups: int = 1,
-    top_groups: int = 1, renormalize: bool = True, scale: float = 1.0,
-    preset: Tensor | None = None, mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    k: int,
+    *,
+    score: str,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    preset: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """ids = the k largest of s + bias, weights = scale * s[ids] / (sum(s[ids]) + 1e-20)."""
     T, E = logits.shape
     ids, weights = torch.empty((T, k), dtype=torch.int32), torch.empty((T, k))
@@ -172,10 +180,16 @@ def numba(
     form = (SCORES.index(score), groups, top_groups, renormalize, np.float32(scale))
     size = -(-E // LANES) * LANES + E + max(k, 2 * groups)
     _run(
-        array(logits), form, given(bias, 1, torch.float32), given(preset, 2, torch.int64),
-        given(mask, 1, torch.bool), array(ids), array(weights), scratch(used, size),
+        array(logits),
+        form,
+        given(bias, 1, torch.float32),
+        given(preset, 2, torch.int64),
+        given(mask, 1, torch.bool),
+        array(ids),
+        array(weights),
+        scratch(used, size),
         np.empty((used, max(k, groups)), np.int64),
-    )  # fmt: skip
+    )
     return ids, weights
 
 
@@ -262,18 +276,27 @@ def _run_backward(dweights, logits, ids, form, dlogits, room):
 
 
 def _numba_backward(
-    dweights: Tensor, logits: Tensor, ids: Tensor, *, score: str, renormalize: bool = True,
+    dweights: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    score: str,
+    renormalize: bool = True,
     scale: float = 1.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """ds = scale/Z * (dw - sum_j dw_j s_j / Z), times ds/dz."""
     (T, E), K = logits.shape, ids.shape[1]
     dlogits, used = torch.empty(T, E), threads(8 * T * E)
     valid = torch.where((ids >= 0) & (ids < E), ids, -1)
     form = (SCORES.index(score), renormalize, np.float32(scale))
     _run_backward(
-        array(dweights), array(logits.float()), array(valid.long()), form, array(dlogits),
+        array(dweights),
+        array(logits.float()),
+        array(valid.long()),
+        form,
+        array(dlogits),
         scratch(used, -(-E // LANES) * LANES + E + 2 * K),
-    )  # fmt: skip
+    )
     return dlogits.to(logits.dtype)
 
 

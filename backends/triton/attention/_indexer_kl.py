@@ -23,9 +23,19 @@ from ._keys import gathered
 
 @jit
 def _listed(
-    k, indices, query, first, S, N, L, k_batch, k_row, D: tl.constexpr, BD: tl.constexpr,
+    k,
+    indices,
+    query,
+    first,
+    S,
+    N,
+    L,
+    k_batch,
+    k_row,
+    D: tl.constexpr,
+    BD: tl.constexpr,
     BK: tl.constexpr,
-):  # fmt: skip
+):
     """(place, whether a key is listed there, the keys) of a tile of a query's list."""
     place = first + tl.arange(0, BK)
     j = tl.load(indices + query * L + tl.minimum(place, L - 1))
@@ -48,16 +58,31 @@ def _heads(q, weights, query, h, H, D: tl.constexpr, BD: tl.constexpr, BH: tl.co
 
 @jit
 def _score(
-    q, k, weights, indices, scores, k_batch, k_row, queries, S, H, N, L, D: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    weights,
+    indices,
+    scores,
+    k_batch,
+    k_row,
+    queries,
+    S,
+    H,
+    N,
+    L,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # scores[s,l] = sum_h weights relu(q . k) of the listed keys; -inf where none is listed.
     tiles = tl.cdiv(L, BK)
     for number in range(tl.program_id(0), queries * tiles, tl.num_programs(0)):
         query = tl.cast(number // tiles, tl.int64)
         place, seen, keys = _listed(
             k, indices, query, number % tiles * BK, S, N, L, k_batch, k_row, D, BD, BK
-        )  # fmt: skip
+        )
         total = tl.zeros((BK,), tl.float32)
         for h in range(0, H, BH):
             _, _, x, factor = _heads(q, weights, query, h, H, D, BD, BH)
@@ -69,10 +94,26 @@ def _score(
 
 @jit
 def _dq(
-    q, k, weights, indices, dscores, dq, dweights, k_batch, k_row, queries, S, H, N, L,
-    D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    q,
+    k,
+    weights,
+    indices,
+    dscores,
+    dq,
+    dweights,
+    k_batch,
+    k_row,
+    queries,
+    S,
+    H,
+    N,
+    L,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # dq and dweights of BH heads of a query.
     blocks = tl.cdiv(H, BH)
     for number in range(tl.program_id(0), queries * blocks, tl.num_programs(0)):
@@ -83,7 +124,7 @@ def _dq(
         for first in range(0, L, BK):
             place, seen, keys = _listed(
                 k, indices, query, first, S, N, L, k_batch, k_row, D, BD, BK
-            )  # fmt: skip
+            )
             slope = tl.load(dscores + query * L + place, mask=place < L, other=0.0)
             # Selected, no mask: where a mask is itself loaded, Ascend reads the whole tile.
             slope = tl.where(seen, slope, 0.0)[None, :]
@@ -100,10 +141,26 @@ def _dq(
 
 @jit
 def _give(
-    q, k, weights, indices, dscores, given, k_batch, k_row, first, some, S, H, N, L,
-    D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    q,
+    k,
+    weights,
+    indices,
+    dscores,
+    given,
+    k_batch,
+    k_row,
+    first,
+    some,
+    S,
+    H,
+    N,
+    L,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # given[i,l] = what query first + i gives to the key that it lists at l.
     tiles = tl.cdiv(L, BK)
     for number in range(tl.program_id(0), some * tiles, tl.num_programs(0)):
@@ -111,7 +168,7 @@ def _give(
         query = first + i
         place, seen, keys = _listed(
             k, indices, query, number % tiles * BK, S, N, L, k_batch, k_row, D, BD, BK
-        )  # fmt: skip
+        )
         slope = tl.load(dscores + query * L + place, mask=place < L, other=0.0)
         slope = tl.where(seen, slope, 0.0)[None, :]
         total = tl.zeros((BK, BD), tl.float32)
@@ -139,9 +196,21 @@ def listed_scores(q: Tensor, k: Tensor, weights: Tensor, indices: Tensor) -> Ten
     if N and scores.numel():
         tile, more = _constants(q)
         launch(
-            _score, programs(q, B * S * cdiv(L, tile["BK"]), tile), q, k, weights, indices, scores,
-            *k.stride()[:2], B * S, S, H, N, L, **more,
-        )  # fmt: skip
+            _score,
+            programs(q, B * S * cdiv(L, tile["BK"]), tile),
+            q,
+            k,
+            weights,
+            indices,
+            scores,
+            *k.stride()[:2],
+            B * S,
+            S,
+            H,
+            N,
+            L,
+            **more,
+        )
     return scores
 
 
@@ -161,9 +230,23 @@ def through_scores(
     if sums.numel() and dq.numel() and L:
         tile, more = _constants(q)
         launch(
-            _dq, programs(q, B * S * cdiv(H, tile["BH"]), tile), q, k, weights, indices, dscores,
-            dq, dweights, *k.stride()[:2], B * S, S, H, N, L, **more,
-        )  # fmt: skip
+            _dq,
+            programs(q, B * S * cdiv(H, tile["BH"]), tile),
+            q,
+            k,
+            weights,
+            indices,
+            dscores,
+            dq,
+            dweights,
+            *k.stride()[:2],
+            B * S,
+            S,
+            H,
+            N,
+            L,
+            **more,
+        )
         batch = torch.arange(B, device=q.device)[:, None, None] * N
         target = torch.where((indices >= 0) & (indices < N), indices.long() + batch, -1)
         target = target.flatten(0, 1)
@@ -172,9 +255,23 @@ def through_scores(
         for first in range(0, B * S, at_once):
             some = min(at_once, B * S - first)
             launch(
-                _give, programs(q, some * cdiv(L, tile["BK"]), tile), q, k, weights, indices,
-                dscores, given, *k.stride()[:2], first, some, S, H, N, L, **more,
-            )  # fmt: skip
+                _give,
+                programs(q, some * cdiv(L, tile["BK"]), tile),
+                q,
+                k,
+                weights,
+                indices,
+                dscores,
+                given,
+                *k.stride()[:2],
+                first,
+                some,
+                S,
+                H,
+                N,
+                L,
+                **more,
+            )
             order, starts = by_target(target[first : first + some], B * N)
             sum_rows(given, order, starts, sums, add=True)
     return dq, sums.view(B, N, D).to(k.dtype), dweights

@@ -24,9 +24,15 @@ def columns(FIRST: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
 
 @jit
 def gathered(
-    base, row, seen, FIRST: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    BYTES: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    base,
+    row,
+    seen,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    BYTES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """BLOCK columns of the rows that start `row` elements behind `base`, [rows, BLOCK]; 0 in rows
     that are not seen, whatever they hold, and beyond D.
 

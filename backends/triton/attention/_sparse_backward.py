@@ -23,9 +23,21 @@ from ._keys import gathered, kept_share
 
 @jit
 def _query(
-    q, do, o, lse, dlse, sink, query, head, there, H, D: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+    q,
+    do,
+    o,
+    lse,
+    dlse,
+    sink,
+    query,
+    head,
+    there,
+    H,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+):
     """(x, its tail, do, lse, dlse, do . o, the share that the sink leaves) of some heads."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     x = gathered(q + query * H * D, head * D, there, 0, BV, D, 0, DTYPE)
@@ -43,9 +55,20 @@ def _query(
 
 @jit
 def _weights(
-    x, x_tail, dy, norm, dnorm, delta, share, tile, tail, seen, scale, BT: tl.constexpr,
+    x,
+    x_tail,
+    dy,
+    norm,
+    dnorm,
+    delta,
+    share,
+    tile,
+    tail,
+    seen,
+    scale,
+    BT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """(dS * scale, share * p) of a tile of keys, [heads, keys]; 0 where a key is not seen."""
     none = tl.zeros((x.shape[0], tile.shape[0]), tl.float32)
     logits = dot(x, tl.trans(tile), none, PRECISION)
@@ -60,9 +83,21 @@ def _weights(
 
 @jit
 def _place(
-    indices, visible, valid, query, place, S, N, L, M, window, kv_row, local_row,
-    LISTED: tl.constexpr, LOCAL: tl.constexpr,
-):  # fmt: skip
+    indices,
+    visible,
+    valid,
+    query,
+    place,
+    S,
+    N,
+    L,
+    M,
+    window,
+    kv_row,
+    local_row,
+    LISTED: tl.constexpr,
+    LOCAL: tl.constexpr,
+):
     """(offset of the row, whether it is seen) of a query's places in its list, or window."""
     if LOCAL:
         j = M - S + query % S - window + 1 + place
@@ -85,11 +120,40 @@ def _place(
 
 @jit
 def _dq(
-    q, do, o, lse, dlse, sink, kv, local, indices, visible, valid, dq, dsink, kv_batch, kv_row,
-    local_batch, local_row, work, S, H, N, L, M, window, scale, LISTED: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    do,
+    o,
+    lse,
+    dlse,
+    sink,
+    kv,
+    local,
+    indices,
+    visible,
+    valid,
+    dq,
+    dsink,
+    kv_batch,
+    kv_row,
+    local_batch,
+    local_row,
+    work,
+    S,
+    H,
+    N,
+    L,
+    M,
+    window,
+    scale,
+    LISTED: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # dq = sum_j dS_j K_j of BH heads of a query, and its part of dsink.
     blocks = tl.cdiv(H, BH)
     for number in range(tl.program_id(0), work, tl.num_programs(0)):
@@ -99,7 +163,7 @@ def _dq(
         head = tl.minimum(head, H - 1)
         x, x_tail, dy, norm, dnorm, delta, share = _query(
             q, do, o, lse, dlse, sink, query, head, there, H, D, V, BV, BT
-        )  # fmt: skip
+        )
         s = tl.load(sink + head).to(tl.float32)
         lost = tl.where(s == float("-inf"), 0.0, 1.0 / (1.0 + tl.exp(norm - s)))
         tl.store(dsink + query * H + head, -lost * delta, mask=there)
@@ -107,9 +171,21 @@ def _dq(
         rest = tl.zeros((BH, BT if BT > 0 else 1), tl.float32)
         for first in range(0, L, BK):
             row, seen = _place(
-                indices, visible, valid, query, first + tl.arange(0, BK), S, N, L, M, window,
-                kv_row, local_row, LISTED, False,
-            )  # fmt: skip
+                indices,
+                visible,
+                valid,
+                query,
+                first + tl.arange(0, BK),
+                S,
+                N,
+                L,
+                M,
+                window,
+                kv_row,
+                local_row,
+                LISTED,
+                False,
+            )
             base = kv + query // S * kv_batch
             tile = gathered(base, row, seen, 0, BV, D, 0, q.dtype.element_ty)
             tail = tile
@@ -117,15 +193,27 @@ def _dq(
                 tail = gathered(base, row, seen, BV, BT, D, 0, q.dtype.element_ty)
             ds, _ = _weights(
                 x, x_tail, dy, norm, dnorm, delta, share, tile, tail, seen, scale, BT, PRECISION
-            )  # fmt: skip
+            )
             total = mixture(ds, tile, total, PRECISION)
             if BT > 0:
                 rest = mixture(ds, tail, rest, PRECISION)
         for first in range(0, window, BK):
             row, seen = _place(
-                indices, visible, valid, query, first + tl.arange(0, BK), S, N, L, M, window,
-                kv_row, local_row, LISTED, True,
-            )  # fmt: skip
+                indices,
+                visible,
+                valid,
+                query,
+                first + tl.arange(0, BK),
+                S,
+                N,
+                L,
+                M,
+                window,
+                kv_row,
+                local_row,
+                LISTED,
+                True,
+            )
             base = local + query // S * local_batch
             tile = gathered(base, row, seen, 0, BV, D, 0, q.dtype.element_ty)
             tail = tile
@@ -133,7 +221,7 @@ def _dq(
                 tail = gathered(base, row, seen, BV, BT, D, 0, q.dtype.element_ty)
             ds, _ = _weights(
                 x, x_tail, dy, norm, dnorm, delta, share, tile, tail, seen, scale, BT, PRECISION
-            )  # fmt: skip
+            )
             total = mixture(ds, tile, total, PRECISION)
             if BT > 0:
                 rest = mixture(ds, tail, rest, PRECISION)
@@ -152,11 +240,41 @@ def _put(base, row, there, FIRST: tl.constexpr, tile, D: tl.constexpr, BLOCK: tl
 
 @jit
 def _give(
-    q, do, o, lse, dlse, sink, rows, indices, visible, valid, given, batch_stride, row_stride, at,
-    count, first, width, offset, S, H, N, L, M, window, scale, LISTED: tl.constexpr,
-    LOCAL: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    BH: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    do,
+    o,
+    lse,
+    dlse,
+    sink,
+    rows,
+    indices,
+    visible,
+    valid,
+    given,
+    batch_stride,
+    row_stride,
+    at,
+    count,
+    first,
+    width,
+    offset,
+    S,
+    H,
+    N,
+    L,
+    M,
+    window,
+    scale,
+    LISTED: tl.constexpr,
+    LOCAL: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # given[i, offset + place] = sum over heads of dS q + share p do, for `count` places of a query
     # first + i: BK rows at a time, the heads in blocks of BH.
     tiles = tl.cdiv(count, BK)
@@ -165,9 +283,21 @@ def _give(
         query = tl.cast(first + i, tl.int64)
         place = number % tiles * BK + tl.arange(0, BK)
         row, seen = _place(
-            indices, visible, valid, query, place, S, N, L, M, window, row_stride, row_stride,
-            LISTED, LOCAL,
-        )  # fmt: skip
+            indices,
+            visible,
+            valid,
+            query,
+            place,
+            S,
+            N,
+            L,
+            M,
+            window,
+            row_stride,
+            row_stride,
+            LISTED,
+            LOCAL,
+        )
         base = rows + query // S * batch_stride
         tile = gathered(base, row, seen, 0, BV, D, 0, q.dtype.element_ty)
         tail = tile
@@ -181,10 +311,10 @@ def _give(
             head = tl.minimum(head, H - 1)
             x, x_tail, dy, norm, dnorm, delta, share = _query(
                 q, do, o, lse, dlse, sink, query, head, there, H, D, V, BV, BT
-            )  # fmt: skip
+            )
             ds, p = _weights(
                 x, x_tail, dy, norm, dnorm, delta, share, tile, tail, seen, scale, BT, PRECISION
-            )  # fmt: skip
+            )
             total = mixture(tl.trans(ds), x, total, PRECISION)
             total = mixture(tl.trans(p), dy, total, PRECISION)
             if BT > 0:
@@ -196,10 +326,20 @@ def _give(
 
 
 def attend_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, kv: Tensor, indices: Tensor | None,
-    visible: Tensor | None, local_kv: Tensor, sink: Tensor, local_valid: Tensor | None, o: Tensor,
-    lse: Tensor, window: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None,
+    visible: Tensor | None,
+    local_kv: Tensor,
+    sink: Tensor,
+    local_valid: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dkv, dlocal_kv and dsink."""
     (B, S, H, D), N, M, V = q.shape, kv.shape[1], local_kv.shape[1], do.shape[3]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -214,23 +354,46 @@ def attend_backward(
         entry = "sparse_attention." + ("f32" if q.dtype == torch.float32 else "backward")
         tile = tile_for(entry, q)
         more = dict(
-            tile=tile, entry=entry, LISTED=listed, D=D, V=V, BV=wide, BT=tail,
+            tile=tile,
+            entry=entry,
+            LISTED=listed,
+            D=D,
+            V=V,
+            BV=wide,
+            BT=tail,
             PRECISION=precision(q.dtype, q.dtype, q),
-        )  # fmt: skip
+        )
         q, do, o, lse, dlse, sink = (a.contiguous() for a in (q, do, o, lse, dlse, sink))
         lists = (
             indices.contiguous() if listed else None,
-            None if visible is None else visible.contiguous(), as_bytes(local_valid),
-        )  # fmt: skip
+            None if visible is None else visible.contiguous(),
+            as_bytes(local_valid),
+        )
         sizes = (S, H, N, length, M, window, scale)
         work = B * S * cdiv(H, tile["BH"])
         launch(
-            _dq, programs(q, work, tile), q, do, o, lse, dlse, sink, kv, local_kv, *lists, dq,
-            dsink, *kv.stride()[:2], *local_kv.stride()[:2], work, *sizes, **more,
-        )  # fmt: skip
+            _dq,
+            programs(q, work, tile),
+            q,
+            do,
+            o,
+            lse,
+            dlse,
+            sink,
+            kv,
+            local_kv,
+            *lists,
+            dq,
+            dsink,
+            *kv.stride()[:2],
+            *local_kv.stride()[:2],
+            work,
+            *sizes,
+            **more,
+        )
         target = _targets(
             indices if listed else None, visible, local_valid, B, S, N, M, length, window, q
-        )  # fmt: skip
+        )
         at_once = max(1, min(B * S, config.workspace_bytes() // (4 * width * max(1, D))))
         given = torch.empty((at_once, width, D), dtype=torch.float32, device=q.device)
         for first in range(0, B * S, at_once):
@@ -238,25 +401,52 @@ def attend_backward(
             for rows, count, offset in ((kv, length, 0), (local_kv, window, length)):
                 if count:
                     launch(
-                        _give, programs(q, some * cdiv(count, tile["BK"]), tile), q, do, o, lse,
-                        dlse, sink, rows, *lists, given, *rows.stride()[:2], some, count, first,
-                        width, offset, *sizes, LOCAL=offset > 0 or rows is local_kv, **more,
-                    )  # fmt: skip
+                        _give,
+                        programs(q, some * cdiv(count, tile["BK"]), tile),
+                        q,
+                        do,
+                        o,
+                        lse,
+                        dlse,
+                        sink,
+                        rows,
+                        *lists,
+                        given,
+                        *rows.stride()[:2],
+                        some,
+                        count,
+                        first,
+                        width,
+                        offset,
+                        *sizes,
+                        LOCAL=offset > 0 or rows is local_kv,
+                        **more,
+                    )
             order, starts = by_target(target[first : first + some], sums.shape[0])
             sum_rows(given.view(-1, 1, D), order, starts, sums, add=True)
     else:
         dq.zero_()
     dkv, dlocal = sums.split((B * N, B * M))
     return (
-        dq, dkv.view(B, N, D).to(kv.dtype), dlocal.view(B, M, D).to(local_kv.dtype),
+        dq,
+        dkv.view(B, N, D).to(kv.dtype),
+        dlocal.view(B, M, D).to(local_kv.dtype),
         dsink.sum(0).to(sink.dtype),
-    )  # fmt: skip
+    )
 
 
 def _targets(
-    indices: Tensor | None, visible: Tensor | None, valid: Tensor | None, B: int, S: int, N: int,
-    M: int, length: int, window: int, like: Tensor,
-) -> Tensor:  # fmt: skip
+    indices: Tensor | None,
+    visible: Tensor | None,
+    valid: Tensor | None,
+    B: int,
+    S: int,
+    N: int,
+    M: int,
+    length: int,
+    window: int,
+    like: Tensor,
+) -> Tensor:
     """[B*S, length + window]: the row of all entries, then all local tokens, that a query gives
     to at each place; -1 for none."""
     arange = lambda n: torch.arange(n, device=like.device)  # noqa: E731

@@ -48,11 +48,38 @@ def _tokens(block, inner, N, last, size, BK: tl.constexpr):
 
 @jit
 def _forward(
-    q, k, v, blocks, sink, o, lse, k_batch, k_row, k_head, v_batch, v_row, v_head, work, S, N, Sq,
-    Hkv, G, L, size, span, scale, CAUSAL: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    BD: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr,
+    q,
+    k,
+    v,
+    blocks,
+    sink,
+    o,
+    lse,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    work,
+    S,
+    N,
+    Sq,
+    Hkv,
+    G,
+    L,
+    size,
+    span,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BG: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # One query and key head at a time, its blocks in the list's order. Bound by the tensor cores
     # where G is large, else by the blocks' bytes.
     H, count = Hkv * G, tl.cdiv(N, size)
@@ -74,13 +101,25 @@ def _forward(
                 for inner in range(0, stop, BK):
                     token, seen = _tokens(chosen, inner, N, last, size, BK)
                     keys = gathered(
-                        k + batch * k_batch + g * k_head, token * k_row, seen, 0, BD, D, 0,
+                        k + batch * k_batch + g * k_head,
+                        token * k_row,
+                        seen,
+                        0,
+                        BD,
+                        D,
+                        0,
                         q.dtype.element_ty,
-                    )  # fmt: skip
+                    )
                     values = gathered(
-                        v + batch * v_batch + g * v_head, token * v_row, seen, 0, BV, V, 0,
+                        v + batch * v_batch + g * v_head,
+                        token * v_row,
+                        seen,
+                        0,
+                        BV,
+                        V,
+                        0,
                         q.dtype.element_ty,
-                    )  # fmt: skip
+                    )
                     logits = dot(x, tl.trans(keys), tl.zeros((BG, BK), tl.float32), PRECISION)
                     logits = tl.where(seen[None, :], logits * scale, float("-inf"))
                     weights, earlier, largest, mass = softmax_step(logits, largest, mass)
@@ -104,9 +143,26 @@ def _put(base, row, there, tile, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def _slopes(
-    q, do, o, lse, dlse, sink, keys, values, seen, query, head, there, H, scale, D: tl.constexpr,
-    V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    do,
+    o,
+    lse,
+    dlse,
+    sink,
+    keys,
+    values,
+    seen,
+    query,
+    head,
+    there,
+    H,
+    scale,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """(dS * scale, share * p, x, do) of some heads of a query and a tile of keys."""
     x = gathered(q + query * H * D, head * D, there, 0, BD, D, 0, q.dtype.element_ty)
     dy = gathered(do + query * H * V, head * V, there, 0, BV, V, 0, q.dtype.element_ty)
@@ -126,11 +182,42 @@ def _slopes(
 
 @jit
 def _dq(
-    q, do, o, lse, dlse, sink, k, v, blocks, dq, dsink, k_batch, k_row, k_head, v_batch, v_row,
-    v_head, work, S, N, Sq, Hkv, G, L, size, span, scale, CAUSAL: tl.constexpr, D: tl.constexpr,
-    V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr,
+    q,
+    do,
+    o,
+    lse,
+    dlse,
+    sink,
+    k,
+    v,
+    blocks,
+    dq,
+    dsink,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    work,
+    S,
+    N,
+    Sq,
+    Hkv,
+    G,
+    L,
+    size,
+    span,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BG: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     H, count = Hkv * G, tl.cdiv(N, size)
     for number in range(tl.program_id(0), work, tl.num_programs(0)):
         query, batch, s, g, head, there = _group(number, S, Hkv, G, BG)
@@ -147,17 +234,46 @@ def _dq(
                 for inner in range(0, stop, BK):
                     token, seen = _tokens(chosen, inner, N, last, size, BK)
                     keys = gathered(
-                        k + batch * k_batch + g * k_head, token * k_row, seen, 0, BD, D, 0,
+                        k + batch * k_batch + g * k_head,
+                        token * k_row,
+                        seen,
+                        0,
+                        BD,
+                        D,
+                        0,
                         q.dtype.element_ty,
-                    )  # fmt: skip
+                    )
                     values = gathered(
-                        v + batch * v_batch + g * v_head, token * v_row, seen, 0, BV, V, 0,
+                        v + batch * v_batch + g * v_head,
+                        token * v_row,
+                        seen,
+                        0,
+                        BV,
+                        V,
+                        0,
                         q.dtype.element_ty,
-                    )  # fmt: skip
+                    )
                     ds, _, _, _ = _slopes(
-                        q, do, o, lse, dlse, sink, keys, values, seen, query, head, there, H,
-                        scale, D, V, BD, BV, PRECISION,
-                    )  # fmt: skip
+                        q,
+                        do,
+                        o,
+                        lse,
+                        dlse,
+                        sink,
+                        keys,
+                        values,
+                        seen,
+                        query,
+                        head,
+                        there,
+                        H,
+                        scale,
+                        D,
+                        V,
+                        BD,
+                        BV,
+                        PRECISION,
+                    )
                     total = mixture(ds, keys, total, PRECISION)
         _put(dq, query * H + head, there, total, D, BD)
         dy = gathered(do + query * H * V, head * V, there, 0, BV, V, 0, q.dtype.element_ty)
@@ -171,11 +287,43 @@ def _dq(
 
 @jit
 def _dkv(
-    q, do, o, lse, dlse, sink, k, v, order, starts, dk, dv, k_batch, k_row, k_head, v_batch, v_row,
-    v_head, B, S, N, Sq, Hkv, G, L, size, span, scale, CAUSAL: tl.constexpr, D: tl.constexpr,
-    V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr,
+    q,
+    do,
+    o,
+    lse,
+    dlse,
+    sink,
+    k,
+    v,
+    order,
+    starts,
+    dk,
+    dv,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    B,
+    S,
+    N,
+    Sq,
+    Hkv,
+    G,
+    L,
+    size,
+    span,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BG: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # dk and dv of BK tokens of a block: all queries of all lists that name it, in order.
     H, count, tiles = Hkv * G, tl.cdiv(N, size), tl.cdiv(size, BK)
     for number in range(tl.program_id(0), B * Hkv * count * tiles, tl.num_programs(0)):
@@ -201,9 +349,26 @@ def _dkv(
                 if CAUSAL:
                     seen = seen & (token <= N - S + s)
                 ds, p, x, dy = _slopes(
-                    q, do, o, lse, dlse, sink, keys, values, seen, wide * S + s, head, member < G,
-                    H, scale, D, V, BD, BV, PRECISION,
-                )  # fmt: skip
+                    q,
+                    do,
+                    o,
+                    lse,
+                    dlse,
+                    sink,
+                    keys,
+                    values,
+                    seen,
+                    wide * S + s,
+                    head,
+                    member < G,
+                    H,
+                    scale,
+                    D,
+                    V,
+                    BD,
+                    BV,
+                    PRECISION,
+                )
                 dkeys = mixture(tl.trans(ds), x, dkeys, PRECISION)
                 dvalues = mixture(tl.trans(p), dy, dvalues, PRECISION)
         row = (wide * N + at) * Hkv + g
@@ -213,7 +378,7 @@ def _dkv(
 
 def _plan(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, causal: bool, entry: str
-):  # fmt: skip
+):
     """(sizes, constants) that all three kernels take; entry: whose tiles."""
     (_, S, Hq, D), (_, Sq, Hkv, L) = q.shape, indices.shape
     N, V, G = k.shape[1], v.shape[3], Hq // Hkv
@@ -222,22 +387,39 @@ def _plan(
     entry = f"block_sparse_attention.{entry}"
     sizes = (S, N, Sq, Hkv, G, L, block_size, span_of(S, Sq, block_size))
     return sizes, dict(
-        tile=tile_for(entry, q), entry=entry, CAUSAL=causal, D=D, V=V, BD=power_of_two(D),
-        BV=power_of_two(V), BG=power_of_two(G), PRECISION=precision(q.dtype, q.dtype, q),
-    )  # fmt: skip
+        tile=tile_for(entry, q),
+        entry=entry,
+        CAUSAL=causal,
+        D=D,
+        V=V,
+        BD=power_of_two(D),
+        BV=power_of_two(V),
+        BG=power_of_two(G),
+        PRECISION=precision(q.dtype, q.dtype, q),
+    )
 
 
 _REQUIRES = (
-    *floats("q"), last_dim_contiguous("k", "v"), at_most("N", 2**30), at_most("D", 512),
+    *floats("q"),
+    last_dim_contiguous("k", "v"),
+    at_most("N", 2**30),
+    at_most("D", 512),
     at_most("Dv", 512),
-)  # fmt: skip
+)
 
 
 @offer(block_sparse_attention, *_REQUIRES)
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, causal: bool,
-    sink: Tensor | None = None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    sink: Tensor | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """o and lse."""
     B, S, Hq, _ = q.shape
     o = q.new_zeros((B, S, Hq, v.shape[3]))
@@ -246,18 +428,41 @@ def forward(
         sizes, more = _plan(q, k, v, block_indices, block_size, causal, "tiles")
         work = B * S * k.shape[2]
         launch(
-            _forward, programs(q, work, more["tile"]), q.contiguous(), k, v,
-            block_indices.contiguous(), None if sink is None else sink.contiguous(), o, lse,
-            *k.stride()[:3], *v.stride()[:3], work, *sizes, scale * LOG2E, **more,
-        )  # fmt: skip
+            _forward,
+            programs(q, work, more["tile"]),
+            q.contiguous(),
+            k,
+            v,
+            block_indices.contiguous(),
+            None if sink is None else sink.contiguous(),
+            o,
+            lse,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            work,
+            *sizes,
+            scale * LOG2E,
+            **more,
+        )
     return o, lse
 
 
 @offer(block_sparse_attention_backward, *_REQUIRES)
 def backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor,
-    sink: Tensor, o: Tensor, lse: Tensor, *, block_size: int, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    sink: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dsink)."""
     (B, S, Hq, _), (_, N, Hkv, _) = q.shape, k.shape
     dq, dk, dv = (torch.zeros(a.shape, dtype=a.dtype, device=a.device) for a in (q, k, v))
@@ -268,9 +473,18 @@ def backward(
         args, work = (q, do, o, lse, dlse, sink, k, v), B * S * Hkv
         strides = (*k.stride()[:3], *v.stride()[:3])
         launch(
-            _dq, programs(q, work, more["tile"]), *args, block_indices.contiguous(), dq, dsink,
-            *strides, work, *sizes, scale, **more,
-        )  # fmt: skip
+            _dq,
+            programs(q, work, more["tile"]),
+            *args,
+            block_indices.contiguous(),
+            dq,
+            dsink,
+            *strides,
+            work,
+            *sizes,
+            scale,
+            **more,
+        )
         count = cdiv(N, block_size)
         owner = torch.arange(B * Hkv, device=q.device).view(B, 1, Hkv, 1) * count
         named = (block_indices >= 0) & (block_indices < count)
@@ -278,7 +492,17 @@ def backward(
         order, starts = by_target(target, B * Hkv * count)
         most = B * Hkv * count * cdiv(block_size, more["tile"]["BK"])
         launch(
-            _dkv, programs(q, most, more["tile"]), *args, order, starts, dk, dv, *strides, B,
-            *sizes, scale, **more,
-        )  # fmt: skip
+            _dkv,
+            programs(q, most, more["tile"]),
+            *args,
+            order,
+            starts,
+            dk,
+            dv,
+            *strides,
+            B,
+            *sizes,
+            scale,
+            **more,
+        )
     return dq, dk, dv, dsink.sum(0).to(sink.dtype)

@@ -32,9 +32,7 @@ def _largest(x, AXIS: tl.constexpr):
 
 
 @jit
-def _pack8(
-    kv, rows, T, N, by_batch, by_row, by_element, BT: tl.constexpr
-):  # fmt: skip
+def _pack8(kv, rows, T, N, by_batch, by_row, by_element, BT: tl.constexpr):
     # 584 bytes of BT tokens: 7 blocks of 64 as E4M3, one of 64 as bfloat16, 7 scales and a zero.
     # Bound by memory.
     block, byte = tl.arange(0, 8), tl.arange(0, 128)
@@ -67,9 +65,7 @@ def _pack8(
 
 
 @jit
-def _pack4(
-    kv, rows, T, N, by_batch, by_row, by_element, BT: tl.constexpr
-):  # fmt: skip
+def _pack4(kv, rows, T, N, by_batch, by_row, by_element, BT: tl.constexpr):
     # 288 bytes of BT tokens: 32 blocks of 16 as E2M1, then their scales as E4M3. Bound by memory.
     block, pair, one = tl.arange(0, 32), tl.arange(0, 8), tl.arange(0, 2)
     byte = block[:, None] * 8 + pair[None, :]
@@ -97,7 +93,7 @@ def _pack4(
 @jit
 def _unpack(
     rows, kv, T, N, by_batch, by_row, BYTES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+):
     # Rows of BT tokens decoded to float32, BD elements at a time. Bound by memory.
     for number in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         t = tl.cast(number, tl.int64) * BT + tl.arange(0, BT)
@@ -118,9 +114,16 @@ def pack(kv: Tensor, *, row_bytes: int) -> Tensor:
     entry = f"cache_rows.pack{row_bytes}"
     tile = tile_for(entry, kv)
     launch(
-        _pack8 if row_bytes == V4 else _pack4, programs(kv, cdiv(T, tile["BT"]), tile), kv, rows, T,
-        kv.shape[1], *kv.stride(), tile=tile, entry=entry,
-    )  # fmt: skip
+        _pack8 if row_bytes == V4 else _pack4,
+        programs(kv, cdiv(T, tile["BT"]), tile),
+        kv,
+        rows,
+        T,
+        kv.shape[1],
+        *kv.stride(),
+        tile=tile,
+        entry=entry,
+    )
     return rows
 
 
@@ -132,7 +135,15 @@ def unpack(rows: Tensor) -> Tensor:
         return kv
     tile = tile_for("cache_rows.unpack", kv)
     launch(
-        _unpack, programs(kv, cdiv(T, tile["BT"]), tile), rows, kv, T, rows.shape[1],
-        *rows.stride()[:2], tile=tile, entry="cache_rows.unpack", BYTES=rows.shape[2],
-    )  # fmt: skip
+        _unpack,
+        programs(kv, cdiv(T, tile["BT"]), tile),
+        rows,
+        kv,
+        T,
+        rows.shape[1],
+        *rows.stride()[:2],
+        tile=tile,
+        entry="cache_rows.unpack",
+        BYTES=rows.shape[2],
+    )
     return kv

@@ -21,7 +21,7 @@ LONGEST = 1024
 @jit
 def _rows(
     kv, gate, bias, state_kv, state_gate, batch, row, channel, inside, S, W, R, m, head, pending
-):  # fmt: skip
+):
     """(value, biased gate) of rows [block before][pending][new tokens]; gates that are not there
     are -inf, their values 0."""
     new = inside & (row >= head)
@@ -71,16 +71,45 @@ def _pooled(value, weight):
 
 @jit
 def _forward(
-    kv, gate, bias, state_kv, state_gate, entries, B, S, W, R, m, head, pending, blocks, D,
-    OVERLAP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    kv,
+    gate,
+    bias,
+    state_kv,
+    state_gate,
+    entries,
+    B,
+    S,
+    W,
+    R,
+    m,
+    head,
+    pending,
+    blocks,
+    D,
+    OVERLAP: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
     # An entry's slots and BC channels at a time. Bound by memory.
     for number in range(tl.program_id(0), B * blocks * tl.cdiv(D, BC), tl.num_programs(0)):
         batch, entry, c, row, channel, inside = _slots(number, blocks, D, m, OVERLAP, BP, BC)
         value, weight = _rows(
-            kv, gate, bias, state_kv, state_gate, batch, row, channel, inside, S, W, R, m, head,
+            kv,
+            gate,
+            bias,
+            state_kv,
+            state_gate,
+            batch,
+            row,
+            channel,
+            inside,
+            S,
+            W,
+            R,
+            m,
+            head,
             pending,
-        )  # fmt: skip
+        )
         _, _, out = _pooled(value, tl.where(inside, weight, float("-inf")))
         at = entries + (batch * blocks + entry) * D + c
         tl.store(at, narrow(out, entries.dtype.element_ty), mask=c < D)
@@ -88,9 +117,25 @@ def _forward(
 
 @jit
 def _carry(
-    kv, gate, bias, state_kv, state_gate, next_kv, next_gate, B, S, W, R, m, head, pending, first,
-    count, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    kv,
+    gate,
+    bias,
+    state_kv,
+    state_gate,
+    next_kv,
+    next_gate,
+    B,
+    S,
+    W,
+    R,
+    m,
+    head,
+    pending,
+    first,
+    count,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
     # The rows from `first` on, which the next call pools: BP rows and BC channels at a time.
     high, wide = tl.cdiv(R, BP), tl.cdiv(W, BC)
     for number in range(tl.program_id(0), B * high * wide, tl.num_programs(0)):
@@ -100,9 +145,22 @@ def _carry(
         row, channel = first + place + 0 * c[None, :], c[None, :] + 0 * place
         inside = (place < R) & (c < W)[None, :]
         value, weight = _rows(
-            kv, gate, bias, state_kv, state_gate, batch, row, channel, inside & (row < count), S,
-            W, R, m, head, pending,
-        )  # fmt: skip
+            kv,
+            gate,
+            bias,
+            state_kv,
+            state_gate,
+            batch,
+            row,
+            channel,
+            inside & (row < count),
+            S,
+            W,
+            R,
+            m,
+            head,
+            pending,
+        )
         weight = tl.where(row < count, weight, float("-inf"))
         at = (batch * R + place) * W + channel
         tl.store(next_kv + at, value, mask=inside)
@@ -111,16 +169,48 @@ def _carry(
 
 @jit
 def _backward(
-    kv, gate, bias, state_kv, state_gate, dentries, dvalues, dgates, B, S, W, R, m, head, pending,
-    blocks, D, rows, OVERLAP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    kv,
+    gate,
+    bias,
+    state_kv,
+    state_gate,
+    dentries,
+    dvalues,
+    dgates,
+    B,
+    S,
+    W,
+    R,
+    m,
+    head,
+    pending,
+    blocks,
+    D,
+    rows,
+    OVERLAP: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
     # Each half of a row's channels belongs to one entry: its program adds to them, no other does.
     for number in range(tl.program_id(0), B * blocks * tl.cdiv(D, BC), tl.num_programs(0)):
         batch, entry, c, row, channel, inside = _slots(number, blocks, D, m, OVERLAP, BP, BC)
         value, weight = _rows(
-            kv, gate, bias, state_kv, state_gate, batch, row, channel, inside, S, W, R, m, head,
+            kv,
+            gate,
+            bias,
+            state_kv,
+            state_gate,
+            batch,
+            row,
+            channel,
+            inside,
+            S,
+            W,
+            R,
+            m,
+            head,
             pending,
-        )  # fmt: skip
+        )
         share, value, out = _pooled(value, tl.where(inside, weight, float("-inf")))
         at = dentries + (batch * blocks + entry) * D + c
         slope = share * tl.load(at, mask=c < D, other=0.0).to(tl.float32)[None, :]
@@ -145,9 +235,15 @@ def _tile(x: Tensor, slots: int, channels: int):
 
 @offer(compress_kv, *floats("kv"), at_most("m", LONGEST))
 def forward(
-    kv: Tensor, gate: Tensor, position_bias: Tensor, *, overlap: bool,
-    state_kv: Tensor | None = None, state_gate: Tensor | None = None, pending: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kv: Tensor,
+    gate: Tensor,
+    position_bias: Tensor,
+    *,
+    overlap: bool,
+    state_kv: Tensor | None = None,
+    state_gate: Tensor | None = None,
+    pending: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """entries, next_kv and next_gate."""
     (B, S, W), m = kv.shape, position_bias.shape[0]
     R, D, blocks = (1 + overlap) * m, W // (1 + overlap), (pending + S) // m
@@ -159,25 +255,62 @@ def forward(
     if entries.numel():
         tile, sizes = _tile(kv, R, D)
         launch(
-            _forward, programs(kv, B * blocks * cdiv(D, sizes["BC"]), tile), *given, entries, B, S,
-            W, R, m, head, pending, blocks, D, tile=tile, OVERLAP=overlap, **sizes, **more,
-        )  # fmt: skip
+            _forward,
+            programs(kv, B * blocks * cdiv(D, sizes["BC"]), tile),
+            *given,
+            entries,
+            B,
+            S,
+            W,
+            R,
+            m,
+            head,
+            pending,
+            blocks,
+            D,
+            tile=tile,
+            OVERLAP=overlap,
+            **sizes,
+            **more,
+        )
     if kept[0].numel():
         tile, sizes = _tile(kv, min(R, 16), W)
         work = B * cdiv(R, sizes["BP"]) * cdiv(W, sizes["BC"])
         launch(
-            _carry, programs(kv, work, tile), *given, *kept, B, S, W, R, m, head, pending,
-            blocks * m, head + S, tile=tile, **sizes, **more,
-        )  # fmt: skip
+            _carry,
+            programs(kv, work, tile),
+            *given,
+            *kept,
+            B,
+            S,
+            W,
+            R,
+            m,
+            head,
+            pending,
+            blocks * m,
+            head + S,
+            tile=tile,
+            **sizes,
+            **more,
+        )
     return entries, *kept
 
 
 @offer(compress_kv_backward, *floats("kv"), at_most("m", LONGEST))
 def backward(
-    kv: Tensor, gate: Tensor, position_bias: Tensor, dentries: Tensor, dnext_kv: Tensor,
-    dnext_gate: Tensor, *, overlap: bool, state_kv: Tensor | None = None,
-    state_gate: Tensor | None = None, pending: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kv: Tensor,
+    gate: Tensor,
+    position_bias: Tensor,
+    dentries: Tensor,
+    dnext_kv: Tensor,
+    dnext_gate: Tensor,
+    *,
+    overlap: bool,
+    state_kv: Tensor | None = None,
+    state_gate: Tensor | None = None,
+    pending: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dkv, dgate, dposition_bias, dstate_kv, dstate_gate)."""
     (B, S, W), m = kv.shape, position_bias.shape[0]
     R, D, blocks = (1 + overlap) * m, W // (1 + overlap), (pending + S) // m
@@ -191,11 +324,27 @@ def backward(
     if B * blocks * D:
         tile, sizes = _tile(kv, R, D)
         launch(
-            _backward, programs(kv, B * blocks * cdiv(D, sizes["BC"]), tile),
-            *_contiguous(kv, gate, position_bias, state_kv, state_gate), dentries.contiguous(),
-            slopes[0], slopes[1], B, S, W, R, m, head, pending, blocks, D, rows, tile=tile,
-            entry="compress_kv.entries", OVERLAP=overlap, **sizes,
-        )  # fmt: skip
+            _backward,
+            programs(kv, B * blocks * cdiv(D, sizes["BC"]), tile),
+            *_contiguous(kv, gate, position_bias, state_kv, state_gate),
+            dentries.contiguous(),
+            slopes[0],
+            slopes[1],
+            B,
+            S,
+            W,
+            R,
+            m,
+            head,
+            pending,
+            blocks,
+            D,
+            rows,
+            tile=tile,
+            entry="compress_kv.entries",
+            OVERLAP=overlap,
+            **sizes,
+        )
     dstate = torch.zeros((2, B, R, W), dtype=torch.float32, device=kv.device)
     if state_kv is not None:
         dstate[:, :, :head] = slopes[:, :, :head]

@@ -33,9 +33,25 @@ LOWEST = tl.constexpr(-0x7F800001)
 
 @jit
 def _score(
-    q, k, weights, visible, scores, k_batch, k_row, first, groups, each, S, H, N, D: tl.constexpr,
-    BD: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    weights,
+    visible,
+    scores,
+    k_batch,
+    k_row,
+    first,
+    groups,
+    each,
+    S,
+    H,
+    N,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BQ: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+):
     # Scores of groups of up to `each` queries of one batch with a tile of BK keys, which stays on
     # the chip; a query's heads are the rows of a product. Bound by the tensor cores.
     tiles, per_batch = tl.cdiv(N, BK), tl.cdiv(S, each)
@@ -122,9 +138,12 @@ def _select(scores, visible, out, first, groups, each, S, N, top_k, BN: tl.const
 
 
 @offer(
-    lightning_indexer, *floats("q"), last_dim_contiguous("k"), at_most("N", 2**30),
+    lightning_indexer,
+    *floats("q"),
+    last_dim_contiguous("k"),
+    at_most("N", 2**30),
     at_most("D", 512),
-)  # fmt: skip
+)
 def forward(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tensor) -> Tensor:
     """The top_k keys j < visible[b,s] by sum_h weights[b,s,h] * relu(q[b,s,h] . k[b,j])."""
     (B, S, H, D), N = q.shape, k.shape[1]
@@ -143,14 +162,40 @@ def forward(q: Tensor, k: Tensor, weights: Tensor, top_k: int, *, visible: Tenso
         some = min(at_once, groups - first)
         if N:
             launch(
-                _score, programs(q, some * cdiv(N, tile["BK"]), tile), q, k, weights, visible,
-                scores, *k.stride()[:2], first, some, each, S, H, N, tile=tile, entry=entry, D=D,
+                _score,
+                programs(q, some * cdiv(N, tile["BK"]), tile),
+                q,
+                k,
+                weights,
+                visible,
+                scores,
+                *k.stride()[:2],
+                first,
+                some,
+                each,
+                S,
+                H,
+                N,
+                tile=tile,
+                entry=entry,
+                D=D,
                 BD=power_of_two(D),
-            )  # fmt: skip
+            )
         launch(
-            _select, programs(q, some * each, finder), scores, visible, out, first, some, each, S,
-            N, top_k, tile=finder, entry="lightning_indexer.select",
-        )  # fmt: skip
+            _select,
+            programs(q, some * each, finder),
+            scores,
+            visible,
+            out,
+            first,
+            some,
+            each,
+            S,
+            N,
+            top_k,
+            tile=finder,
+            entry="lightning_indexer.select",
+        )
     return out
 
 

@@ -7,10 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, jit
 
-from transom.kernels.attention.sparse_attention import (
-    sparse_attention,
-    sparse_attention_backward,
-)
+from transom.kernels.attention.sparse_attention import sparse_attention, sparse_attention_backward
 from transom.requires import at_most, last_dim_contiguous
 
 from .._language import dot, mixture, narrow
@@ -27,9 +24,21 @@ FEWEST = 128
 
 @jit
 def _meet(
-    x, x_tail, rows, row, seen, largest, mass, sum, scale, D: tl.constexpr, BYTES: tl.constexpr,
-    BV: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_tail,
+    rows,
+    row,
+    seen,
+    largest,
+    mass,
+    sum,
+    scale,
+    D: tl.constexpr,
+    BYTES: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One tile of keys, of which those `seen` take part."""
     tile = gathered(rows, row, seen, 0, BV, D, BYTES, x.dtype)
     logits = tl.zeros((x.shape[0], tile.shape[0]), tl.float32)
@@ -44,11 +53,38 @@ def _meet(
 
 @jit
 def _forward(
-    q, kv, indices, visible, local, valid, sink, o, lse, kv_batch, kv_row, local_batch, local_row,
-    work, splits, S, H, N, L, M, window, scale, LISTED: tl.constexpr, BYTES: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    kv,
+    indices,
+    visible,
+    local,
+    valid,
+    sink,
+    o,
+    lse,
+    kv_batch,
+    kv_row,
+    local_batch,
+    local_row,
+    work,
+    splits,
+    S,
+    H,
+    N,
+    L,
+    M,
+    window,
+    scale,
+    LISTED: tl.constexpr,
+    BYTES: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # BH heads of a query at a time and, where splits > 1, one part of its L entries and window.
     # Queries and sums stay on the chip; rows come in tiles of BK, whose first BV columns serve the
     # logits and the sums, BT more only the logits. Bound by the tensor cores where BH heads are
@@ -89,9 +125,21 @@ def _forward(
                 seen = seen & (j >= 0) & (j < bound)
             row = tl.where(seen, j, 0).to(tl.int64) * kv_row
             largest, mass, sum = _meet(
-                x, x_tail, kv + batch * kv_batch, row, seen, largest, mass, sum, scale,
-                D, BYTES, BV, BT, PRECISION,
-            )  # fmt: skip
+                x,
+                x_tail,
+                kv + batch * kv_batch,
+                row,
+                seen,
+                largest,
+                mass,
+                sum,
+                scale,
+                D,
+                BYTES,
+                BV,
+                BT,
+                PRECISION,
+            )
         if local is not None:
             position = M - S + s
             start = tl.maximum(0, position - window + 1)
@@ -104,9 +152,21 @@ def _forward(
                 if valid is not None:
                     seen = seen & (tl.load(valid + batch * M + j) != 0)
                 largest, mass, sum = _meet(
-                    x, x_tail, local + batch * local_batch, j * local_row, seen, largest, mass,
-                    sum, scale, D, 0, BV, BT, PRECISION,
-                )  # fmt: skip
+                    x,
+                    x_tail,
+                    local + batch * local_batch,
+                    j * local_row,
+                    seen,
+                    largest,
+                    mass,
+                    sum,
+                    scale,
+                    D,
+                    0,
+                    BV,
+                    BT,
+                    PRECISION,
+                )
 
         norm = largest * LN2 + tl.log(mass)
         out = sum / tl.where(mass == 0, 1.0, mass)[:, None]
@@ -120,9 +180,7 @@ def _forward(
 
 
 @jit
-def _merge(
-    parts, norms, sink, o, lse, work, splits, H, V: tl.constexpr, BV: tl.constexpr
-):  # fmt: skip
+def _merge(parts, norms, sink, o, lse, work, splits, H, V: tl.constexpr, BV: tl.constexpr):
     # A row of the output at a time: the means over the parts of its keys, in their order, each
     # weighted by its mass.
     column = tl.arange(0, BV)
@@ -149,10 +207,18 @@ def _merge(
 
 
 def attend(
-    q: Tensor, kv: Tensor, indices: Tensor | None, visible: Tensor | None, local_kv: Tensor | None,
-    window: int, sink: Tensor | None, scale: float, v_dim: int, local_valid: Tensor | None,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None,
+    visible: Tensor | None,
+    local_kv: Tensor | None,
+    window: int,
+    sink: Tensor | None,
+    scale: float,
+    v_dim: int,
+    local_valid: Tensor | None,
     row_bytes: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """o and lse; row_bytes: the length of kv's rows where they are packed, else 0."""
     (B, S, H, D), N = q.shape, kv.shape[1]
     o, lse = q.new_empty((B, S, H, v_dim)), q.new_empty((B, S, H), dtype=torch.float32)
@@ -176,20 +242,53 @@ def attend(
         norms = torch.empty((B, S, splits, H), dtype=torch.float32, device=q.device)
     sinks = None if sink is None else sink.contiguous()
     launch(
-        _forward, programs(q, work * splits, tile), q.contiguous(), kv,
+        _forward,
+        programs(q, work * splits, tile),
+        q.contiguous(),
+        kv,
         indices.contiguous() if listed else None,
-        None if visible is None else visible.contiguous(), local_kv, as_bytes(local_valid),
-        None if splits > 1 else sinks, to, norms, *kv.stride()[:2],
-        *((0, 0) if local_kv is None else local_kv.stride()[:2]), work * splits, splits, S, H, N,
-        length, 0 if local_kv is None else local_kv.shape[1], window, scale * LOG2E, tile=tile,
-        entry=entry, LISTED=listed, BYTES=row_bytes, D=D, V=v_dim, BV=wide, BT=tail,
+        None if visible is None else visible.contiguous(),
+        local_kv,
+        as_bytes(local_valid),
+        None if splits > 1 else sinks,
+        to,
+        norms,
+        *kv.stride()[:2],
+        *((0, 0) if local_kv is None else local_kv.stride()[:2]),
+        work * splits,
+        splits,
+        S,
+        H,
+        N,
+        length,
+        0 if local_kv is None else local_kv.shape[1],
+        window,
+        scale * LOG2E,
+        tile=tile,
+        entry=entry,
+        LISTED=listed,
+        BYTES=row_bytes,
+        D=D,
+        V=v_dim,
+        BV=wide,
+        BT=tail,
         PRECISION=precision(q.dtype, q.dtype, q),
-    )  # fmt: skip
+    )
     if splits > 1:
         launch(
-            _merge, programs(q, lse.numel()), to, norms, sinks, o, lse, lse.numel(), splits, H,
-            V=v_dim, BV=wide,
-        )  # fmt: skip
+            _merge,
+            programs(q, lse.numel()),
+            to,
+            norms,
+            sinks,
+            o,
+            lse,
+            lse.numel(),
+            splits,
+            H,
+            V=v_dim,
+            BV=wide,
+        )
     return o, lse
 
 
@@ -204,30 +303,53 @@ def _splits(q: Tensor, work: int, keys: int, tile) -> int:
 
 
 @offer(
-    sparse_attention, *floats("q"), last_dim_contiguous("kv", "local_kv"), at_most("N", 2**31 - 1),
+    sparse_attention,
+    *floats("q"),
+    last_dim_contiguous("kv", "local_kv"),
+    at_most("N", 2**31 - 1),
     at_most("D", 1024),
-)  # fmt: skip
+)
 def forward(
-    q: Tensor, kv: Tensor, indices: Tensor | None = None, *, visible: Tensor | None = None,
-    local_kv: Tensor | None = None, window: int = 0, sink: Tensor | None = None, scale: float,
-    v_dim: int, local_valid: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None = None,
+    *,
+    visible: Tensor | None = None,
+    local_kv: Tensor | None = None,
+    window: int = 0,
+    sink: Tensor | None = None,
+    scale: float,
+    v_dim: int,
+    local_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """o = sum_j softmax(scale * q . K)_j K_j[:v_dim] over entries, local tokens and sink; lse."""
-    return attend(
-        q, kv, indices, visible, local_kv, window, sink, scale, v_dim, local_valid
-    )  # fmt: skip
+    return attend(q, kv, indices, visible, local_kv, window, sink, scale, v_dim, local_valid)
 
 
 @offer(
-    sparse_attention_backward, *floats("q"), last_dim_contiguous("kv", "local_kv"),
-    at_most("N", 2**31 - 1), at_most("D", 1024),
-)  # fmt: skip
+    sparse_attention_backward,
+    *floats("q"),
+    last_dim_contiguous("kv", "local_kv"),
+    at_most("N", 2**31 - 1),
+    at_most("D", 1024),
+)
 def backward(
-    do: Tensor, dlse: Tensor, q: Tensor, kv: Tensor, indices: Tensor | None,
-    visible: Tensor | None, local_kv: Tensor, sink: Tensor, local_valid: Tensor | None, o: Tensor,
-    lse: Tensor, *, window: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor | None,
+    visible: Tensor | None,
+    local_kv: Tensor,
+    sink: Tensor,
+    local_valid: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dkv, dlocal_kv and dsink."""
     return attend_backward(
         do, dlse, q, kv, indices, visible, local_kv, sink, local_valid, o, lse, window, scale
-    )  # fmt: skip
+    )

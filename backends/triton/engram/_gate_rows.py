@@ -51,9 +51,21 @@ def _similarity(x, key, weight, stop, D, root, eps, BD: tl.constexpr):
 
 @jit
 def forward_rows(
-    x, key, value, weight, mask, y, T, R, D, root, eps, clamp, RESIDUAL: tl.constexpr,
+    x,
+    key,
+    value,
+    weight,
+    mask,
+    y,
+    T,
+    R,
+    D,
+    root,
+    eps,
+    clamp,
+    RESIDUAL: tl.constexpr,
     BD: tl.constexpr,
-):  # fmt: skip
+):
     for row in range(tl.program_id(0), T * R, tl.num_programs(0)):
         t = row // R
         at = tl.cast(row, tl.int64) * D
@@ -77,9 +89,25 @@ def forward_rows(
 
 @jit
 def backward_rows(
-    dy, x, key, value, weight, mask, dx, dkey, gates, slopes, T, R, D, root, eps, clamp,
-    RESIDUAL: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    key,
+    value,
+    weight,
+    mask,
+    dx,
+    dkey,
+    gates,
+    slopes,
+    T,
+    R,
+    D,
+    root,
+    eps,
+    clamp,
+    RESIDUAL: tl.constexpr,
+    BD: tl.constexpr,
+):
     # dx and dkey; for the sums over streams and tokens, which follow, each row's gate and
     # c * rstd_x * rstd_key / root.
     for row in range(tl.program_id(0), T * R, tl.num_programs(0)):

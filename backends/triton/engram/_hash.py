@@ -45,6 +45,9 @@ def hash_arguments(
 ) -> tuple[Any, ...]:
     """The first arguments of `mixed`, as kernels take them."""
     return (
-        tokens.contiguous(), None if lookback is None else lookback.contiguous(),
-        as_bytes(blocked), multipliers.contiguous(), pad,
-    )  # fmt: skip
+        tokens.contiguous(),
+        None if lookback is None else lookback.contiguous(),
+        as_bytes(blocked),
+        multipliers.contiguous(),
+        pad,
+    )

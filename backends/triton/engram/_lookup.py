@@ -23,16 +23,24 @@ MASKED = 16
 
 def tables() -> tuple[Requirement, ...]:
     """The tables that the kernels read."""
-    return (
-        dtype("table", *usable(), "int8", "int4", "fp8", "mxfp4"), last_dim_contiguous("table"),
-    )  # fmt: skip
+    return (dtype("table", *usable(), "int8", "int4", "fp8", "mxfp4"), last_dim_contiguous("table"))
 
 
 @jit
 def stored_values(
-    table, scales, zeros, row, there, column, grid, stride, d, FORMAT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    table,
+    scales,
+    zeros,
+    row,
+    there,
+    column,
+    grid,
+    stride,
+    d,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Some columns of some rows of a table as float32; 0 in rows that are not there.
 
     FORMAT "" is a plain table; else a block of ROWS x COLUMNS shares a scale (0: the whole extent),
@@ -69,9 +77,7 @@ def stored_values(
 
 
 @jit
-def _row(
-    tokens, lookback, blocked, multipliers, pad, moduli, offsets, t, S, n, h, first, count, c
-):  # fmt: skip
+def _row(tokens, lookback, blocked, multipliers, pad, moduli, offsets, t, S, n, h, first, count, c):
     """(row, whether it is in the table) of column c for the tokens t; a row that is not is 0."""
     mix = mixed(tokens, lookback, blocked, multipliers, pad, t, S, n, c // h + 1)
     row = floor_modulo(mix, tl.load(moduli + c).to(tl.int64))
@@ -82,10 +88,32 @@ def _row(
 
 @jit
 def _copy(
-    tokens, lookback, blocked, multipliers, pad, moduli, offsets, table, scales, zeros, y, T, S, n,
-    h, first, count, grid, stride, d, FORMAT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    lookback,
+    blocked,
+    multipliers,
+    pad,
+    moduli,
+    offsets,
+    table,
+    scales,
+    zeros,
+    y,
+    T,
+    S,
+    n,
+    h,
+    first,
+    count,
+    grid,
+    stride,
+    d,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
+):
     # y[t,c] = table[row(t,c)]: BT tokens and one column at a time, so that few tokens too ask for
     # many rows at once. Bound by the latency of the rows' memory, then by its bandwidth.
     wide = (n - 1) * h
@@ -93,16 +121,38 @@ def _copy(
         c = number % wide
         t = number // wide * BT + tl.arange(0, BT)
         row, there = _row(
-            tokens, lookback, blocked, multipliers, pad, moduli, offsets, tl.minimum(t, T - 1), S,
-            n, h, first, count, c,
-        )  # fmt: skip
+            tokens,
+            lookback,
+            blocked,
+            multipliers,
+            pad,
+            moduli,
+            offsets,
+            tl.minimum(t, T - 1),
+            S,
+            n,
+            h,
+            first,
+            count,
+            c,
+        )
         into = y + (t.to(tl.int64) * wide + c) * d
         for start in range(0, d, BD):
             column = start + tl.arange(0, BD)
             value = stored_values(
-                table, scales, zeros, row, there & (t < T), column, grid, stride, d, FORMAT, ROWS,
+                table,
+                scales,
+                zeros,
+                row,
+                there & (t < T),
+                column,
+                grid,
+                stride,
+                d,
+                FORMAT,
+                ROWS,
                 COLUMNS,
-            )  # fmt: skip
+            )
             inside = (t < T)[:, None] & (column < d)[None, :]
             tl.store(
                 into[:, None] + column[None, :], narrow(value, y.dtype.element_ty), mask=inside
@@ -111,10 +161,33 @@ def _copy(
 
 @jit
 def _pool(
-    tokens, lookback, blocked, multipliers, pad, moduli, offsets, table, scales, zeros, y, T, S, n,
-    h, first, count, grid, stride, d, divisor, FORMAT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    lookback,
+    blocked,
+    multipliers,
+    pad,
+    moduli,
+    offsets,
+    table,
+    scales,
+    zeros,
+    y,
+    T,
+    S,
+    n,
+    h,
+    first,
+    count,
+    grid,
+    stride,
+    d,
+    divisor,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
+):
     # y[t] = sum of table[row(t,c)] over c in order, / divisor: BT tokens and BD elements at a time.
     blocks = tl.cdiv(d, BD)
     for number in range(tl.program_id(0), tl.cdiv(T, BT) * blocks, tl.num_programs(0)):
@@ -123,23 +196,53 @@ def _pool(
         total = tl.zeros((BT, BD), tl.float32)
         for c in range(0, (n - 1) * h):
             row, there = _row(
-                tokens, lookback, blocked, multipliers, pad, moduli, offsets, tl.minimum(t, T - 1),
-                S, n, h, first, count, c,
-            )  # fmt: skip
+                tokens,
+                lookback,
+                blocked,
+                multipliers,
+                pad,
+                moduli,
+                offsets,
+                tl.minimum(t, T - 1),
+                S,
+                n,
+                h,
+                first,
+                count,
+                c,
+            )
             total += stored_values(
-                table, scales, zeros, row, there & (t < T), column, grid, stride, d, FORMAT, ROWS,
+                table,
+                scales,
+                zeros,
+                row,
+                there & (t < T),
+                column,
+                grid,
+                stride,
+                d,
+                FORMAT,
+                ROWS,
                 COLUMNS,
-            )  # fmt: skip
+            )
         inside = (t < T)[:, None] & (column < d)[None, :]
         into = y + t.to(tl.int64)[:, None] * d + column[None, :]
         tl.store(into, narrow(total / divisor, y.dtype.element_ty), mask=inside)
 
 
 def look_up(
-    y: Tensor, tokens: Tensor, table: Weight, multipliers: Tensor, moduli: Tensor,
-    offsets: Tensor, pad: int, lookback: Tensor | None, blocked: Tensor | None,
-    shard: tuple[int, ...], divisor: int = 0,
-) -> None:  # fmt: skip
+    y: Tensor,
+    tokens: Tensor,
+    table: Weight,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None,
+    blocked: Tensor | None,
+    shard: tuple[int, ...],
+    divisor: int = 0,
+) -> None:
     """y = the rows side by side; with a divisor, their sum divided by it. y is contiguous."""
     (T, S), (count, d), columns = (tokens.numel(), tokens.shape[1]), table.shape, moduli.numel()
     if not y.numel():
@@ -153,13 +256,29 @@ def look_up(
     stored, *more, constants = _stored(table)
     work = cdiv(T, tile["BT"]) * (cdiv(d, width) if divisor else columns)
     launch(
-        _pool if divisor else _copy, programs(y, work, tile),
-        *hash_arguments(tokens, lookback, blocked, multipliers, pad), moduli.contiguous(),
-        offsets.contiguous(), stored, *more, y, T, S, moduli.shape[0] + 1, moduli.shape[1],
-        shard[0] if shard else 0, count, more[0].shape[1] if more[0] is not None else 0,
-        stored.stride(0), d, *((divisor,) if divisor else ()), tile=tile, entry=entry,
-        **constants, BD=width,
-    )  # fmt: skip
+        _pool if divisor else _copy,
+        programs(y, work, tile),
+        *hash_arguments(tokens, lookback, blocked, multipliers, pad),
+        moduli.contiguous(),
+        offsets.contiguous(),
+        stored,
+        *more,
+        y,
+        T,
+        S,
+        moduli.shape[0] + 1,
+        moduli.shape[1],
+        shard[0] if shard else 0,
+        count,
+        more[0].shape[1] if more[0] is not None else 0,
+        stored.stride(0),
+        d,
+        *((divisor,) if divisor else ()),
+        tile=tile,
+        entry=entry,
+        **constants,
+        BD=width,
+    )
 
 
 def _stored(table: Weight) -> tuple[Any, ...]:
@@ -170,6 +289,8 @@ def _stored(table: Weight) -> tuple[Any, ...]:
     name, rows, columns = parse_spec(spec)
     zeros = None if zeros is None else zeros.contiguous()
     return (
-        values.contiguous(), scales.contiguous(), zeros,
+        values.contiguous(),
+        scales.contiguous(),
+        zeros,
         dict(FORMAT=name, ROWS=rows, COLUMNS=columns),
-    )  # fmt: skip
+    )

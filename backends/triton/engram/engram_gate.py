@@ -45,9 +45,22 @@ def _rows(number, mask, T, R, D, BR: tl.constexpr, BD: tl.constexpr):
 
 @jit
 def _forward(
-    x, key, value, weight, mask, y, T, R, D, root, eps, clamp, RESIDUAL: tl.constexpr,
-    BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    x,
+    key,
+    value,
+    weight,
+    mask,
+    y,
+    T,
+    R,
+    D,
+    root,
+    eps,
+    clamp,
+    RESIDUAL: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     for number in range(tl.program_id(0), tl.cdiv(T * R, BR), tl.num_programs(0)):
         row, t, j, d, inside, taking, read = _rows(number, mask, T, R, D, BR, BD)
         at = row[:, None] * D + d[None, :]
@@ -69,9 +82,26 @@ def _forward(
 
 @jit
 def _backward(
-    dy, x, key, value, weight, mask, dx, dkey, gates, slopes, T, R, D, root, eps, clamp,
-    RESIDUAL: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    key,
+    value,
+    weight,
+    mask,
+    dx,
+    dkey,
+    gates,
+    slopes,
+    T,
+    R,
+    D,
+    root,
+    eps,
+    clamp,
+    RESIDUAL: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     # dx and dkey; for the sums over streams and tokens, which follow, each row's gate and
     # c * rstd_x * rstd_key / root.
     for number in range(tl.program_id(0), tl.cdiv(T * R, BR), tl.num_programs(0)):
@@ -102,9 +132,7 @@ def _backward(
 
 
 @jit
-def _dvalue(
-    dy, mask, gates, dvalue, T, R, D, BT: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+def _dvalue(dy, mask, gates, dvalue, T, R, D, BT: tl.constexpr, BD: tl.constexpr):
     # dvalue[t] = sum_j gate[t,j] dy[t,j]. Bound by memory.
     blocks = tl.cdiv(D, BD)
     for number in range(tl.program_id(0), tl.cdiv(T, BT) * blocks, tl.num_programs(0)):
@@ -126,9 +154,7 @@ def _dvalue(
 
 
 @jit
-def _dweight(
-    x, key, mask, slopes, dweight, T, R, D, BT: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+def _dweight(x, key, mask, slopes, dweight, T, R, D, BT: tl.constexpr, BD: tl.constexpr):
     # dweight[j] = sum_t slope[t,j] x[t,j] key[t,j], BD elements of a stream: the tokens in order.
     blocks = tl.cdiv(D, BD)
     for number in range(tl.program_id(0), R * blocks, tl.num_programs(0)):
@@ -161,9 +187,16 @@ def _tile(x: Tensor, entry: str):
 
 @offer(engram_gate, *floats("x"))
 def forward(
-    x: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, eps: float, clamp: float = 1e-6,
-    mask: Tensor | None = None, residual: bool = True,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    clamp: float = 1e-6,
+    mask: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
     """y = x + gate * value."""
     (R, D), T = x.shape[-2:], x.shape[:-2].numel()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -171,18 +204,38 @@ def forward(
         return y
     tile, sizes, grid = _tile(x, "engram_gate.forward")
     launch(
-        _forward if "BR" in sizes else forward_rows, grid,
-        *(a.contiguous() for a in (x, key, value, weight)), as_bytes(mask), y, T, R, D, sqrt(D),
-        eps, clamp, tile=tile, entry="engram_gate.forward", RESIDUAL=residual, **sizes,
-    )  # fmt: skip
+        _forward if "BR" in sizes else forward_rows,
+        grid,
+        *(a.contiguous() for a in (x, key, value, weight)),
+        as_bytes(mask),
+        y,
+        T,
+        R,
+        D,
+        sqrt(D),
+        eps,
+        clamp,
+        tile=tile,
+        entry="engram_gate.forward",
+        RESIDUAL=residual,
+        **sizes,
+    )
     return y
 
 
 @offer(engram_gate_backward, *floats("x"))
 def backward(
-    dy: Tensor, x: Tensor, key: Tensor, value: Tensor, weight: Tensor, *, eps: float,
-    clamp: float = 1e-6, mask: Tensor | None = None, residual: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    clamp: float = 1e-6,
+    mask: Tensor | None = None,
+    residual: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dkey, dvalue, dweight)."""
     (R, D), T = x.shape[-2:], x.shape[:-2].numel()
     dx, dkey, dvalue = (
@@ -196,17 +249,55 @@ def backward(
     gates, slopes = (torch.empty((T, R), device=x.device) for _ in range(2))
     tile, sizes, grid = _tile(x, "engram_gate.backward")
     launch(
-        _backward if "BR" in sizes else backward_rows, grid, dy, x, key, value,
-        weight.contiguous(), flags, dx, dkey, gates, slopes, T, R, D, sqrt(D), eps, clamp,
-        tile=tile, entry="engram_gate.backward", RESIDUAL=residual, **sizes,
-    )  # fmt: skip
+        _backward if "BR" in sizes else backward_rows,
+        grid,
+        dy,
+        x,
+        key,
+        value,
+        weight.contiguous(),
+        flags,
+        dx,
+        dkey,
+        gates,
+        slopes,
+        T,
+        R,
+        D,
+        sqrt(D),
+        eps,
+        clamp,
+        tile=tile,
+        entry="engram_gate.backward",
+        RESIDUAL=residual,
+        **sizes,
+    )
     tile = tile_for("engram_gate.sums", x)
     launch(
-        _dvalue, programs(x, cdiv(T, tile["BT"]) * cdiv(D, tile["BD"]), tile), dy, flags, gates,
-        dvalue, T, R, D, tile=tile, entry="engram_gate.sums",
-    )  # fmt: skip
+        _dvalue,
+        programs(x, cdiv(T, tile["BT"]) * cdiv(D, tile["BD"]), tile),
+        dy,
+        flags,
+        gates,
+        dvalue,
+        T,
+        R,
+        D,
+        tile=tile,
+        entry="engram_gate.sums",
+    )
     launch(
-        _dweight, programs(x, R * cdiv(D, tile["BD"]), tile), x, key, flags, slopes, dweight, T, R,
-        D, tile=tile, entry="engram_gate.sums",
-    )  # fmt: skip
+        _dweight,
+        programs(x, R * cdiv(D, tile["BD"]), tile),
+        x,
+        key,
+        flags,
+        slopes,
+        dweight,
+        T,
+        R,
+        D,
+        tile=tile,
+        entry="engram_gate.sums",
+    )
     return dx, dkey, dvalue, dweight

@@ -22,10 +22,17 @@ from .ngram_hash import hash_into
 
 @offer(hashed_embedding, *tables())
 def forward(
-    tokens: Tensor, table: Weight, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor,
-    pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    tokens: Tensor,
+    table: Weight,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y[b,s] = concatenation of table[row(b,s,c)] over c."""
     kind = table.dtype if isinstance(table, Tensor) else torch.float32
     shape = (*tokens.shape, moduli.numel() * table.shape[1])
@@ -36,10 +43,18 @@ def forward(
 
 @offer(hashed_embedding_out, *tables(), dtype("out", *usable()))
 def _out(
-    tokens: Tensor, table: Weight, out: Tensor, *, multipliers: Tensor, moduli: Tensor,
-    offsets: Tensor, pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    tokens: Tensor,
+    table: Weight,
+    out: Tensor,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> None:  # fmt: skip
+) -> None:
     """out[b,s] = concatenation of table[row(b,s,c)] over c."""
     y = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     look_up(y, tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, shard)
@@ -48,9 +63,16 @@ def _out(
 
 
 def _read(
-    tokens: Tensor, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int, rows: int,
-    lookback: Tensor | None, blocked: Tensor | None, shard: tuple[int, ...],
-) -> Tensor:  # fmt: skip
+    tokens: Tensor,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    rows: int,
+    lookback: Tensor | None,
+    blocked: Tensor | None,
+    shard: tuple[int, ...],
+) -> Tensor:
     """The table row of each (b,s,c), flat, int64; `rows` where it lies outside the table."""
     ids = torch.empty((*tokens.shape, moduli.numel()), dtype=torch.int64, device=tokens.device)
     first = shard[0] if shard else 0
@@ -60,10 +82,18 @@ def _read(
 
 @offer(hashed_embedding_backward, *floats("dy"))
 def _backward(
-    dy: Tensor, tokens: Tensor, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int,
-    rows: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    dy: Tensor,
+    tokens: Tensor,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    rows: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dtable[r] = sum of dy[b,s,c] over all (b,s,c) that read row r."""
     ids = _read(tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, shard)
     dtable = dy.new_empty((rows, dy.shape[-1]))
@@ -73,10 +103,18 @@ def _backward(
 
 @offer(hashed_embedding_row_gradient, *floats("dy"))
 def _row_gradient(
-    dy: Tensor, tokens: Tensor, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor, pad: int,
-    rows: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
+    dy: Tensor,
+    tokens: Tensor,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    rows: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
     shard: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """(ids, gradients): the rows that were read, ascending, and their gradients; -1 and 0 behind
     them."""
     ids = _read(tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, shard)

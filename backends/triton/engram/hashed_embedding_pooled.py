@@ -14,15 +14,32 @@ from ._lookup import look_up, tables
 
 @offer(hashed_embedding_pooled, *tables())
 def forward(
-    tokens: Tensor, table: Weight, *, multipliers: Tensor, moduli: Tensor, offsets: Tensor,
-    pad: int, lookback: Tensor | None = None, blocked: Tensor | None = None,
-    shard: tuple[int, ...] = (), mean: bool = False,
-) -> Tensor:  # fmt: skip
+    tokens: Tensor,
+    table: Weight,
+    *,
+    multipliers: Tensor,
+    moduli: Tensor,
+    offsets: Tensor,
+    pad: int,
+    lookback: Tensor | None = None,
+    blocked: Tensor | None = None,
+    shard: tuple[int, ...] = (),
+    mean: bool = False,
+) -> Tensor:
     """y[b,s] = sum (or mean) of table[row(b,s,c)] over c."""
     kind = table.dtype if isinstance(table, Tensor) else torch.float32
     y = torch.empty((*tokens.shape, table.shape[1]), dtype=kind, device=tokens.device)
     look_up(
-        y, tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, shard,
+        y,
+        tokens,
+        table,
+        multipliers,
+        moduli,
+        offsets,
+        pad,
+        lookback,
+        blocked,
+        shard,
         moduli.numel() if mean and moduli.numel() else 1,
-    )  # fmt: skip
+    )
     return y

@@ -51,9 +51,19 @@ def _sum(v, state, weight, batch, s, c, inside, S, C, K, dilation, RAGGED: tl.co
 
 @jit
 def _forward(
-    v, state, weight, y, B, S, C, K, dilation, RAGGED: tl.constexpr,
-    BS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    v,
+    state,
+    weight,
+    y,
+    B,
+    S,
+    C,
+    K,
+    dilation,
+    RAGGED: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):
     work = B * tl.cdiv(S, BS) * tl.cdiv(C, BC)
     for number in range(tl.program_id(0), work, tl.num_programs(0)):
         batch, s, c = _place(number, B, S, C, BS, BC)
@@ -65,9 +75,20 @@ def _forward(
 
 @jit
 def _dz(
-    dy, v, state, weight, dz, B, S, C, K, dilation, RAGGED: tl.constexpr,
-    BS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    dy,
+    v,
+    state,
+    weight,
+    dz,
+    B,
+    S,
+    C,
+    K,
+    dilation,
+    RAGGED: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):
     work = B * tl.cdiv(S, BS) * tl.cdiv(C, BC)
     for number in range(tl.program_id(0), work, tl.num_programs(0)):
         batch, s, c = _place(number, B, S, C, BS, BC)
@@ -81,9 +102,20 @@ def _dz(
 
 @jit
 def _drows(
-    dz, weight, dkept, dv, dstate, B, S, C, K, dilation, RAGGED: tl.constexpr,
-    BS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    dz,
+    weight,
+    dkept,
+    dv,
+    dstate,
+    B,
+    S,
+    C,
+    K,
+    dilation,
+    RAGGED: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):
     # The gradient of every row, of the state (first) and of v: from the rows that read it, tap by
     # tap, and from the new state if it is kept there.
     reach = (K - 1) * dilation
@@ -112,9 +144,19 @@ def _drows(
 
 @jit
 def _dweight(
-    dz, v, state, dweight, B, S, C, K, dilation, RAGGED: tl.constexpr,
-    BS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    dz,
+    v,
+    state,
+    dweight,
+    B,
+    S,
+    C,
+    K,
+    dilation,
+    RAGGED: tl.constexpr,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):
     # dweight[c,i] of BC channels: batches and rows in order.
     for number in range(tl.program_id(0), K * tl.cdiv(C, BC), tl.num_programs(0)):
         i, c = number % K, number // K * BC + tl.arange(0, BC)
@@ -148,10 +190,21 @@ def forward(
     if y.numel():
         tile = tile_for("short_conv.rows", v)
         launch(
-            _forward, programs(v, _work(B, S, C, tile), tile), v.contiguous(), _given(state),
-            weight.contiguous(), y, B, S, C, K, dilation, tile=tile, entry="short_conv.rows",
+            _forward,
+            programs(v, _work(B, S, C, tile), tile),
+            v.contiguous(),
+            _given(state),
+            weight.contiguous(),
+            y,
+            B,
+            S,
+            C,
+            K,
+            dilation,
+            tile=tile,
+            entry="short_conv.rows",
             RAGGED=ragged(v, C, tile["BC"]),
-        )  # fmt: skip
+        )
     return y, kept
 
 
@@ -165,9 +218,14 @@ def _work(B: int, S: int, C: int, tile) -> int:
 
 @offer(short_conv_backward, *floats("v"))
 def backward(
-    dy: Tensor, dnew_state: Tensor, v: Tensor, weight: Tensor, *, dilation: int,
+    dy: Tensor,
+    dnew_state: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    *,
+    dilation: int,
     state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dv, dweight, dstate)."""
     (B, S, C), K = v.shape, weight.shape[1]
     dv, dstate = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (v, dnew_state))
@@ -180,14 +238,28 @@ def backward(
     more = dict(tile=tile, entry="short_conv.rows", RAGGED=ragged(v, C, tile["BC"]))
     sizes = (B, S, C, K, dilation)
     launch(
-        _dz, programs(v, _work(B, S, C, tile), tile), dy.contiguous(), v, state, weight, dz,
-        *sizes, **more,
-    )  # fmt: skip
+        _dz,
+        programs(v, _work(B, S, C, tile), tile),
+        dy.contiguous(),
+        v,
+        state,
+        weight,
+        dz,
+        *sizes,
+        **more,
+    )
     launch(
-        _drows, programs(v, _work(B, S + (K - 1) * dilation, C, tile), tile), dz, weight,
-        dnew_state.contiguous(), dv, dstate, *sizes, **more,
-    )  # fmt: skip
+        _drows,
+        programs(v, _work(B, S + (K - 1) * dilation, C, tile), tile),
+        dz,
+        weight,
+        dnew_state.contiguous(),
+        dv,
+        dstate,
+        *sizes,
+        **more,
+    )
     launch(
         _dweight, programs(v, K * cdiv(C, tile["BC"]), tile), dz, v, state, dweight, *sizes, **more
-    )  # fmt: skip
+    )
     return dv, dweight, dstate

@@ -24,9 +24,19 @@ FEWEST = 1024
 
 @jit
 def _products(
-    x, fn, parts, T, W, C, splits, per, BC: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    x,
+    fn,
+    parts,
+    T,
+    W,
+    C,
+    splits,
+    per,
+    BC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # parts[split,t] = u over a part of the W elements, and behind its C numbers the sum of squares.
     # Tokens are the columns of the product: fn has few rows. Bound by the reading of x.
     c = tl.arange(0, BC)
@@ -63,9 +73,22 @@ def mix(parts, t, place, inside, T, W, C, splits, rms_eps):
 
 @jit
 def _dx(
-    dmix, along, pre, dh, x, fn, dx, T, D, C, R: tl.constexpr, BC: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    dmix,
+    along,
+    pre,
+    dh,
+    x,
+    fn,
+    dx,
+    T,
+    D,
+    C,
+    R: tl.constexpr,
+    BC: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # dx = dmix @ fn - x * along + pre[j] * dh, BT tokens and BK elements of one stream. Bound by
     # memory. dmix has r in it.
     c = tl.arange(0, BC)
@@ -89,9 +112,17 @@ def _dx(
 
 @jit
 def _dfn(
-    dmix, x, dfn, T, W, C, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    dmix,
+    x,
+    dfn,
+    T,
+    W,
+    C,
+    BC: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # dfn = dmix.T @ x, all rows and BN columns of it; tokens are added in order, BK at a time.
     c = tl.arange(0, BC)
     for number in range(tl.program_id(0), tl.cdiv(W, BN), tl.num_programs(0)):
@@ -119,10 +150,21 @@ def products(x: Tensor, fn: Tensor) -> Tensor:
     per = cdiv(cdiv(W, splits), tile["BK"]) * tile["BK"]
     parts = torch.empty((splits, T, C + 1), dtype=torch.float32, device=x.device)
     launch(
-        _products, programs(x, tiles * splits, tile), x, fn, parts, T, W, C, splits, per,
-        tile=tile, entry="mhc.products", BC=power_of_two(C),
+        _products,
+        programs(x, tiles * splits, tile),
+        x,
+        fn,
+        parts,
+        T,
+        W,
+        C,
+        splits,
+        per,
+        tile=tile,
+        entry="mhc.products",
+        BC=power_of_two(C),
         PRECISION=precision(x.dtype, x.dtype, x),
-    )  # fmt: skip
+    )
     return parts
 
 
@@ -135,13 +177,37 @@ def gradients(
     dfn = torch.empty(fn.shape, dtype=torch.float32, device=x.device)
     tile = tile_for("mhc.dx", x)
     launch(
-        _dx, programs(x, cdiv(T, tile["BT"]) * R * cdiv(D, tile["BK"]), tile), dmix, along, pre,
-        dh, x, fn, dx, T, D, C, tile=tile, entry="mhc.dx", R=R, BC=power_of_two(C),
+        _dx,
+        programs(x, cdiv(T, tile["BT"]) * R * cdiv(D, tile["BK"]), tile),
+        dmix,
+        along,
+        pre,
+        dh,
+        x,
+        fn,
+        dx,
+        T,
+        D,
+        C,
+        tile=tile,
+        entry="mhc.dx",
+        R=R,
+        BC=power_of_two(C),
         PRECISION=precision(torch.float32, torch.float16, x),
-    )  # fmt: skip
+    )
     tile = tile_for("mhc.dfn", x)
     launch(
-        _dfn, programs(x, cdiv(R * D, tile["BN"]), tile), dmix, x, dfn, T, R * D, C, tile=tile,
-        entry="mhc.dfn", BC=power_of_two(C), PRECISION=precision(x.dtype, x.dtype, x),
-    )  # fmt: skip
+        _dfn,
+        programs(x, cdiv(R * D, tile["BN"]), tile),
+        dmix,
+        x,
+        dfn,
+        T,
+        R * D,
+        C,
+        tile=tile,
+        entry="mhc.dfn",
+        BC=power_of_two(C),
+        PRECISION=precision(x.dtype, x.dtype, x),
+    )
     return dx, dfn

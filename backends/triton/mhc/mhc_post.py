@@ -18,9 +18,8 @@ from .sinkhorn import LARGEST, side
 
 @jit
 def _forward(
-    f, x, post, comb, y, T, D, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr,
-):  # fmt: skip
+    f, x, post, comb, y, T, D, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+):
     # y[k] = post[k] f + sum_j comb[j,k] x[j], BT tokens and BD elements. Bound by memory.
     k = tl.arange(0, BR)
     for number in range(tl.program_id(0), tl.cdiv(T, BT) * tl.cdiv(D, BD), tl.num_programs(0)):
@@ -43,9 +42,22 @@ def _forward(
 
 @jit
 def _backward(
-    dy, f, x, post, comb, df, dx, dpost, dcomb, T, D, R: tl.constexpr, BR: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    dy,
+    f,
+    x,
+    post,
+    comb,
+    df,
+    dx,
+    dpost,
+    dcomb,
+    T,
+    D,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
     # All gradients of BT tokens, BD elements at a time; the sums over elements stay in registers.
     k = tl.arange(0, BR)
     for number in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
@@ -97,9 +109,16 @@ def forward(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     T, D, tile, sizes = _sizes(x, "mhc_post.forward")
     work = cdiv(T, sizes["BT"]) * cdiv(D, sizes["BD"])
     launch(
-        _forward, programs(x, work, tile), *(a.contiguous() for a in (f, x, post, comb)), y, T, D,
-        tile=tile, entry="mhc_post.forward", **sizes,
-    )  # fmt: skip
+        _forward,
+        programs(x, work, tile),
+        *(a.contiguous() for a in (f, x, post, comb)),
+        y,
+        T,
+        D,
+        tile=tile,
+        entry="mhc_post.forward",
+        **sizes,
+    )
     return y
 
 
@@ -115,10 +134,19 @@ def backward(
     if dpost.numel():
         T, D, tile, sizes = _sizes(x, "mhc_post.backward")
         launch(
-            _backward, programs(x, cdiv(T, sizes["BT"]), tile),
-            *(a.contiguous() for a in (dy, f, x, post, comb)), df, dx, dpost, dcomb, T, D,
-            tile=tile, entry="mhc_post.backward", **sizes,
-        )  # fmt: skip
+            _backward,
+            programs(x, cdiv(T, sizes["BT"]), tile),
+            *(a.contiguous() for a in (dy, f, x, post, comb)),
+            df,
+            dx,
+            dpost,
+            dcomb,
+            T,
+            D,
+            tile=tile,
+            entry="mhc_post.backward",
+            **sizes,
+        )
     else:  # no stream
         df.zero_()
     return df, dx, dpost, dcomb

@@ -32,9 +32,26 @@ def logits_of(parts, scale, base, FIRST, t, place, inside, T, W, C, splits, rms_
 
 @jit
 def _forward(
-    parts, scale, base, x, h, post, comb, T, D, splits, iterations, eps, rms_eps, post_scale,
-    R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
+    parts,
+    scale,
+    base,
+    x,
+    h,
+    post,
+    comb,
+    T,
+    D,
+    splits,
+    iterations,
+    eps,
+    rms_eps,
+    post_scale,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    HEAD: tl.constexpr,
+):
     # h, post and comb of BT tokens; HEAD: h alone. x comes a second time, from the cache at best.
     k = tl.arange(0, BR)
     W, C = tl.maximum(R * D, 1), R if HEAD else (2 + R) * R
@@ -43,19 +60,30 @@ def _forward(
         streams = (t < T)[:, None] & (k < R)[None, :]
         a, _ = logits_of(
             parts, scale, base, 0, t[:, None], k[None, :], streams, T, W, C, splits, rms_eps, 0
-        )  # fmt: skip
+        )
         pre = tl.where(streams, sigmoid(a) + eps, 0.0)
         if not HEAD:
             a, _ = logits_of(
                 parts, scale, base, R, t[:, None], k[None, :], streams, T, W, C, splits, rms_eps, 1
-            )  # fmt: skip
+            )
             tl.store(post + t[:, None] * R + k[None, :], post_scale * sigmoid(a), mask=streams)
             cells = k[None, :, None] * R + k[None, None, :]
             inside = streams[:, :, None] & (k < R)[None, None, :]
             a, _ = logits_of(
-                parts, scale, base, 2 * R, t[:, None, None], cells, inside, T, W, C, splits,
-                rms_eps, 2,
-            )  # fmt: skip
+                parts,
+                scale,
+                base,
+                2 * R,
+                t[:, None, None],
+                cells,
+                inside,
+                T,
+                W,
+                C,
+                splits,
+                rms_eps,
+                2,
+            )
             at = comb + t[:, None, None] * (R * R) + cells
             tl.store(at, normalised(a, inside, iterations, eps), mask=inside)
         for start in range(0, D, BD):
@@ -71,10 +99,31 @@ def _forward(
 
 @jit
 def _slopes(
-    parts, scale, base, x, dh, dpost, dcomb, dmix, da, products, pre, along, T, D, splits,
-    iterations, eps, rms_eps, post_scale, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
+    parts,
+    scale,
+    base,
+    x,
+    dh,
+    dpost,
+    dcomb,
+    dmix,
+    da,
+    products,
+    pre,
+    along,
+    T,
+    D,
+    splits,
+    iterations,
+    eps,
+    rms_eps,
+    post_scale,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    HEAD: tl.constexpr,
+):
     # Per token: da, the gradient of a; da * u * r, whose sum is dscale; dmix, that of u; pre; and
     # along = r**2 / W * sum(dmix * u), what the norm takes off x.
     k = tl.arange(0, BR)
@@ -93,7 +142,7 @@ def _slopes(
             share += tl.sum(part * slope.to(tl.float32)[:, None, :], 2)
         a, m = logits_of(
             parts, scale, base, 0, t[:, None], k[None, :], streams, T, W, C, splits, rms_eps, 0
-        )  # fmt: skip
+        )
         gate = sigmoid(a)
         tl.store(pre + t[:, None] * R + k[None, :], gate + eps, mask=streams)
         slope = tl.where(streams, share * gate * (1.0 - gate), 0.0)
@@ -107,7 +156,7 @@ def _slopes(
         if not HEAD:
             a, m = logits_of(
                 parts, scale, base, R, t[:, None], k[None, :], streams, T, W, C, splits, rms_eps, 1
-            )  # fmt: skip
+            )
             gate = sigmoid(a)
             slope = tl.load(dpost + t[:, None] * R + k[None, :], mask=streams, other=0.0)
             slope = tl.where(streams, slope * post_scale * gate * (1.0 - gate), 0.0)
@@ -120,9 +169,20 @@ def _slopes(
             cells = k[None, :, None] * R + k[None, None, :]
             inside = streams[:, :, None] & (k < R)[None, None, :]
             a, m = logits_of(
-                parts, scale, base, 2 * R, t[:, None, None], cells, inside, T, W, C, splits,
-                rms_eps, 2,
-            )  # fmt: skip
+                parts,
+                scale,
+                base,
+                2 * R,
+                t[:, None, None],
+                cells,
+                inside,
+                T,
+                W,
+                C,
+                splits,
+                rms_eps,
+                2,
+            )
             slope = tl.load(dcomb + t[:, None, None] * (R * R) + cells, mask=inside, other=0.0)
             slope = normalised_backward(slope, a, inside, iterations, eps)
             slope = tl.where(inside, slope, 0.0)
@@ -143,9 +203,16 @@ def _tile(x: Tensor):
 
 
 def mixed(
-    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float,
-    rms_eps: float, post_scale: float, head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    rms_eps: float,
+    post_scale: float,
+    head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """h, post and comb of mhc_pre; `head`: h of mhc_head, and nothing in the others."""
     (R, D), T, lead = x.shape[-2:], x.shape[:-2].numel(), x.shape[:-2]
     h = torch.empty((*lead, D), dtype=x.dtype, device=x.device)
@@ -158,17 +225,43 @@ def mixed(
     parts = products(x, fn)
     tile, sizes = _tile(x)
     launch(
-        _forward, programs(x, cdiv(T, sizes["BT"]), tile), parts, scale.contiguous(),
-        base.contiguous(), x, h, post, comb, T, D, parts.shape[0], iterations, eps, rms_eps,
-        post_scale, tile=tile, entry="mhc.tokens", HEAD=head, **sizes,
-    )  # fmt: skip
+        _forward,
+        programs(x, cdiv(T, sizes["BT"]), tile),
+        parts,
+        scale.contiguous(),
+        base.contiguous(),
+        x,
+        h,
+        post,
+        comb,
+        T,
+        D,
+        parts.shape[0],
+        iterations,
+        eps,
+        rms_eps,
+        post_scale,
+        tile=tile,
+        entry="mhc.tokens",
+        HEAD=head,
+        **sizes,
+    )
     return h, post, comb
 
 
 def mixed_backward(
-    dh: Tensor, dpost: Tensor | None, dcomb: Tensor | None, x: Tensor, fn: Tensor, scale: Tensor,
-    base: Tensor, iterations: int, eps: float, rms_eps: float, post_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dh: Tensor,
+    dpost: Tensor | None,
+    dcomb: Tensor | None,
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    rms_eps: float,
+    post_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dfn, dscale, dbase); without dpost and dcomb those of mhc_head."""
     (R, D), T, C = x.shape[-2:], x.shape[:-2].numel(), fn.shape[0]
     if not T:
@@ -181,11 +274,32 @@ def mixed_backward(
     pre, along = torch.empty((T, R), device=x.device), torch.empty(T, device=x.device)
     tile, sizes = _tile(x)
     launch(
-        _slopes, programs(x, cdiv(T, sizes["BT"]), tile), parts, scale.contiguous(),
-        base.contiguous(), x, dh, None if head else dpost.contiguous(),
-        None if head else dcomb.contiguous(), dmix, da, scaled, pre, along, T, D, parts.shape[0],
-        iterations, eps, rms_eps, post_scale, tile=tile, entry="mhc.tokens", HEAD=head, **sizes,
-    )  # fmt: skip
+        _slopes,
+        programs(x, cdiv(T, sizes["BT"]), tile),
+        parts,
+        scale.contiguous(),
+        base.contiguous(),
+        x,
+        dh,
+        None if head else dpost.contiguous(),
+        None if head else dcomb.contiguous(),
+        dmix,
+        da,
+        scaled,
+        pre,
+        along,
+        T,
+        D,
+        parts.shape[0],
+        iterations,
+        eps,
+        rms_eps,
+        post_scale,
+        tile=tile,
+        entry="mhc.tokens",
+        HEAD=head,
+        **sizes,
+    )
     dx, dfn = gradients(dmix, along, pre, dh, x, fn)
     groups = (C,) if head else (R, R, R * R)
     dscale = torch.stack([part.sum() for part in scaled.sum(0).split(groups)])
@@ -194,19 +308,36 @@ def mixed_backward(
 
 @offer(mhc_pre, *floats("x"), at_most("R", LARGEST))
 def forward(
-    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, iterations: int, eps: float,
-    rms_eps: float, post_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    rms_eps: float,
+    post_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """h, post and comb."""
     return mixed(x, fn, scale, base, iterations, eps, rms_eps, post_scale, False)
 
 
 @offer(mhc_pre_backward, *floats("x"), at_most("R", LARGEST))
 def backward(
-    dh: Tensor, dpost: Tensor, dcomb: Tensor, x: Tensor, fn: Tensor, scale: Tensor, base: Tensor,
-    *, iterations: int, eps: float, rms_eps: float, post_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dh: Tensor,
+    dpost: Tensor,
+    dcomb: Tensor,
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    rms_eps: float,
+    post_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dfn, dscale, dbase)."""
     return mixed_backward(
         dh, dpost, dcomb, x, fn, scale, base, iterations, eps, rms_eps, post_scale
-    )  # fmt: skip
+    )

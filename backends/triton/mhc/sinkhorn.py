@@ -75,9 +75,7 @@ def _matrices(t, T, R: tl.constexpr, BR: tl.constexpr):
 
 
 @jit
-def _forward(
-    logits, comb, T, iterations, eps, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr
-):  # fmt: skip
+def _forward(logits, comb, T, iterations, eps, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
     for number in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         at, inside = _matrices(number * BT + tl.arange(0, BT), T, R, BR)
         m = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
@@ -86,9 +84,8 @@ def _forward(
 
 @jit
 def _backward(
-    dcomb, logits, dlogits, T, iterations, eps, R: tl.constexpr, BR: tl.constexpr,
-    BT: tl.constexpr,
-):  # fmt: skip
+    dcomb, logits, dlogits, T, iterations, eps, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr
+):
     for number in range(tl.program_id(0), tl.cdiv(T, BT), tl.num_programs(0)):
         at, inside = _matrices(number * BT + tl.arange(0, BT), T, R, BR)
         m = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
@@ -109,9 +106,18 @@ def _launch(kernel, like: Tensor, *tensors: Tensor, iterations: int, eps: float)
     tile = tile_for("sinkhorn.matrices", like)
     BT = max(1, tile["ELEMENTS"] // side(R) ** 2)
     launch(
-        kernel, programs(like, cdiv(T, BT), tile), *(t.contiguous() for t in tensors), T,
-        iterations, eps, tile=tile, entry="sinkhorn.matrices", R=R, BR=side(R), BT=BT,
-    )  # fmt: skip
+        kernel,
+        programs(like, cdiv(T, BT), tile),
+        *(t.contiguous() for t in tensors),
+        T,
+        iterations,
+        eps,
+        tile=tile,
+        entry="sinkhorn.matrices",
+        R=R,
+        BR=side(R),
+        BT=BT,
+    )
 
 
 @offer(sinkhorn, *floats("logits"), at_most("R", LARGEST))

@@ -66,13 +66,45 @@ def find_tile(offsets, table, at, M, E, BM: tl.constexpr, GROUPS: tl.constexpr):
 
 @jit
 def _rows(
-    x, low, y, order, bias, scale, offsets, table, M, N, K, E, x_row, x_k,
-    weight, scales, zeros, w_e, w_o, w_d, s_e, s_o, s_d,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, SCALING: tl.constexpr,
-    COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, SCALED: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
+    x,
+    low,
+    y,
+    order,
+    bias,
+    scale,
+    offsets,
+    table,
+    M,
+    N,
+    K,
+    E,
+    x_row,
+    x_k,
+    weight,
+    scales,
+    zeros,
+    w_e,
+    w_o,
+    w_d,
+    s_e,
+    s_o,
+    s_d,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALING: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     # y[order[r]] = scale * (x[r] @ weight[e].T + bias[e]), a tile [BM, BN] a step, summed over K in
     # registers. Bound by the tensor cores, or with few rows an expert by the reading of weights.
     blocks = tl.cdiv(N, BN)
@@ -86,11 +118,39 @@ def _rows(
         # Rows behind the last expert are zero and are not read.
         for k0 in range(0, tl.where(group < E, K, 0), BK):
             acc = add_product(
-                acc, x, low, r.to(tl.int64) * x_row, inside_r, x_k, weight, scales, zeros, e, n,
-                inside_n, k0, K, N - 1, w_e, w_o, w_d, s_e, s_o, s_d,
-                BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, SPLIT, EVEN,
+                acc,
+                x,
+                low,
+                r.to(tl.int64) * x_row,
+                inside_r,
+                x_k,
+                weight,
+                scales,
+                zeros,
+                e,
+                n,
+                inside_n,
+                k0,
+                K,
+                N - 1,
+                w_e,
+                w_o,
+                w_d,
+                s_e,
+                s_o,
+                s_d,
+                BK,
+                FORMAT,
+                BLOCK_O,
+                BLOCK_D,
+                SCALING,
+                COMPUTE,
+                PACKED,
+                PRECISION,
+                SPLIT,
+                EVEN,
                 RAGGED,
-            )  # fmt: skip
+            )
         to = r
         if order is not None:
             to = tl.load(order + tl.minimum(r, M - 1))
@@ -115,9 +175,20 @@ def _rows(
 
 @jit
 def _operand(
-    p, low, r, inside, i, inside_i, order, M, row, column, SLOTS: tl.constexpr,
-    COMPUTE: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
+    p,
+    low,
+    r,
+    inside,
+    i,
+    inside_i,
+    order,
+    M,
+    row,
+    column,
+    SLOTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PART: tl.constexpr,
+):
     """[rows, i] of one side of an outer product, its rows gathered by order // SLOTS if SLOTS."""
     if SLOTS > 0:
         r = tl.load(order + tl.minimum(r, M - 1))
@@ -130,11 +201,33 @@ def _operand(
 
 @jit
 def _outer(
-    a, b, a_low, b_low, order, out, offsets, M, N, K, E, a_row, a_n, b_row, b_k,
-    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, A_SLOTS: tl.constexpr,
-    B_SLOTS: tl.constexpr, A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, A_RAGGED: tl.constexpr, B_RAGGED: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    a_low,
+    b_low,
+    order,
+    out,
+    offsets,
+    M,
+    N,
+    K,
+    E,
+    a_row,
+    a_n,
+    b_row,
+    b_k,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    A_SLOTS: tl.constexpr,
+    B_SLOTS: tl.constexpr,
+    A_SPLIT: tl.constexpr,
+    B_SPLIT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    A_RAGGED: tl.constexpr,
+    B_RAGGED: tl.constexpr,
+):
     # out[e] = sum over e's rows of outer(a[r], b[r]), a tile [BN, BK] of one expert a step; its
     # rows are added in order.
     n_blocks, k_blocks = tl.cdiv(N, BN), tl.cdiv(K, BK)
@@ -215,9 +308,15 @@ class Groups(NamedTuple):
         if height not in self.tables:
             table = torch.empty(E + 1, dtype=torch.int32, device=self.offsets.device)
             launch(
-                _table, (1,), self.offsets, table, self.rows, E, BM=height,
+                _table,
+                (1,),
+                self.offsets,
+                table,
+                self.rows,
+                E,
+                BM=height,
                 GROUPS=power_of_two(E + 1),
-            )  # fmt: skip
+            )
             self.tables[height] = table
         return self.tables[height]
 
@@ -252,10 +351,17 @@ def kind_of(x: Tensor, *weights: Weight) -> str:
 
 
 def rows_times(
-    x: Rows, weight: Weight, groups: Groups, dtype: torch.dtype, *, transposed: bool = False,
-    order: Tensor | None = None, bias: Tensor | None = None, scale: Tensor | None = None,
+    x: Rows,
+    weight: Weight,
+    groups: Groups,
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
+    order: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
     scaled: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y[order[r]] = scale[order[r]] * (weight[e] @ x[r] + bias[e]), or with `transposed`
     x[r] @ weight[e]; `scaled`: x has the scale already. [M, N] of `dtype`."""
     (M, K), E = x.size, weight.shape[0]
@@ -269,12 +375,31 @@ def rows_times(
     tile = tile_for(entry, x.x)
     how = read(weight, x.x, tile["BK"], transposed=transposed)
     launch(
-        _rows, groups.grid(tile, -(-N // tile["BN"])), x.x, x.low, y, order, bias, scale,
-        groups.offsets, groups.table(tile), M, N, K, E, *x.stride, *how.arguments,
-        tile=tile, entry=entry, GROUPS=power_of_two(E + 1), EVEN=K % tile["BK"] == 0,
-        SPLIT=x.split, SCALED=scaled, RAGGED=how.ragged(x.x, K, tile["BK"], False),
+        _rows,
+        groups.grid(tile, -(-N // tile["BN"])),
+        x.x,
+        x.low,
+        y,
+        order,
+        bias,
+        scale,
+        groups.offsets,
+        groups.table(tile),
+        M,
+        N,
+        K,
+        E,
+        *x.stride,
+        *how.arguments,
+        tile=tile,
+        entry=entry,
+        GROUPS=power_of_two(E + 1),
+        EVEN=K % tile["BK"] == 0,
+        SPLIT=x.split,
+        SCALED=scaled,
+        RAGGED=how.ragged(x.x, K, tile["BK"], False),
         **how.constants(),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -291,12 +416,30 @@ def outer_sums(
     tile = even(tile, "BK", K, b.x) if b.slots else tile
     same = a.x.dtype == b.x.dtype
     launch(
-        _outer, programs(a.x, E * -(-N // tile["BN"]) * -(-K // tile["BK"]), tile), a.x, b.x, a.low,
-        b.low, order, out, groups.offsets, M, N, K, E, *a.stride, *b.stride, tile=tile, entry=entry,
-        A_SLOTS=a.slots, B_SLOTS=b.slots, A_SPLIT=a.split, B_SPLIT=b.split,
+        _outer,
+        programs(a.x, E * -(-N // tile["BN"]) * -(-K // tile["BK"]), tile),
+        a.x,
+        b.x,
+        a.low,
+        b.low,
+        order,
+        out,
+        groups.offsets,
+        M,
+        N,
+        K,
+        E,
+        *a.stride,
+        *b.stride,
+        tile=tile,
+        entry=entry,
+        A_SLOTS=a.slots,
+        B_SLOTS=b.slots,
+        A_SPLIT=a.split,
+        B_SPLIT=b.split,
         COMPUTE=DTYPES[a.x.dtype] if same else tl.float32,
         PRECISION=precision(a.x.dtype, b.x.dtype, a.x),
         A_RAGGED=a.slots > 0 and ragged(a.x, N, tile["BN"]),
         B_RAGGED=b.slots > 0 and ragged(b.x, K, tile["BK"]),
-    )  # fmt: skip
+    )
     return out

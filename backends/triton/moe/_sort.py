@@ -70,9 +70,16 @@ def _ends(totals, offsets, E, GROUPS: tl.constexpr):
 
 @jit
 def _place(
-    ids, counts, offsets, order, slots, E, CHUNK: tl.constexpr, AT_ONCE: tl.constexpr,
+    ids,
+    counts,
+    offsets,
+    order,
+    slots,
+    E,
+    CHUNK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     GROUPS: tl.constexpr,
-):  # fmt: skip
+):
     group, i, j = tl.arange(0, GROUPS), tl.arange(0, AT_ONCE), tl.arange(0, AT_ONCE)
     start = tl.load(offsets + tl.minimum(tl.maximum(group - 1, 0), E - 1))
     start = tl.where(group == 0, 0, start)

@@ -80,9 +80,15 @@ def read(weight: Weight, x: Tensor, depth: int, *, transposed: bool = False) -> 
         same = weight.dtype == x.dtype
         strides = tuple(weight.stride(i) for i in turn)
         return Read(
-            (weight, None, None, *strides, 0, 0, 0), "plain", WHOLE, WHOLE, "none",
-            DTYPES[x.dtype] if same else tl.float32, "none", precision(x.dtype, weight.dtype, x),
-        )  # fmt: skip
+            (weight, None, None, *strides, 0, 0, 0),
+            "plain",
+            WHOLE,
+            WHOLE,
+            "none",
+            DTYPES[x.dtype] if same else tl.float32,
+            "none",
+            precision(x.dtype, weight.dtype, x),
+        )
     values, scales, zeros, spec = parts(weight)
     if zeros is not None and zeros.stride() != scales.stride():  # kernels have one set of them
         scales, zeros = scales.contiguous(), zeros.contiguous()
@@ -93,11 +99,14 @@ def read(weight: Weight, x: Tensor, depth: int, *, transposed: bool = False) -> 
     after = block_d % depth == 0 and not exact
     return Read(
         (values, scales, zeros, *(t.stride(i) for t in (values, scales) for i in turn)),
-        name, block_o, block_d, "after" if after else "before",
+        name,
+        block_o,
+        block_d,
+        "after" if after else "before",
         DTYPES[x.dtype] if after or exact else tl.float32,
         ("out" if transposed else "depth") if name in ("int4", "mxfp4") else "none",
         precision(x.dtype, torch.float32 if after else torch.uint8, x),
-    )  # fmt: skip
+    )
 
 
 @jit
@@ -114,9 +123,20 @@ def _value(code, FORMAT: tl.constexpr):
 
 @jit
 def _scaled(
-    code, scales, zeros, o, d, k0, s_o, s_d, FORMAT: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_D: tl.constexpr, SCALING: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+    code,
+    scales,
+    zeros,
+    o,
+    d,
+    k0,
+    s_o,
+    s_d,
+    FORMAT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALING: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
     """[depth, out] of codes -> the numbers that are multiplied. `scales` and `zeros` are those of
     the expert; every index lies inside the weight."""
     value = _value(code, FORMAT)
@@ -133,12 +153,39 @@ def _scaled(
 
 @jit
 def add_product(
-    acc, x, low, row, inside_r, x_k, weight, scales, zeros, e, o, inside_o, k0, K, last_o,
-    w_e, w_o, w_d, s_e, s_o, s_d,
-    BK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
-    SCALING: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
+    acc,
+    x,
+    low,
+    row,
+    inside_r,
+    x_k,
+    weight,
+    scales,
+    zeros,
+    e,
+    o,
+    inside_o,
+    k0,
+    K,
+    last_o,
+    w_e,
+    w_o,
+    w_d,
+    s_e,
+    s_o,
+    s_d,
+    BK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALING: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """acc[r, o] + sum over the step's d of x[row[r] + d] * weight[e, o, d].
 
     low       with SPLIT: where the low parts of the rows lie, so far behind the high ones
@@ -161,18 +208,43 @@ def add_product(
             acc = dot(a, b, acc, PRECISION)
     else:
         acc = _add_codes(
-            acc, x, low, row, inside_r, x_k, here, scales + e * s_e, zeros, e * s_e, o, k0, K,
-            last_o, w_o, w_d, s_o, s_d,
-            BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, SPLIT, EVEN,
+            acc,
+            x,
+            low,
+            row,
+            inside_r,
+            x_k,
+            here,
+            scales + e * s_e,
+            zeros,
+            e * s_e,
+            o,
+            k0,
+            K,
+            last_o,
+            w_o,
+            w_d,
+            s_o,
+            s_d,
+            BK,
+            FORMAT,
+            BLOCK_O,
+            BLOCK_D,
+            SCALING,
+            COMPUTE,
+            PACKED,
+            PRECISION,
+            SPLIT,
+            EVEN,
             RAGGED,
-        )  # fmt: skip
+        )
     return acc
 
 
 @jit
 def _rows_at(
     x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr
-):  # fmt: skip
+):
     if RAGGED:
         return _clamped_rows_at(x, row, inside_r, d, K, x_k, COMPUTE)
     mask = inside_r[:, None]
@@ -184,7 +256,7 @@ def _rows_at(
 @jit
 def _every_other_at(
     x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr
-):  # fmt: skip
+):
     """`_rows_at` of every other d. A mask on these is not enough: Ascend's lowering of it reads as
     many elements as there are to K, not half as many, and one behind them. So places are clamped,
     and values selected.
@@ -202,12 +274,36 @@ def _clamped_rows_at(x, row, inside_r, d, K, x_k, COMPUTE: tl.constexpr):
 
 @jit
 def _add_codes(
-    acc, x, low, row, inside_r, x_k, weight, scales, zeros, s_at, o, k0, K, last_o, w_o, w_d, s_o,
+    acc,
+    x,
+    low,
+    row,
+    inside_r,
+    x_k,
+    weight,
+    scales,
+    zeros,
+    s_at,
+    o,
+    k0,
+    K,
+    last_o,
+    w_o,
+    w_d,
+    s_o,
     s_d,
-    BK: tl.constexpr, FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
-    SCALING: tl.constexpr, COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
+    BK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALING: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """`add_product` of codes; weight and scales are the expert's, zeros lie at s_at of all."""
     # Codes are read from places clamped into the weight: what x is multiplied with there is zero.
     o = tl.minimum(o, last_o)
@@ -229,9 +325,20 @@ def _add_codes(
             if not EVEN:
                 kept = tl.minimum(d, K - 1)
             b = _scaled(
-                codes >> (4 * odd), scales, here, o, kept, k0, s_o, s_d,
-                FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
-            )  # fmt: skip
+                codes >> (4 * odd),
+                scales,
+                here,
+                o,
+                kept,
+                k0,
+                s_o,
+                s_d,
+                FORMAT,
+                BLOCK_O,
+                BLOCK_D,
+                SCALING,
+                COMPUTE,
+            )
             a = _every_other_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
             total = dot(a, b, total, PRECISION)
             if SPLIT:
@@ -248,9 +355,8 @@ def _add_codes(
         else:
             codes = tl.load(weight + o[None, :] * w_o + kept[:, None] * w_d)
         b = _scaled(
-            codes, scales, here, o, kept, k0, s_o, s_d,
-            FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE,
-        )  # fmt: skip
+            codes, scales, here, o, kept, k0, s_o, s_d, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE
+        )
         a = _rows_at(x, row, inside_r, d, K, x_k, COMPUTE, EVEN, RAGGED)
         total = dot(a, b, total, PRECISION)
         if SPLIT:

@@ -24,15 +24,7 @@ from transom.op import Weight
 from transom.requires import Requirement, dtype
 
 from .._language import column, gate_slope, gate_value, narrow
-from .._launch import (
-    STREAMING,
-    even,
-    gathers_whole_rows,
-    launch,
-    programs,
-    ragged,
-    tile_for,
-)
+from .._launch import STREAMING, even, gathers_whole_rows, launch, programs, ragged, tile_for
 from .._offer import floats, offer, usable
 from ._gemm import Rows, case, find_tile, outer_sums, power_of_two, rows_of, rows_times
 from ._sort import Sorted, sort
@@ -74,14 +66,51 @@ def _put(p, low, at, value, mask, SPLIT: tl.constexpr):
 
 @jit
 def _hidden(
-    x, order, h, low, bias, scale, offsets, table, M, I, D, E, x_row, x_k, alpha, limit,
-    weight, scales, zeros, w_e, w_o, w_d, s_e, s_o, s_d,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, SCALING: tl.constexpr,
-    COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    EVEN: tl.constexpr, SLOTS: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
-    LIMITED: tl.constexpr, RAGGED: tl.constexpr, CLAMPED: tl.constexpr,
-):  # fmt: skip
+    x,
+    order,
+    h,
+    low,
+    bias,
+    scale,
+    offsets,
+    table,
+    M,
+    I,
+    D,
+    E,
+    x_row,
+    x_k,
+    alpha,
+    limit,
+    weight,
+    scales,
+    zeros,
+    w_e,
+    w_o,
+    w_d,
+    s_e,
+    s_o,
+    s_d,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALING: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+):
     # h[r] = f(gate) * up of slot order[r], a tile [BM, BN] of both a step: x is gathered as it is
     # loaded, and gate and up never leave the registers.
     blocks = tl.cdiv(I, BN)
@@ -98,17 +127,73 @@ def _hidden(
         gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, tl.where(group < E, D, 0), BK):
             gate = add_product(
-                gate, x, 0, row, inside_r, x_k, weight, scales, zeros, e, g_at, inside_i, k0, D,
-                2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
-                BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                gate,
+                x,
+                0,
+                row,
+                inside_r,
+                x_k,
+                weight,
+                scales,
+                zeros,
+                e,
+                g_at,
+                inside_i,
+                k0,
+                D,
+                2 * I - 1,
+                w_e,
+                w_o,
+                w_d,
+                s_e,
+                s_o,
+                s_d,
+                BK,
+                FORMAT,
+                BLOCK_O,
+                BLOCK_D,
+                SCALING,
+                COMPUTE,
+                PACKED,
+                PRECISION,
+                False,
+                EVEN,
                 RAGGED,
-            )  # fmt: skip
+            )
             up = add_product(
-                up, x, 0, row, inside_r, x_k, weight, scales, zeros, e, u_at, inside_i, k0, D,
-                2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
-                BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                up,
+                x,
+                0,
+                row,
+                inside_r,
+                x_k,
+                weight,
+                scales,
+                zeros,
+                e,
+                u_at,
+                inside_i,
+                k0,
+                D,
+                2 * I - 1,
+                w_e,
+                w_o,
+                w_d,
+                s_e,
+                s_o,
+                s_d,
+                BK,
+                FORMAT,
+                BLOCK_O,
+                BLOCK_D,
+                SCALING,
+                COMPUTE,
+                PACKED,
+                PRECISION,
+                False,
+                EVEN,
                 RAGGED,
-            )  # fmt: skip
+            )
         g, u, gate, up = _gate_and_up(
             gate, up, bias, e, g_at, u_at, inside_i, 2 * I, LIMITED, limit
         )
@@ -123,20 +208,74 @@ def _hidden(
 
 @jit
 def _slopes(
-    x, dy, order, dboth, b_low, h, h_low, dots, bias, scale, offsets, table, M, I, D, E,
-    x_row, x_k, dy_row, dy_k, alpha, limit,
-    weight, scales, zeros, w_e, w_o, w_d, s_e, s_o, s_d,
-    down, dscales, dzeros, v_e, v_o, v_d, t_e, t_o, t_d,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, SCALING: tl.constexpr,
-    COMPUTE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-    FORMAT_2: tl.constexpr, BLOCK_O_2: tl.constexpr, BLOCK_D_2: tl.constexpr,
-    SCALING_2: tl.constexpr, COMPUTE_2: tl.constexpr, PACKED_2: tl.constexpr,
+    x,
+    dy,
+    order,
+    dboth,
+    b_low,
+    h,
+    h_low,
+    dots,
+    bias,
+    scale,
+    offsets,
+    table,
+    M,
+    I,
+    D,
+    E,
+    x_row,
+    x_k,
+    dy_row,
+    dy_k,
+    alpha,
+    limit,
+    weight,
+    scales,
+    zeros,
+    w_e,
+    w_o,
+    w_d,
+    s_e,
+    s_o,
+    s_d,
+    down,
+    dscales,
+    dzeros,
+    v_e,
+    v_o,
+    v_d,
+    t_e,
+    t_o,
+    t_d,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALING: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FORMAT_2: tl.constexpr,
+    BLOCK_O_2: tl.constexpr,
+    BLOCK_D_2: tl.constexpr,
+    SCALING_2: tl.constexpr,
+    COMPUTE_2: tl.constexpr,
+    PACKED_2: tl.constexpr,
     PRECISION_2: tl.constexpr,
-    B_SPLIT: tl.constexpr, H_SPLIT: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
-    RAGGED: tl.constexpr, CLAMPED: tl.constexpr,
-):  # fmt: skip
+    B_SPLIT: tl.constexpr,
+    H_SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMITED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+):
     # Gate and up again, and dh = dy @ down[e], in one pass over D; then the gradient of gate and
     # up, w * h if it is asked for, and this block's part of the sum of dh * h.
     blocks = tl.cdiv(I, BN)
@@ -154,23 +293,107 @@ def _slopes(
         dh = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, tl.where(group < E, D, 0), BK):
             gate = add_product(
-                gate, x, 0, token * x_row, inside_r, x_k, weight, scales, zeros, e, g_at, inside_i,
-                k0, D, 2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
-                BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                gate,
+                x,
+                0,
+                token * x_row,
+                inside_r,
+                x_k,
+                weight,
+                scales,
+                zeros,
+                e,
+                g_at,
+                inside_i,
+                k0,
+                D,
+                2 * I - 1,
+                w_e,
+                w_o,
+                w_d,
+                s_e,
+                s_o,
+                s_d,
+                BK,
+                FORMAT,
+                BLOCK_O,
+                BLOCK_D,
+                SCALING,
+                COMPUTE,
+                PACKED,
+                PRECISION,
+                False,
+                EVEN,
                 RAGGED,
-            )  # fmt: skip
+            )
             up = add_product(
-                up, x, 0, token * x_row, inside_r, x_k, weight, scales, zeros, e, u_at, inside_i,
-                k0, D, 2 * I - 1, w_e, w_o, w_d, s_e, s_o, s_d,
-                BK, FORMAT, BLOCK_O, BLOCK_D, SCALING, COMPUTE, PACKED, PRECISION, False, EVEN,
+                up,
+                x,
+                0,
+                token * x_row,
+                inside_r,
+                x_k,
+                weight,
+                scales,
+                zeros,
+                e,
+                u_at,
+                inside_i,
+                k0,
+                D,
+                2 * I - 1,
+                w_e,
+                w_o,
+                w_d,
+                s_e,
+                s_o,
+                s_d,
+                BK,
+                FORMAT,
+                BLOCK_O,
+                BLOCK_D,
+                SCALING,
+                COMPUTE,
+                PACKED,
+                PRECISION,
+                False,
+                EVEN,
                 RAGGED,
-            )  # fmt: skip
+            )
             dh = add_product(
-                dh, dy, 0, token * dy_row, inside_r, dy_k, down, dscales, dzeros, e, i, inside_i,
-                k0, D, I - 1, v_e, v_o, v_d, t_e, t_o, t_d,
-                BK, FORMAT_2, BLOCK_O_2, BLOCK_D_2, SCALING_2, COMPUTE_2, PACKED_2, PRECISION_2,
-                False, EVEN, RAGGED,
-            )  # fmt: skip
+                dh,
+                dy,
+                0,
+                token * dy_row,
+                inside_r,
+                dy_k,
+                down,
+                dscales,
+                dzeros,
+                e,
+                i,
+                inside_i,
+                k0,
+                D,
+                I - 1,
+                v_e,
+                v_o,
+                v_d,
+                t_e,
+                t_o,
+                t_d,
+                BK,
+                FORMAT_2,
+                BLOCK_O_2,
+                BLOCK_D_2,
+                SCALING_2,
+                COMPUTE_2,
+                PACKED_2,
+                PRECISION_2,
+                False,
+                EVEN,
+                RAGGED,
+            )
         g, u, gate, up = _gate_and_up(
             gate, up, bias, e, g_at, u_at, inside_i, 2 * I, LIMITED, limit
         )
@@ -206,9 +429,20 @@ def _combine(rows, y, T, D, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def _slot_gradients(
-    dots, ids, dy, bias, dweights, slots, blocks, D, E, dy_row, dy_k, SLOTS: tl.constexpr,
+    dots,
+    ids,
+    dy,
+    bias,
+    dweights,
+    slots,
+    blocks,
+    D,
+    E,
+    dy_row,
+    dy_k,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     # The parts of dh . h in order, and dy . down_bias of the slot's expert; zero for an empty slot.
     for slot in range(tl.program_id(0), slots, tl.num_programs(0)):
         e = tl.load(ids + slot).to(tl.int64)
@@ -230,9 +464,23 @@ def _slot_gradients(
 
 @jit
 def _column_sums(
-    x, low, order, scale, out, offsets, M, N, E, x_row, x_k, SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr, RAGGED: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    x,
+    low,
+    order,
+    scale,
+    out,
+    offsets,
+    M,
+    N,
+    E,
+    x_row,
+    x_k,
+    SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
     # out[e] = the sum of e's rows, in order; with SLOTS of scale[slot] * x[slot // SLOTS].
     blocks = tl.cdiv(N, BN)
     for at in range(tl.program_id(0), E * blocks, tl.num_programs(0)):
@@ -261,14 +509,24 @@ def _weights(*names: str) -> tuple[Requirement, ...]:
     return tuple(dtype(name, *usable(), *QUANTIZED) for name in names)
 
 
-@offer(moe_experts, *floats("x", "weights", "gate_up_bias", "down_bias"),
-       *_weights("gate_up", "down"))  # fmt: skip
+@offer(
+    moe_experts, *floats("x", "weights", "gate_up_bias", "down_bias"), *_weights("gate_up", "down")
+)
 def forward(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight, *,
-    activation: str = "silu", limit: float | None = None, gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None, weight_position: str = "after", interleaved: bool = False,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    *,
+    activation: str = "silu",
+    limit: float | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight_position: str = "after",
+    interleaved: bool = False,
     alpha: float = 1.702,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """y[t] = sum over slots s of weights[t,s] * (down[e] @ h(gate_up[e] @ x[t] + b) + b')."""
     (T, D), K, (E, width) = x.shape, ids.shape[1], (gate_up.shape[0], gate_up.shape[1] // 2)
     if 0 in (T, D, K, E):
@@ -281,28 +539,66 @@ def forward(
     h = _between(x, T * K, width, read(down, x, tile["BK"]).narrow)
     if width:
         launch(
-            _hidden, rows.groups.grid(tile, -(-width // tile["BN"])), x, rows.order, h.x, h.low,
-            _contiguous(gate_up_bias), weights if before else None, rows.groups.offsets,
-            rows.groups.table(tile), T * K, width, D, E, *x.stride(), alpha, limit or 0.0,
-            *how.arguments, tile=tile, entry=entry, EVEN=D % tile["BK"] == 0, SPLIT=h.split,
+            _hidden,
+            rows.groups.grid(tile, -(-width // tile["BN"])),
+            x,
+            rows.order,
+            h.x,
+            h.low,
+            _contiguous(gate_up_bias),
+            weights if before else None,
+            rows.groups.offsets,
+            rows.groups.table(tile),
+            T * K,
+            width,
+            D,
+            E,
+            *x.stride(),
+            alpha,
+            limit or 0.0,
+            *how.arguments,
+            tile=tile,
+            entry=entry,
+            EVEN=D % tile["BK"] == 0,
+            SPLIT=h.split,
             RAGGED=how.ragged(x, D, tile["BK"], True),
-            **_form(x, K, E, activation, limit, interleaved), **how.constants(),
-        )  # fmt: skip
+            **_form(x, K, E, activation, limit, interleaved),
+            **how.constants(),
+        )
     products = rows_times(
-        h, down, rows.groups, torch.float32, order=rows.order, bias=_contiguous(down_bias),
-        scale=weights if not before or down_bias is not None else None, scaled=before,
-    )  # fmt: skip
+        h,
+        down,
+        rows.groups,
+        torch.float32,
+        order=rows.order,
+        bias=_contiguous(down_bias),
+        scale=weights if not before or down_bias is not None else None,
+        scaled=before,
+    )
     return _over_slots(products, T, K, x.dtype)
 
 
-@offer(moe_experts_backward, *floats("dy", "weights", "gate_up_bias", "down_bias"),
-       *_weights("gate_up", "down"))  # fmt: skip
+@offer(
+    moe_experts_backward,
+    *floats("dy", "weights", "gate_up_bias", "down_bias"),
+    *_weights("gate_up", "down"),
+)
 def backward(
-    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight, *,
-    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
-    limit: float | None = None, weight_position: str = "after", interleaved: bool = False,
+    dy: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    limit: float | None = None,
+    weight_position: str = "after",
+    interleaved: bool = False,
     alpha: float = 1.702,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients in x, in the routing weights and in the two biases."""
     (T, D), K, E = x.shape, ids.shape[1], gate_up.shape[0]
     new = torch.zeros if 0 in (T, D, K, E) else torch.empty
@@ -314,32 +610,78 @@ def backward(
     weights, ids = weights.contiguous(), ids.contiguous()
     rows = sort(ids, E)
     dboth, _, dots = _gradients(
-        dy, x, rows, weights, gate_up, down, _contiguous(gate_up_bias), activation, limit,
-        interleaved, alpha, K, keep=False,
-    )  # fmt: skip
+        dy,
+        x,
+        rows,
+        weights,
+        gate_up,
+        down,
+        _contiguous(gate_up_bias),
+        activation,
+        limit,
+        interleaved,
+        alpha,
+        K,
+        keep=False,
+    )
     products = rows_times(
         dboth, gate_up, rows.groups, torch.float32, transposed=True, order=rows.order
     )
     launch(
-        _slot_gradients, programs(dy, T * K, STREAMING), dots, ids, dy, _contiguous(down_bias),
-        dweights, T * K, dots.shape[0], D, E, *dy.stride(), SLOTS=K, BLOCK=512,
-    )  # fmt: skip
+        _slot_gradients,
+        programs(dy, T * K, STREAMING),
+        dots,
+        ids,
+        dy,
+        _contiguous(down_bias),
+        dweights,
+        T * K,
+        dots.shape[0],
+        D,
+        E,
+        *dy.stride(),
+        SLOTS=K,
+        BLOCK=512,
+    )
     for out, source in ((dgate_up_bias, dboth), (ddown_bias, Rows(dy, slots=K))):
         launch(
-            _column_sums, programs(dy, E * -(-out.shape[1] // 128), STREAMING), source.x,
-            source.low, rows.order, weights, out, rows.groups.offsets, T * K, out.shape[1], E,
-            *source.stride, SLOTS=source.slots, SPLIT=source.split, BR=32, BN=128,
+            _column_sums,
+            programs(dy, E * -(-out.shape[1] // 128), STREAMING),
+            source.x,
+            source.low,
+            rows.order,
+            weights,
+            out,
+            rows.groups.offsets,
+            T * K,
+            out.shape[1],
+            E,
+            *source.stride,
+            SLOTS=source.slots,
+            SPLIT=source.split,
+            BR=32,
+            BN=128,
             RAGGED=source.slots > 0 and ragged(dy, out.shape[1], 128),
-        )  # fmt: skip
+        )
     return _over_slots(products, T, K, dy.dtype), dweights, dgate_up_bias, ddown_bias
 
 
 @offer(moe_experts_weight_backward, *floats("dy", "weights", "gate_up", "down", "gate_up_bias"))
 def weight_backward(
-    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *,
-    gate_up_bias: Tensor | None = None, activation: str = "silu", limit: float | None = None,
-    weight_position: str = "after", interleaved: bool = False, alpha: float = 1.702,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    activation: str = "silu",
+    limit: float | None = None,
+    weight_position: str = "after",
+    interleaved: bool = False,
+    alpha: float = 1.702,
+) -> tuple[Tensor, Tensor]:
     """Gradients in gate_up and down: sums of outer products over the rows of each expert."""
     (T, D), K, E = x.shape, ids.shape[1], gate_up.shape[0]
     if 0 in (T, D, K, E):
@@ -347,19 +689,40 @@ def weight_backward(
         return next(zeros), next(zeros)
     rows = sort(ids, E)
     dboth, h, _ = _gradients(
-        dy, x, rows, weights.contiguous(), gate_up, down, _contiguous(gate_up_bias), activation,
-        limit, interleaved, alpha, K, keep=True,
-    )  # fmt: skip
+        dy,
+        x,
+        rows,
+        weights.contiguous(),
+        gate_up,
+        down,
+        _contiguous(gate_up_bias),
+        activation,
+        limit,
+        interleaved,
+        alpha,
+        K,
+        keep=True,
+    )
     dgate_up = outer_sums(dboth, Rows(x, slots=K), rows.groups, gate_up.dtype, rows.order)
     ddown = outer_sums(Rows(dy, slots=K), h, rows.groups, down.dtype, rows.order)
     return dgate_up, ddown
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, rows: Sorted, weights: Tensor, gate_up: Weight, down: Weight,
-    bias: Tensor | None, activation: str, limit: float | None, interleaved: bool, alpha: float,
-    K: int, keep: bool,
-) -> tuple[Rows, Rows, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    rows: Sorted,
+    weights: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    bias: Tensor | None,
+    activation: str,
+    limit: float | None,
+    interleaved: bool,
+    alpha: float,
+    K: int,
+    keep: bool,
+) -> tuple[Rows, Rows, Tensor]:
     """The gradient of gate and up, weights * h (if `keep`), and parts of dh . h [blocks, slots]."""
     (T, D), (E, width) = x.shape, (gate_up.shape[0], gate_up.shape[1] // 2)
     tile = tile_for(entry := f"moe_experts.backward_{case(T * K, E, x, gate_up, down)}", x)
@@ -373,26 +736,54 @@ def _gradients(
     dots = torch.empty(blocks, T * K, dtype=torch.float32, device=x.device)
     if width:
         launch(
-            _slopes, rows.groups.grid(tile, blocks), x, dy, rows.order, dboth.x, dboth.low,
-            h.x if keep else None, h.low, dots, bias, weights, rows.groups.offsets,
-            rows.groups.table(tile), T * K, width, D, E, *x.stride(), *dy.stride(), alpha,
-            limit or 0.0, *how.arguments, *other.arguments, tile=tile, entry=entry,
-            EVEN=D % tile["BK"] == 0, B_SPLIT=dboth.split, H_SPLIT=h.split,
+            _slopes,
+            rows.groups.grid(tile, blocks),
+            x,
+            dy,
+            rows.order,
+            dboth.x,
+            dboth.low,
+            h.x if keep else None,
+            h.low,
+            dots,
+            bias,
+            weights,
+            rows.groups.offsets,
+            rows.groups.table(tile),
+            T * K,
+            width,
+            D,
+            E,
+            *x.stride(),
+            *dy.stride(),
+            alpha,
+            limit or 0.0,
+            *how.arguments,
+            *other.arguments,
+            tile=tile,
+            entry=entry,
+            EVEN=D % tile["BK"] == 0,
+            B_SPLIT=dboth.split,
+            H_SPLIT=h.split,
             RAGGED=how.ragged(x, D, tile["BK"], True),
-            **_form(x, K, E, activation, limit, interleaved), **how.constants(),
+            **_form(x, K, E, activation, limit, interleaved),
+            **how.constants(),
             **other.constants("_2"),
-        )  # fmt: skip
+        )
     return dboth, h, dots
 
 
 def _form(
     x: Tensor, K: int, E: int, activation: str, limit: float | None, interleaved: bool
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     return {
-        "GROUPS": power_of_two(E + 1), "SLOTS": K, "INTERLEAVED": interleaved,
-        "ACTIVATION": activation, "LIMITED": limit is not None,
+        "GROUPS": power_of_two(E + 1),
+        "SLOTS": K,
+        "INTERLEAVED": interleaved,
+        "ACTIVATION": activation,
+        "LIMITED": limit is not None,
         "CLAMPED": interleaved and gathers_whole_rows(x),
-    }  # fmt: skip
+    }
 
 
 def _between(x: Tensor, rows: int, columns: int, narrow: bool) -> Rows:

@@ -57,8 +57,9 @@ def _first_of_largest(key, index, LAST: tl.constexpr):
 
 
 @jit
-def _open_groups(key, e, E, groups, top_groups, BIASED: tl.constexpr, P: tl.constexpr,
-                 GROUPS: tl.constexpr):  # fmt: skip
+def _open_groups(
+    key, e, E, groups, top_groups, BIASED: tl.constexpr, P: tl.constexpr, GROUPS: tl.constexpr
+):
     """The keys, -inf in the groups that may not be chosen from."""
     size = E // groups
     mine, group = e // size, tl.arange(0, GROUPS)
@@ -83,10 +84,27 @@ def _open_groups(key, e, E, groups, top_groups, BIASED: tl.constexpr, P: tl.cons
 
 @jit
 def _route(
-    logits, bias, preset, mask, ids, weights, T, E, k, groups, top_groups, l_row, l_e, scale,
-    SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, GROUPED: tl.constexpr, P: tl.constexpr,
-    Q: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bias,
+    preset,
+    mask,
+    ids,
+    weights,
+    T,
+    E,
+    k,
+    groups,
+    top_groups,
+    l_row,
+    l_e,
+    scale,
+    SCORE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUPED: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     e, slot = tl.arange(0, P), tl.arange(0, Q)
     inside = e < E
     for t in range(tl.program_id(0), T, tl.num_programs(0)):
@@ -138,9 +156,23 @@ def _route(
 
 @jit
 def _route_backward(
-    dweights, logits, ids, dlogits, T, E, k, d_row, d_k, l_row, l_e, scale,
-    SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-):  # fmt: skip
+    dweights,
+    logits,
+    ids,
+    dlogits,
+    T,
+    E,
+    k,
+    d_row,
+    d_k,
+    l_row,
+    l_e,
+    scale,
+    SCORE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+):
     e, slot = tl.arange(0, P), tl.arange(0, Q)
     inside = e < E
     for t in range(tl.program_id(0), T, tl.num_programs(0)):
@@ -190,10 +222,18 @@ def _route_backward(
 
 @offer(route, *floats("logits", "bias"), at_most("E", MOST))
 def forward(
-    logits: Tensor, k: int, *, score: str, bias: Tensor | None = None, groups: int = 1,
-    top_groups: int = 1, renormalize: bool = True, scale: float = 1.0,
-    preset: Tensor | None = None, mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    k: int,
+    *,
+    score: str,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    preset: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """ids = the k largest of s + bias, weights = scale * s[ids] / (sum(s[ids]) + 1e-20)."""
     T, E = logits.shape
     ids = torch.empty(T, k, dtype=torch.int32, device=logits.device)
@@ -201,31 +241,66 @@ def forward(
     if T:
         tile = tile_for(entry := "route.rows", logits)
         launch(
-            _route, programs(logits, T, tile), logits, *_all_contiguous(bias, preset, mask), ids,
-            weights, T, E, k, groups, top_groups, *logits.stride(), scale, tile=tile, entry=entry,
-            SCORE=score, RENORMALIZE=renormalize or score == "topk_softmax",
-            GROUPED=top_groups < groups, P=power_of_two(E), Q=power_of_two(k),
+            _route,
+            programs(logits, T, tile),
+            logits,
+            *_all_contiguous(bias, preset, mask),
+            ids,
+            weights,
+            T,
+            E,
+            k,
+            groups,
+            top_groups,
+            *logits.stride(),
+            scale,
+            tile=tile,
+            entry=entry,
+            SCORE=score,
+            RENORMALIZE=renormalize or score == "topk_softmax",
+            GROUPED=top_groups < groups,
+            P=power_of_two(E),
+            Q=power_of_two(k),
             GROUPS=power_of_two(groups),
-        )  # fmt: skip
+        )
     return ids, weights
 
 
 @offer(route_backward, *floats("logits"), at_most("E", MOST))
 def backward(
-    dweights: Tensor, logits: Tensor, ids: Tensor, *, score: str, renormalize: bool = True,
+    dweights: Tensor,
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    score: str,
+    renormalize: bool = True,
     scale: float = 1.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dlogits of `route`, the selection taken as constant."""
     (T, E), k = logits.shape, ids.shape[1]
     dlogits = torch.empty(T, E, dtype=logits.dtype, device=logits.device)
     if T:
         tile = tile_for(entry := "route.rows", logits)
         launch(
-            _route_backward, programs(logits, T, tile), dweights, logits, ids.contiguous(), dlogits,
-            T, E, k, *dweights.stride(), *logits.stride(), scale, tile=tile, entry=entry,
-            SCORE=score, RENORMALIZE=renormalize or score == "topk_softmax", P=power_of_two(E),
+            _route_backward,
+            programs(logits, T, tile),
+            dweights,
+            logits,
+            ids.contiguous(),
+            dlogits,
+            T,
+            E,
+            k,
+            *dweights.stride(),
+            *logits.stride(),
+            scale,
+            tile=tile,
+            entry=entry,
+            SCORE=score,
+            RENORMALIZE=renormalize or score == "topk_softmax",
+            P=power_of_two(E),
             Q=power_of_two(k),
-        )  # fmt: skip
+        )
     return dlogits
 
 

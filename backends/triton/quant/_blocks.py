@@ -47,15 +47,31 @@ def weights(*block: str) -> tuple[Requirement, ...]:
     return (
         dtype("weight", *usable()),
         condition(f"weight of at most {BLOCKS} blocks", ("B", "N", "K", *block), few),
-    )  # fmt: skip
+    )
 
 
 @jit
 def _scales(
-    x, scales, zeros, total, n, k, down, across, by_matrix, by_row, by_column,
-    FORMAT: tl.constexpr, FLOOR: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
+    x,
+    scales,
+    zeros,
+    total,
+    n,
+    k,
+    down,
+    across,
+    by_matrix,
+    by_row,
+    by_column,
+    FORMAT: tl.constexpr,
+    FLOOR: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BB: tl.constexpr,
+    BE: tl.constexpr,
+):
     # The scale (int4: and the zero point) of BB blocks of ROWS x COLUMNS, BE elements of each at a
     # time. Magnitudes are compared by their bits, among which NaN is the largest. Bound by memory.
     # WHOLE: no block reaches beyond a row's end, no BE elements beyond a block's. FLOOR is the
@@ -108,9 +124,20 @@ def _scales(
 
 @jit
 def _code(
-    x, scales, zeros, row, column, n, k, across, by_row, by_column, FORMAT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x,
+    scales,
+    zeros,
+    row,
+    column,
+    n,
+    k,
+    across,
+    by_row,
+    by_column,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """The codes of some rows and columns of a matrix as int32."""
     inside = (row < n)[:, None] & (column < k)[None, :]
     row, column = tl.minimum(row, n - 1), tl.minimum(column, k - 1)
@@ -137,10 +164,25 @@ def _code(
 
 @jit
 def _codes(
-    x, scales, zeros, values, matrices, n, k, width, down, across, by_matrix, by_row, by_column,
-    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr,
+    x,
+    scales,
+    zeros,
+    values,
+    matrices,
+    n,
+    k,
+    width,
+    down,
+    across,
+    by_matrix,
+    by_row,
+    by_column,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BR: tl.constexpr,
     BC: tl.constexpr,
-):  # fmt: skip
+):
     # values = codes of x / scale: BR rows and BC bytes of a matrix at a time. Bound by memory.
     rows, columns = tl.cdiv(n, BR), tl.cdiv(width, BC)
     for number in range(tl.program_id(0), matrices * rows * columns, tl.num_programs(0)):
@@ -153,19 +195,52 @@ def _codes(
             more = zeros + place
         if width != k:  # two codes a byte
             low = _code(
-                start, scales + place, more, row, 2 * column, n, k, across, by_row, by_column,
-                FORMAT, ROWS, COLUMNS,
-            )  # fmt: skip
+                start,
+                scales + place,
+                more,
+                row,
+                2 * column,
+                n,
+                k,
+                across,
+                by_row,
+                by_column,
+                FORMAT,
+                ROWS,
+                COLUMNS,
+            )
             high = _code(
-                start, scales + place, more, row, 2 * column + 1, n, k, across, by_row, by_column,
-                FORMAT, ROWS, COLUMNS,
-            )  # fmt: skip
+                start,
+                scales + place,
+                more,
+                row,
+                2 * column + 1,
+                n,
+                k,
+                across,
+                by_row,
+                by_column,
+                FORMAT,
+                ROWS,
+                COLUMNS,
+            )
             code = low | (high << 4)
         else:
             code = _code(
-                start, scales + place, more, row, column, n, k, across, by_row, by_column, FORMAT,
-                ROWS, COLUMNS,
-            )  # fmt: skip
+                start,
+                scales + place,
+                more,
+                row,
+                column,
+                n,
+                k,
+                across,
+                by_row,
+                by_column,
+                FORMAT,
+                ROWS,
+                COLUMNS,
+            )
         at = values + ((matrix * n + row) * width)[:, None] + column[None, :]
         inside = (row < n)[:, None] & (column < width)[None, :]
         tl.store(at, code.to(values.dtype.element_ty), mask=inside)
@@ -173,9 +248,22 @@ def _codes(
 
 @jit
 def _decoded(
-    values, scales, zeros, y, matrices, n, k, width, down, across, FORMAT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    values,
+    scales,
+    zeros,
+    y,
+    matrices,
+    n,
+    k,
+    width,
+    down,
+    across,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     # y = value(code) * scale: BR rows and BC elements of a matrix at a time. Bound by memory.
     rows, columns = tl.cdiv(n, BR), tl.cdiv(k, BC)
     for number in range(tl.program_id(0), matrices * rows * columns, tl.num_programs(0)):
@@ -187,17 +275,33 @@ def _decoded(
         if FORMAT == "int4":
             more = zeros + place
         number_of = stored_values(
-            values + matrix * n * width, scales + place, more, tl.minimum(row, n - 1), row < n,
-            column, across, width, k, FORMAT, ROWS, COLUMNS,
-        )  # fmt: skip
+            values + matrix * n * width,
+            scales + place,
+            more,
+            tl.minimum(row, n - 1),
+            row < n,
+            column,
+            across,
+            width,
+            k,
+            FORMAT,
+            ROWS,
+            COLUMNS,
+        )
         at = y + ((matrix * n + row) * k)[:, None] + column[None, :]
         tl.store(at, number_of, mask=(row < n)[:, None] & (column < k)[None, :])
 
 
 def quantized(
-    weight: Tensor, name: str, rows: int, columns: int, scale: torch.dtype, *, floor: float,
+    weight: Tensor,
+    name: str,
+    rows: int,
+    columns: int,
+    scale: torch.dtype,
+    *,
+    floor: float,
     largest: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     """(values, scales), for int4 also zeros: `weight` [*B,N,K] in a format, one scale for each
     block of rows x columns, which is max(max|weight|, floor) / largest or, of dtype uint8, the
     power of two above."""
@@ -222,17 +326,42 @@ def quantized(
     each = max(2, min(tile["BE"], 1 << (block["ROWS"] * block["COLUMNS"] - 1).bit_length()))
     sizes = dict(BE=each, BB=tile["ELEMENTS"] // each)
     launch(
-        _scales, programs(x, cdiv(scales.numel(), sizes["BB"]), tile), x, scales, zeros,
-        scales.numel(), n, k, *grid[-2:], *x.stride(), tile=tile, entry="quantize.scales",
-        FLOOR=floor, LARGEST=largest, WHOLE=k % columns == 0 and rows * columns % each == 0,
-        **block, **sizes,
-    )  # fmt: skip
+        _scales,
+        programs(x, cdiv(scales.numel(), sizes["BB"]), tile),
+        x,
+        scales,
+        zeros,
+        scales.numel(),
+        n,
+        k,
+        *grid[-2:],
+        *x.stride(),
+        tile=tile,
+        entry="quantize.scales",
+        FLOOR=floor,
+        LARGEST=largest,
+        WHOLE=k % columns == 0 and rows * columns % each == 0,
+        **block,
+        **sizes,
+    )
     tile = tile_for("quantize.codes", x)
     launch(
-        _codes, programs(x, _work(tile, x.shape[0], n, width), tile), x, scales, zeros, values,
-        x.shape[0], n, k, width, *grid[-2:], *x.stride(), tile=tile, entry="quantize.codes",
+        _codes,
+        programs(x, _work(tile, x.shape[0], n, width), tile),
+        x,
+        scales,
+        zeros,
+        values,
+        x.shape[0],
+        n,
+        k,
+        width,
+        *grid[-2:],
+        *x.stride(),
+        tile=tile,
+        entry="quantize.codes",
         **block,
-    )  # fmt: skip
+    )
     return outputs
 
 
@@ -247,11 +376,23 @@ def dequantized(
         return y
     tile, matrices = tile_for("quantize.values", y), y.numel() // (n * k)
     launch(
-        _decoded, programs(y, _work(tile, matrices, n, k), tile), values.contiguous(),
-        scales.contiguous(), None if zeros is None else zeros.contiguous(), y, matrices, n, k,
-        width, *scales.shape[-2:], tile=tile, entry="quantize.values", FORMAT=name,
-        ROWS=min(rows, n), COLUMNS=min(columns, k),
-    )  # fmt: skip
+        _decoded,
+        programs(y, _work(tile, matrices, n, k), tile),
+        values.contiguous(),
+        scales.contiguous(),
+        None if zeros is None else zeros.contiguous(),
+        y,
+        matrices,
+        n,
+        k,
+        width,
+        *scales.shape[-2:],
+        tile=tile,
+        entry="quantize.values",
+        FORMAT=name,
+        ROWS=min(rows, n),
+        COLUMNS=min(columns, k),
+    )
     return y
 
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.kernels.quant.fp8 import (
-    FLOOR,
-    dequantize_fp8,
-    quantize_fp8,
-    quantize_fp8_e8m0,
-)
+from transom.kernels.quant.fp8 import FLOOR, dequantize_fp8, quantize_fp8, quantize_fp8_e8m0
 from transom.weights.codes import E4M3_MAX
 
 from .._offer import offer

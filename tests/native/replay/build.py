@@ -17,9 +17,14 @@ WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
 def run(*command: str | Path, **environment: str) -> str:
     """What the command printed; its failure is the test's."""
     done = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env={**os.environ, **environment}, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
@@ -30,9 +35,17 @@ def library(folder: Path, compiler: str, flags: str = "", **environment: str) ->
     command = (sys.executable, "setup.py", "-q", "build_ext")
     places = ("--build-lib", folder / "lib", "--build-temp", folder / "objects")
     printed = run(
-        *command, *places, CC=compiler, CXX=compiler, LDSHARED=link, LDCXXSHARED=link,
-        CFLAGS=flags, CXXFLAGS=flags, TRANSOM_NO_EXT="_C", **environment,
-    )  # fmt: skip
+        *command,
+        *places,
+        CC=compiler,
+        CXX=compiler,
+        LDSHARED=link,
+        LDCXXSHARED=link,
+        CFLAGS=flags,
+        CXXFLAGS=flags,
+        TRANSOM_NO_EXT="_C",
+        **environment,
+    )
     built = folder / "lib/transom/_native.so"
     assert built.exists(), printed
     return built

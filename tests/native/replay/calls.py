@@ -78,10 +78,11 @@ def borders(op: Op[..., Any]) -> list[Call]:
 def everything(count: int) -> list[Call]:
     """`count` drawn calls of every operator in every dtype, and the borders."""
     return [
-        call for op in operators()
+        call
+        for op in operators()
         for some in (*(drawn(op, count, dtype) for dtype in DTYPES), borders(op))
         for call in some
-    ]  # fmt: skip
+    ]
 
 
 def example(op: Op[..., Any], dtype: torch.dtype = torch.float32, **dims: Any) -> Call:
@@ -96,9 +97,10 @@ def quantised(op: Op[..., Any], dtype: torch.dtype, **dims: Any) -> list[Call]:
     for format in ("int8", "int4", "mxfp4"):
         values = [
             transom.quantize(v.float(), format)
-            if isinstance(v, torch.Tensor) and v.dim() == 3 and v.is_floating_point() else v
+            if isinstance(v, torch.Tensor) and v.dim() == 3 and v.is_floating_point()
+            else v
             for v in plain.values
-        ]  # fmt: skip
+        ]
         found.append(Call(replace(plain, values=tuple(values), text=f"{format}: {plain.text}")))
     return found
 
@@ -121,9 +123,13 @@ def far(call: Call) -> list[Call]:
 
 
 def run(
-    driver: Sequence[str | Path], library: Path, calls: Sequence[Call], folder: Path,
-    threads: Sequence[int] = (1, 2, 3, 7), **environment: str,
-) -> list[Answer]:  # fmt: skip
+    driver: Sequence[str | Path],
+    library: Path,
+    calls: Sequence[Call],
+    folder: Path,
+    threads: Sequence[int] = (1, 2, 3, 7),
+    **environment: str,
+) -> list[Answer]:
     """The answers of the driver, which must have found nothing wrong."""
     with open(folder / "calls", "wb") as file:
         _numbers(file, len(calls))
@@ -131,9 +137,13 @@ def run(
             _write(file, call)
     done = subprocess.run(
         [*driver, library, folder / "calls", folder / "results", *map(str, threads)],
-        capture_output=True, text=True, errors="replace", timeout=600, check=False,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=600,
+        check=False,
         env={**os.environ, "TRANSOM_TEST_SPLIT": "1", **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, f"{done.stderr[-6000:]}\nexit status {done.returncode}"
     with open(folder / "results", "rb") as file:
         return [_read(file, call) for call in calls]
@@ -178,8 +188,9 @@ def _outputs(case: Case) -> list[tuple[tuple[int, ...], torch.dtype]]:
 
 
 def _written(case: Case) -> list[torch.Tensor]:
-    return [v for p, v in zip(case.op.parameters, case.values, strict=True)
-            if p.name in case.op.mutates]  # fmt: skip
+    return [
+        v for p, v in zip(case.op.parameters, case.values, strict=True) if p.name in case.op.mutates
+    ]
 
 
 def _numbers(file: BinaryIO, *numbers: int) -> None:
@@ -192,9 +203,13 @@ def _text(file: BinaryIO, text: bytes) -> None:
 
 
 def _tensor(
-    file: BinaryIO, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype,
-    written: bool, dense: bytes,
-) -> None:  # fmt: skip
+    file: BinaryIO,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    written: bool,
+    dense: bytes,
+) -> None:
     code, bits = abi._DTYPES[dtype]
     _numbers(file, code, bits, written)
     _numbers(file, len(shape), *shape)
@@ -260,8 +275,9 @@ def _read(file: BinaryIO, call: Call) -> Answer:
         return Answer(text, threads, ())
     wanted = _outputs(call.case) or [(tuple(t.shape), t.dtype) for t in _written(call.case)]
     tensors = [
-        torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape) if data
+        torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+        if data
         else torch.empty(shape, dtype=dtype)
         for data, (shape, dtype) in zip(raw, wanted, strict=True)
-    ]  # fmt: skip
+    ]
     return Answer(None, threads, tuple(tensors))

@@ -29,10 +29,16 @@ setup(
             include_dirs=[INCLUDE],
             define_macros=[("SIM_VERSION", f'"{VERSION}"')],
             # No contraction: the same bits from every compiler.
-            extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden",
-                                "-Wall", "-Wextra"],
+            extra_compile_args=[
+                "-std=c11",
+                "-O3",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+            ],
             libraries=["m", "pthread"],
         )
     ],
     cmdclass={"build_ext": library},
-)  # fmt: skip
+)

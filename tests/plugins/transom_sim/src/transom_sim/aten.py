@@ -19,9 +19,13 @@ MODES = ("count", "warn", "error")
 fallbacks: collections.Counter[str] = collections.Counter()
 """How often each operator went round by the CPU."""
 _METADATA = (
-    "as_strided", "view", "_reshape_alias", "unfold", "set_.source_Storage_storage_offset",
+    "as_strided",
+    "view",
+    "_reshape_alias",
+    "unfold",
+    "set_.source_Storage_storage_offset",
     "set_.source_Storage",
-)  # fmt: skip
+)
 _kept: list[torch.library.Library] = []
 
 
@@ -57,9 +61,13 @@ def _metadata(op: Any) -> Callable[..., Any]:
 
 
 def _empty(
-    size: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
+    size: Any,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
     memory_format: Any = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     if memory_format in (torch.channels_last, torch.channels_last_3d):
         like = torch.empty(size, device="meta", memory_format=memory_format)
         return memory.new(size, like.stride(), dtype)
@@ -67,9 +75,13 @@ def _empty(
 
 
 def _empty_strided(
-    size: Any, stride: Any, dtype: Any = None, layout: Any = None, device: Any = None,
+    size: Any,
+    stride: Any,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
     pin_memory: Any = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return memory.new(size, stride, dtype)
 
 

@@ -12,11 +12,27 @@ from . import aten, library
 from .streams import Event, Stream, current_stream, default_stream, set_stream, stream
 
 __all__ = [
-    "Event", "Stream", "clock", "counters", "current_device", "current_stream", "default_stream",
-    "device", "device_count", "fallbacks", "get_device_name", "is_available", "is_initialized",
-    "max_memory_allocated", "memory_allocated", "peaks", "set_device", "set_stream", "stream",
+    "Event",
+    "Stream",
+    "clock",
+    "counters",
+    "current_device",
+    "current_stream",
+    "default_stream",
+    "device",
+    "device_count",
+    "fallbacks",
+    "get_device_name",
+    "is_available",
+    "is_initialized",
+    "max_memory_allocated",
+    "memory_allocated",
+    "peaks",
+    "set_device",
+    "set_stream",
+    "stream",
     "synchronize",
-]  # fmt: skip
+]
 
 HERTZ = 1e9
 

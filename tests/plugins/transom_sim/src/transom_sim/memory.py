@@ -37,9 +37,12 @@ def storage(nbytes: int) -> torch.UntypedStorage:
 
 
 def set_storage(
-    tensor: Tensor, on: torch.UntypedStorage, offset: int, size: Sequence[int],
+    tensor: Tensor,
+    on: torch.UntypedStorage,
+    offset: int,
+    size: Sequence[int],
     stride: Sequence[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`tensor`, from now on a view of this storage."""
     return metadata(_set, tensor, on, offset, size, stride)
 
@@ -104,10 +107,16 @@ def within(source: Tensor, to: Tensor) -> None:
     source = source.expand(to.shape)
     if source.numel():
         library.checked(
-            library.exports().sim_copy, to.data_ptr(), integers(to.stride()), source.data_ptr(),
-            integers(source.stride()), to.element_size(), to.dim(), integers(to.shape),
+            library.exports().sim_copy,
+            to.data_ptr(),
+            integers(to.stride()),
+            source.data_ptr(),
+            integers(source.stride()),
+            to.element_size(),
+            to.dim(),
+            integers(to.shape),
             library.stream_handle(),
-        )  # fmt: skip
+        )
 
 
 def fill(tensor: Tensor, value: Any) -> None:
@@ -115,10 +124,15 @@ def fill(tensor: Tensor, value: Any) -> None:
     if tensor.numel():
         one = torch.tensor(value, dtype=tensor.dtype)
         library.checked(
-            library.exports().sim_fill, tensor.data_ptr(), integers(tensor.stride()),
-            one.data_ptr(), tensor.element_size(), tensor.dim(), integers(tensor.shape),
+            library.exports().sim_fill,
+            tensor.data_ptr(),
+            integers(tensor.stride()),
+            one.data_ptr(),
+            tensor.element_size(),
+            tensor.dim(),
+            integers(tensor.shape),
             library.stream_handle(),
-        )  # fmt: skip
+        )
 
 
 # deepcopy, pickle, torch.save and torch.load work on storages, below the dispatcher --------------
