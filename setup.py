@@ -40,8 +40,9 @@ def packages() -> list[str]:
     ]
 
 
-# Each source below a family is compiled once for each level of its processor, the best one last;
-# csrc/cpu/plugin.cpp takes the best that runs. A new name needs its has_<level>() there.
+# Each source but those of csrc/cpu/base is compiled once for each level of its processor, the best
+# one last; csrc/cpu/base/plugin.cpp takes the best that runs. A new name needs its has_<level>()
+# there.
 LEVELS = {
     "x86_64": {
         "baseline": [],
@@ -106,8 +107,8 @@ def pybind11_include() -> str | None:
 
 
 class build_compiled(build_ext):
-    """Compiles transom._C as any extension, and csrc/cpu as a library: files of the folder
-    itself once, those below it once for each level.
+    """Compiles transom._C as any extension, and csrc/cpu as a library: files of its base once, all
+    others once for each level.
 
     Of the library, what is up to date in the build folder is kept; the rest is compiled on all
     processors at once.
@@ -164,18 +165,19 @@ class build_compiled(build_ext):
 
 
 def has_levels(source: str) -> bool:
-    """csrc/cpu/<family>/<name>.cpp, not a source of the folder itself."""
-    return len(Path(source).parts) > len(("csrc", "cpu", "file"))
+    """Whether a source is compiled once for each level: any but those of csrc/cpu/base."""
+    return Path(source).parent.name != "base"
 
 
 def is_kernel(source: str) -> bool:
-    """csrc/cpu/<family>/<op>.cpp; what begins with an underscore is shared by several of them."""
-    return has_levels(source) and not Path(source).name.startswith("_")
+    """csrc/cpu/<family>/<op>.cpp; what all families share lies in folders that are no family, what
+    the operators of one share begins with an underscore."""
+    return (ROOT / "kernels" / Path(source).parent.name).is_dir() and Path(source).name[0] != "_"
 
 
 def write_list(target: Path, kernels: list[str], levels: Iterable[str]) -> None:
-    """The header by which csrc/cpu/plugin.cpp knows every kernel, F(level, op) for each, and every
-    level, F(level), the best one first."""
+    """The header by which csrc/cpu/base/plugin.cpp knows every kernel, F(level, op) for each, and
+    every level, F(level), the best one first."""
     each = " ".join(f"F(level, {Path(source).stem})" for source in kernels)
     best_first = " ".join(f"F({level})" for level in reversed(list(levels)))
     text = f"#define TRANSOM_EACH(F, level) {each}\n#define TRANSOM_LEVELS(F) {best_first}\n"

@@ -1,4 +1,4 @@
-"""The machine's ceilings, measured with the loops of csrc/cpu/probes.cpp.
+"""The machine's ceilings, measured with the loops of csrc/cpu/base/probes.cpp.
 
 They are taken in the same rounds as the candidates, so that a machine that others share slows down
 both. Without the compiled library torch's own kernels stand in: its matrix product and its sum are

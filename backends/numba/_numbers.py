@@ -109,8 +109,8 @@ def exp(x):
     """e**x of a float32, within 2 units in the last place; 0 below -104, Inf above 88.73, NaN for
     NaN.
 
-    As in csrc/cpu/vector.h: n = round(x / ln 2), a polynomial (Cephes' expf) on the rest, times 2^n
-    in two factors.
+    As in csrc/cpu/base/vector.h: n = round(x / ln 2), a polynomial (Cephes' expf) on the rest,
+    times 2^n in two factors.
     """
     y = np.float32(89.0) if x > np.float32(89.0) else x
     y = np.float32(-104.0) if y < np.float32(-104.0) else y

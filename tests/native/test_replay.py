@@ -53,7 +53,7 @@ def test_guard_pages_poison_and_threads(driver, tmp_path, level):
 @needs_library
 @pytest.mark.parametrize("level", HERE)
 def test_rows_of_16_bits_and_quantised_weights_stay_within_their_bounds(driver, tmp_path, level):
-    """Long enough for products in integers (csrc/cpu/integers.h)."""
+    """Long enough for products in integers (csrc/cpu/gemm/integers.h)."""
     gemm, experts = (transom.ops()[name] for name in ("grouped_gemm", "moe_experts"))
     given = [
         call

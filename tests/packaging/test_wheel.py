@@ -48,11 +48,12 @@ def tracked(source: Path) -> set[str]:
 
 def add_library(source: Path, broken: bool = False) -> None:
     """The smallest sources that setup.py must find: one compiled once, one for every level."""
-    (source / "csrc/cpu/moe").mkdir(parents=True, exist_ok=True)
+    for folder in ("base", "moe"):
+        (source / "csrc/cpu" / folder).mkdir(parents=True, exist_ok=True)
     for old in (source / "csrc").rglob("*.cpp"):
         old.unlink()
     text = "#error broken\n" if broken else 'extern "C" int once() { return 7; }\n'
-    (source / "csrc/cpu/once.cpp").write_text(text)
+    (source / "csrc/cpu/base/once.cpp").write_text(text)
     (source / "csrc/cpu/moe/seven.cpp").write_text(
         "namespace TRANSOM_LEVEL { extern const int seven = 7; }\n"
     )

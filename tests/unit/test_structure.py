@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("runtime", "kernels", "backends", "tests", "bench")
 SOURCES = {".py", ".pyi", ".c", ".cpp", ".h", ".html"}
+SHARED = ("base", "weights", "gemm")
 FLAT = sorted((ROOT / "runtime").glob("*.py"))
 
 
@@ -32,13 +33,15 @@ def without_twin(root: Path) -> list[str]:
 
     What begins with an underscore is shared by several of them. The gradient of an operator, and a
     variant of it that writes, is declared in the operator's file and named after it: it may have a
-    source of its own in csrc/cpu, never a module in backends/, which nothing would load.
+    source of its own in csrc/cpu, never a module in backends/, which nothing would load. What all
+    families share lies in the folders SHARED there.
     """
     found = []
     for place in (*sorted((root / "backends").iterdir()), root / "csrc/cpu"):
         for path in sorted(place.rglob("*") if place.is_dir() else ()):
             parts = path.relative_to(place)
             private = any(part.startswith(("_", ".")) for part in parts.parts)
+            private |= place.name == "cpu" and parts.parts[0] in SHARED
             if path.is_file() and len(parts.parts) > 1 and not private:
                 twins = (root / "kernels" / parts.parent).glob("*.py")
                 names = {twin.stem for twin in twins}
@@ -96,10 +99,13 @@ def test_a_missing_twin_is_seen(tmp_path):
         "backends/numba/moe/route_backward.py",
         "csrc/cpu/moe/_simd.h",
         "csrc/cpu/mhc/route.cpp",
+        "csrc/cpu/gemm/multiply.cpp",
+        "backends/numba/gemm/multiply.py",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert without_twin(tmp_path) == [
+        "backends/numba/gemm/multiply.py",
         "backends/numba/moe/rout.py",
         "backends/numba/moe/route_backward.py",
         "csrc/cpu/mhc/route.cpp",

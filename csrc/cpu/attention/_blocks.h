@@ -2,7 +2,7 @@
  * in pieces of kKeys places. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "_keys.h"
+#include "_attention_tile.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

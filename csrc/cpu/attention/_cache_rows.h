@@ -2,7 +2,7 @@
  * linkage, as in vector.h. */
 #pragma once
 
-#include "../tensor.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

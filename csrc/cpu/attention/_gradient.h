@@ -1,7 +1,7 @@
 /* One query's heads against a tile of keys, backwards. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "_keys.h"
+#include "_attention_tile.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

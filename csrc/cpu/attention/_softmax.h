@@ -7,7 +7,7 @@
  * Milakov & Gimelshein 2018, arXiv:1805.02867. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../matrix.h"
+#include "../gemm/tile.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

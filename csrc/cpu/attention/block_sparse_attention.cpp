@@ -1,12 +1,12 @@
 /* block_sparse_attention: tokens of the blocks that a query selects for each key head, and a sink.
  *
  * A task is a key head and a block of neighbouring queries; the query heads of the key head are the
- * rows of the products (_keys.h). The tokens of a query's list are cut into pieces of kKeys places,
+ * rows of the products (_attention_tile.h). The tokens of a query's list are cut into pieces of kKeys places,
  * gathered, and merged in order: the same bits in prefill and decode. Queries that share a piece,
  * because they share a list or neighbours agree on it, share its tiles. Bound by FMA; a gather that
  * nobody shares costs (D + Dv) reads for G * (D + Dv) multiplications. */
-#include "../parallel.h"
-#include "../product.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
 #include "_blocks.h"
 
 namespace transom::TRANSOM_LEVEL {

@@ -7,8 +7,8 @@
  * with the call. The price is a second computation of q . k and do . v, two of seven products, and
  * that each task of tokens searches all lists: one comparison for S * L * N / kKeys, against
  * 4 * heads * block_size * (D + Dv) multiplications for S * L. Bound by FMA. */
-#include "../parallel.h"
-#include "../product.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
 #include "_blocks.h"
 #include "_gradient.h"
 

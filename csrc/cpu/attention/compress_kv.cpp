@@ -2,8 +2,8 @@
  *
  * A task is some channels of one entry: their gates stay in L1 between the peak and the weights,
  * values are read once. Bound by memory. */
-#include "../parallel.h"
-#include "_slots.h"
+#include "../base/parallel.h"
+#include "_compress_kv.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

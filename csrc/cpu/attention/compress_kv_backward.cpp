@@ -3,8 +3,8 @@
  * A task is some channels of all entries, one after the other, so that the gradient of the bias is
  * a sum in one order; it stays in the thread's workspace. Each half of a row's channels belongs to
  * one entry at most: written, never added to, but for what comes through the next state. */
-#include "../parallel.h"
-#include "_slots.h"
+#include "../base/parallel.h"
+#include "_compress_kv.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

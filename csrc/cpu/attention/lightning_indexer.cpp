@@ -5,9 +5,9 @@
  * the query's list of candidates. No row of scores exists. With few queries the keys are shared out
  * as well, and the lists of the shares are put together in the order of the keys: the selection is
  * the same, since a score's bits depend on nothing else. Bound by FMA. */
-#include "../matrix.h"
-#include "../parallel.h"
-#include "_best.h"
+#include "../gemm/tile.h"
+#include "../base/parallel.h"
+#include "_top_k.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

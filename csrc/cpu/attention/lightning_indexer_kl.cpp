@@ -1,9 +1,9 @@
 /* lightning_indexer_kl: sum of target * (log target - log softmax of the scores), query by query.
  *
- * A task is a query: its keys are gathered in pieces and multiplied with all heads (_listed.h).
+ * A task is a query: its keys are gathered in pieces and multiplied with all heads (_indexer_loss.h).
  * Bound by FMA. */
-#include "../parallel.h"
-#include "_listed.h"
+#include "../base/parallel.h"
+#include "_indexer_loss.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

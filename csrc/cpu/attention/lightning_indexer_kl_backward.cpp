@@ -4,8 +4,8 @@
  * collect in rows of its own. When all in hand are done, these rows are added to dk in the order of
  * the queries, every row by one thread. Bound by FMA: four products of keys * heads * D. Sums of
  * 16-bit gradients are kept as float32, those of one batch at a time. */
-#include "../parallel.h"
-#include "_listed.h"
+#include "../base/parallel.h"
+#include "_indexer_loss.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

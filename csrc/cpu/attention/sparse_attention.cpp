@@ -1,5 +1,5 @@
-/* sparse_attention: attention over entries of numbers (_entries.h). */
-#include "_entries.h"
+/* sparse_attention: attention over entries of numbers (_sparse_attention.h). */
+#include "_sparse_attention.h"
 
 namespace transom::TRANSOM_LEVEL {
 

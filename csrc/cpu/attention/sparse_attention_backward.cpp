@@ -7,10 +7,10 @@
  * of the blocks, every row by one thread. Bound by FMA: five
  * products of keys * heads * D for a piece. Sums of 16-bit gradients are kept as float32, those of
  * one batch at a time. */
-#include "../parallel.h"
-#include "../product.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
 #include "_gradient.h"
-#include "_places.h"
+#include "_positions.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -1,6 +1,6 @@
 /* sparse_attention_rows: attention over entries of packed rows, decoded as they are gathered
- * (_entries.h). */
-#include "_entries.h"
+ * (_sparse_attention.h). */
+#include "_sparse_attention.h"
 
 namespace transom::TRANSOM_LEVEL {
 

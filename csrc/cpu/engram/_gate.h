@@ -2,10 +2,10 @@
  * token, the gate. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../output.h"
-#include "../parallel.h"
-#include "../product.h"
-#include "_pieces.h"
+#include "../base/output.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_strided_rows.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
  * vector.h. */
 #pragma once
 
-#include "../output.h"
+#include "../base/output.h"
 #include "_lookup.h"
 
 namespace transom::TRANSOM_LEVEL {

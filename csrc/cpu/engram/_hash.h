@@ -11,8 +11,8 @@
  * Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../parallel.h"
-#include "../product.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "_hash.h"
-#include "_table.h"
+#include "_embedding_rows.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

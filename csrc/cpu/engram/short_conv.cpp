@@ -3,7 +3,7 @@
  *
  * A task is some channels of some rows: a row of v is read from memory once and then, by the other
  * taps, from the cache. Bound by memory: v and y once each, and the state. */
-#include "_taps.h"
+#include "_causal_conv.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -4,7 +4,7 @@
  * sums over all rows in one order. Going down the rows, the gradient before SiLU of the last ones
  * is kept in a ring, from which each row of v or of the state takes its own as soon as the last
  * position that read it has passed. */
-#include "_taps.h"
+#include "_causal_conv.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -9,18 +9,26 @@
  * token has the same bits alone and among others. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../output.h"
-#include "../parallel.h"
-#include "../product.h"
-#include "_steps.h"
+#include "../base/output.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_sinkhorn.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
-constexpr int64_t kOfK = 256;                /* elements of K in a piece */
-constexpr int64_t kPanel = kOfK + kPad;      /* floats between rows of a panel */
-constexpr int64_t kBlock = 64;             /* tokens that a piece of fn serves */
-constexpr int64_t kTogether = kRows;         /* tokens of a group */
+/* Tokens and rows of fn of a tile: with its operands it fills the vector registers, of which there
+ * are 32 with AVX-512 and on AArch64, else 16. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 4, kColumns = 6;
+#else
+constexpr int kRows = 4, kColumns = 3;
+#endif
+constexpr int64_t kOfK = 256; /* elements of K in a piece */
+/* Floats between rows of a panel: rows of a power of two would share cache sets. */
+constexpr int64_t kPanel = kOfK + 16;
+constexpr int64_t kBlock = 64;       /* tokens that a piece of fn serves */
+constexpr int64_t kTogether = kRows; /* tokens of a group */
 /* Bytes between what is read and what is fetched: rows end where the prefetchers start anew. */
 constexpr int64_t kAhead = 1024;
 

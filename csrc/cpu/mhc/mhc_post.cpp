@@ -4,10 +4,10 @@
  * memory to memory, a cache line of each at a time, and lines of an output that no cache holds to
  * the end are stored past them. Other numbers of streams, and strided ones, go through a piece of
  * each in L1. */
-#include "../output.h"
-#include "../parallel.h"
-#include "../product.h"
-#include "_steps.h"
+#include "../base/output.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_sinkhorn.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -3,9 +3,9 @@
  *
  * One pass, bound by memory: (3R + 2) * D elements a token, each once. A piece of every stream is
  * read into L1 as float32, from where both the outputs and the products are made. */
-#include "../parallel.h"
-#include "../product.h"
-#include "_steps.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_sinkhorn.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -3,9 +3,9 @@
  * A task is as many tokens as a vector has elements, a token in each place: R * R vectors on the
  * stack (in registers for R = 4) through all steps. Bound by division: 2 * iterations * R * R of
  * vectors a task; with one token all but one place is idle. */
-#include "../parallel.h"
-#include "../product.h"
-#include "_steps.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_sinkhorn.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -2,9 +2,9 @@
  *
  * A task is as many tokens as a vector has elements, as in sinkhorn. Bound by division, and by L1,
  * where the steps are kept. */
-#include "../parallel.h"
-#include "../product.h"
-#include "_steps.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_sinkhorn.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -2,9 +2,9 @@
  * of gate and up of every row. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../parallel.h"
+#include "../base/parallel.h"
 #include "_routed.h"
-#include "gated.h"
+#include "_activations.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -6,7 +6,7 @@
  * vector.h. */
 #pragma once
 
-#include "../parallel.h"
+#include "../base/parallel.h"
 #include "_tasks.h"
 
 namespace transom::TRANSOM_LEVEL {

@@ -1,7 +1,7 @@
 /* Sums of outer products over rows: the gradients in weights. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../panels.h"
+#include "../gemm/panels.h"
 #include "_tasks.h"
 
 namespace transom::TRANSOM_LEVEL {

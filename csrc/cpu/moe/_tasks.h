@@ -2,8 +2,8 @@
  * vector.h. */
 #pragma once
 
-#include "../parallel.h"
-#include "../weight.h"
+#include "../base/parallel.h"
+#include "../weights/weight.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

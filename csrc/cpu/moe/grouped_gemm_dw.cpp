@@ -1,7 +1,7 @@
 /* grouped_gemm_dw: for each expert the sum of dy[r] times x[r] over its rows, in row order.
  *
  * Tasks are blocks of a gradient: one thread sums a block over all rows and rounds it once. */
-#include "../parallel.h"
+#include "../base/parallel.h"
 #include "_outer.h"
 
 namespace transom::TRANSOM_LEVEL {

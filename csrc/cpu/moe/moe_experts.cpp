@@ -6,9 +6,9 @@
  * the routing weight, added to the tokens' sums. A slice has one thread, so a token's sum runs over
  * its experts in rising order, whatever the threads and the other tokens, and no product of a slot
  * is ever stored. */
-#include "../parallel.h"
+#include "../base/parallel.h"
 #include "_routed.h"
-#include "gated.h"
+#include "_activations.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -4,8 +4,8 @@
  * key that is left and its first place. Bound by arithmetic, an exponential or two a logit. Keys are
  * float32 and comparisons exact, so ties are ties: a chosen key becomes NaN, which no comparison
  * finds again, and a NaN key was -inf before. */
-#include "../parallel.h"
-#include "../product.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
 #include "_scores.h"
 
 namespace transom::TRANSOM_LEVEL {

@@ -2,8 +2,8 @@
  *
  * A task is some tokens. Only the chosen logits have a gradient, but for the softmax over all: a row
  * of zeros is written, and k numbers into it. Bound by the memory of dlogits. */
-#include "../parallel.h"
-#include "../product.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
 #include "_scores.h"
 
 namespace transom::TRANSOM_LEVEL {

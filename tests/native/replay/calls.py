@@ -47,8 +47,8 @@ class Answer:
 
 def operators() -> list[Op[..., Any]]:
     """The operators of csrc/cpu, found by their files."""
-    files = sorted((ROOT / "csrc/cpu").glob("*/*.cpp"))
-    return [transom.ops()[path.stem] for path in files if not path.stem.startswith("_")]
+    names = {path.stem for path in (ROOT / "csrc/cpu").glob("*/*.cpp")}
+    return [op for name, op in sorted(transom.ops().items()) if name in names]
 
 
 def drawn(op: Op[..., Any], count: int, dtype: torch.dtype) -> list[Call]:

@@ -11,7 +11,7 @@
  * in vector.h. */
 #pragma once
 
-#include "tensor.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

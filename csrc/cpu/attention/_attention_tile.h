@@ -7,7 +7,7 @@
  * outside its range of the tile: there are no masks. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../output.h"
+#include "../base/output.h"
 #include "_cache_rows.h"
 #include "_softmax.h"
 

@@ -4,7 +4,7 @@
  * rows: a piece of the weight is turned into a panel in L1, and while that is multiplied the next
  * piece is fetched. A weight in panels (packed.h) has been turned beforehand. An element of the
  * product has the same bits either way. */
-#include "../packed.h"
+#include "packed.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

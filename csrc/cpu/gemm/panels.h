@@ -2,7 +2,7 @@
  * linkage, as in vector.h. */
 #pragma once
 
-#include "weight.h"
+#include "../weights/weight.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

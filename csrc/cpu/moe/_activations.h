@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "../tensor.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

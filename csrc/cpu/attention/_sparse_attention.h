@@ -3,7 +3,7 @@
  *
  * A query's keys are cut into pieces of kKeys places: of its list or of all entries, then of its
  * window, counted from the window's own start. Each piece is gathered, multiplied with all heads
- * (_keys.h) and merged, in this order, whatever the size of the call: the same bits in prefill and
+ * (_attention_tile.h) and merged, in this order, whatever the size of the call: the same bits in prefill and
  * decode.
  *
  * Prefill: a task is a block of neighbouring queries, which share the tile of their windows, and of
@@ -16,9 +16,9 @@
 
 #include <sched.h>
 
-#include "../parallel.h"
-#include "../product.h"
-#include "_places.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_positions.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

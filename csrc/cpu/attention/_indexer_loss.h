@@ -2,7 +2,7 @@
  * vector.h. */
 #pragma once
 
-#include "../product.h"
+#include "../base/tensor.h"
 #include "_gradient.h"
 
 namespace transom::TRANSOM_LEVEL {

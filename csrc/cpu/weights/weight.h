@@ -1,11 +1,11 @@
 /* Rows of float32 times a weight as it is stored, whatever its format and strides.
  *
- * What a kernel sees of it: the types, and multiply(), which moe/_multiply.cpp holds once for all
+ * What a kernel sees of it: the types, and multiply(), which gemm/multiply.cpp holds once for all
  * of them. They stand in the level's namespace without internal linkage, since they meet at the
  * linker. */
 #pragma once
 
-#include "matrix.h"
+#include "../gemm/tile.h"
 
 namespace transom::TRANSOM_LEVEL {
 

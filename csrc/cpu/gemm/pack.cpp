@@ -1,5 +1,5 @@
 /* The plugin's services: weights in panels (packed.h), for the products with a weight as it is. */
-#include "../weight.h"
+#include "../weights/weight.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -6,7 +6,7 @@
  * products are those of the dequantised weight. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "e4m3.h"
+#include "../gemm/e4m3.h"
 #include "weight.h"
 
 namespace transom::TRANSOM_LEVEL {

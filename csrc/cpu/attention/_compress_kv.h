@@ -6,7 +6,7 @@
  * channels) and the rows of its own block (second half; all of them without overlap). */
 #pragma once
 
-#include "../tensor.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <stdlib.h>
 
-#include "../tensor.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 /* Rows of any stride as rows of one piece, and loops over them. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../tensor.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

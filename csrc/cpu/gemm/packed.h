@@ -10,7 +10,7 @@
 #pragma once
 
 #include "panels.h"
-#include "stored.h"
+#include "../weights/decode.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -45,7 +45,7 @@ struct Bf16Panels {
   }
 };
 
-/* E4M3 without NaN, of blocks whose scales fit (stored.h says what for). */
+/* E4M3 without NaN, of blocks whose scales fit (decode.h says what for). */
 struct Fp8Panels {
   typedef uint8_t Unit;
   static constexpr bool kScaled = true;

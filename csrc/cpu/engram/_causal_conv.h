@@ -2,9 +2,9 @@
  * Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../parallel.h"
-#include "../product.h"
-#include "_pieces.h"
+#include "../base/parallel.h"
+#include "../base/tensor.h"
+#include "_strided_rows.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

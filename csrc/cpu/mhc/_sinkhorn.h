@@ -3,7 +3,7 @@
  * among others. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "../tensor.h"
+#include "../base/tensor.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {

@@ -5,7 +5,7 @@
  * from memory, one operation where registers would take three. */
 #pragma once
 
-#include "weight.h"
+#include "../weights/weight.h"
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
@@ -48,7 +48,7 @@ inline __attribute__((always_inline)) void turn_bytes(const uint8_t *p, int64_t 
 
 /* The sums of G vectors of rows n, n + gap, ... over k..k+piece, times their scales; false, and no
  * sums, where there is a NaN, or a scale or a block that this does not take. What comes next is
- * fetched meanwhile, as narrow() of matrix.h does. */
+ * fetched meanwhile, as narrow() of tile.h does. */
 template <int G>
 inline bool narrow_e4m3(const Stored &w, int64_t n, int64_t gap, int64_t following, int64_t k,
                         int64_t piece, int64_t K, const float *a, vf sums[G]) {

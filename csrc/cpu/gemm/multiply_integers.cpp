@@ -4,7 +4,7 @@
  * bytes are added in 16 bits, a block at a time in 32, and the sums of eight columns are brought
  * into one vector. More rows: a piece of the weight becomes a panel of pairs of 16-bit numbers in
  * L1, and pairs of x are multiplied with it. */
-#include "../integers.h"
+#include "integers.h"
 
 namespace transom::TRANSOM_LEVEL {
 

@@ -11,7 +11,7 @@
  * each block, and whether the row was turned. Internal linkage, as in vector.h. */
 #pragma once
 
-#include "weight.h"
+#include "../weights/weight.h"
 
 #if defined(__AVX2__)
 
