@@ -127,8 +127,9 @@ class Call {
     note(tensors_[0].device_type, tensors_[0].device_id);
     const py::object makers = f_.makers({reinterpret_cast<char *>(key_), 8 * words_}, values);
     py::object result = outputs(makers.ptr());
-    run(values);
+    /* Before it is written: Ctrl-C during the call is raised by the next function of Python. */
     if (!f_.written.empty()) tell(values);
+    run(values);
     return result;
   }
 

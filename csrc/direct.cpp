@@ -88,9 +88,12 @@ class Key {
     key_[words_++] = static_cast<int64_t>(t.dtype_code) << 32 | t.dtype_bits << 16 | t.dtype_lanes;
     key_[words_++] = static_cast<int64_t>(t.device_type) << 32 | static_cast<uint32_t>(t.device_id);
     key_[words_++] = n;
-    for (int32_t i = 0; i < n; i++) key_[words_++] = t.shape[i];
+    bool elements = true;
+    for (int32_t i = 0; i < n; i++) elements &= (key_[words_++] = t.shape[i]) != 0;
     for (int32_t i = 0; i < n; i++) key_[words_++] = t.strides[i];
-    return true;
+    /* Elements without memory: a zero tensor, which the dispatcher writes out, or a storage that was
+     * resized, which it refuses. */
+    return !elements || t.data != nullptr;
   }
 
   bool quantized(PyObject *weight) {

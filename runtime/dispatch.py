@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from . import config, guard
 from . import device as _device
@@ -25,8 +26,12 @@ from .abi import ranges
 from .abi.frame import described
 from .dtypes import Kind
 from .errors import NotSupported, SlowPath
+from .interrupts import uninterrupted
 from .plugins import backends, load, loading, serves
+from .shapes import size_fault
 from .tune import lookup as measured_choice
+from .weights import QuantizedWeight, check_parts
+from .weights.layout import parts
 
 if TYPE_CHECKING:
     from .op import Impl, Op
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
 TIERS = ("reference", "composite", "portable", "tuned")
 """Worst to best: NumPy, only on request; the meaning in torch; a real kernel; a kernel made for the
 device."""
+
+_ADDRESSED = ("cpu", "cuda", "xpu")
+"""Devices of which is known that a tensor with memory has an address; a kernel needs one anyway."""
 
 PLANS = 1024
 """Plans kept per operator; past it all are dropped (a decode loop makes one a step, so they must
@@ -122,11 +130,27 @@ def run(op: Op[..., Any], values: tuple[Any, ...], gradient: bool = False) -> An
         raise
     if plan is None or (plan.facts.device == "cuda" and torch.cuda.is_current_stream_capturing()):
         plan = make_plan(op, values, key, gradient)
+    if plan.impl.tier != "composite" or plan.facts.device in _ADDRESSED:
+        check_memory(op, values)
     if plan.check is not None:
         plan.check(*values)
     if _recorders:
         return _run_recorded(op, plan, values)
     return plan.run(*values)
+
+
+def check_memory(op: Op[..., Any], values: Sequence[Any]) -> None:
+    """Raise ValueError for a tensor with elements and no memory: its storage was resized to 0, or
+    it is one of torch's zero tensors. (The direct path leaves both to the torch operator, which
+    writes the zeros out.)"""
+    for p, value in zip(op.parameters, values, strict=True):
+        stored = parts(value)[:3] if type(value) is QuantizedWeight else (value,)
+        for tensor in stored:
+            if isinstance(tensor, Tensor) and not tensor.data_ptr() and tensor.numel():
+                raise ValueError(
+                    f"{op.name}: {p.name} has {tensor.numel()} elements and no memory; "
+                    "expected a storage that holds them"
+                )
 
 
 def make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: bool = False) -> Plan:
@@ -141,7 +165,15 @@ def make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: boo
     elif config.GUARD.get() != "0":
         impl = guard.watched(op, impl)
     prepare = getattr(impl.function, "prepared", None)  # of C: for calls of these facts only
-    run = prepare(values, gradient) if prepare else functools.partial(op._invoke, impl.function)
+    run: Callable[..., Any]
+    if (empty := _without_elements(op, facts, values)) is not None:
+        run = empty
+    elif prepare:
+        run = prepare(values, gradient)
+    else:
+        run = functools.partial(op._invoke, impl.function)
+        if op.mutates:
+            run = functools.partial(uninterrupted, run)
     plan = Plan(impl, facts, _value_check(op, facts), run)
     if not facts.capturing:
         if len(op._plans) >= PLANS:
@@ -150,12 +182,37 @@ def make_plan(op: Op[..., Any], values: tuple[Any, ...], key: Any, gradient: boo
     return plan
 
 
+def _without_elements(
+    op: Op[..., Any], facts: Facts, values: Sequence[Any]
+) -> Callable[..., Any] | None:
+    """What runs a call of which no output has an element: nothing is computed, however large its
+    inputs say that they are. None for other calls."""
+    if op.mutates:
+        return None
+    outputs = op.outputs({**facts.arguments, **facts.dims}, facts.dtypes)
+    if any(0 not in shape for shape, _ in outputs):
+        return None
+    device = next(iter(op.tensors(values).values())).device
+
+    def run(*_: Any) -> Any:
+        made = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in outputs)
+        return made if len(made) > 1 else made[0]
+
+    return run
+
+
 def facts_of(op: Op[..., Any], values: Sequence[Any], gradient: bool = False) -> Facts:
-    """The facts of a call; checks its devices, shapes, dtypes and plain arguments."""
+    """The facts of a call; checks its devices, shapes, dtypes and plain arguments, and that the
+    parts of a quantised weight fit each other."""
     from .op import kind_of
 
     op._check_types(values)
     tensors, arguments = op.tensors(values), op.arguments(values)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QuantizedWeight):
+            check_parts(f"{op.name}: {name}'s", *parts(tensor))
+        if (fault := size_fault(tensor.shape)) is not None:
+            raise ValueError(f"{op.name}: {name} {fault}")
     kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
     bound = op.validate({name: tensor.shape for name, tensor in tensors.items()}, kinds, arguments)
     device = op.check_devices({name: tensor.device for name, tensor in tensors.items()})

@@ -171,7 +171,7 @@ def call_glue(
                 else f"*_args({n})"
             )
             flat += [n, f"{n}_scales", f"{n}_zeros", f"{n}_spec"]
-            unflatten.append(f"{absent}_from({n}, {n}_scales, {n}_zeros, {n}_spec)")
+            unflatten.append(f"{absent}_from({n}, {n}_scales, {n}_zeros, {n}_spec, '{op}: {n}')")
         else:
             key.append(f"None if {n} is None else tuple({n})" if p.type.startswith("int[]") else n)
             flatten.append(n)

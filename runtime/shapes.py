@@ -20,6 +20,12 @@ from typing import Any
 Bound = dict[str, Any]
 """What a call's symbols stand for: an int each, a tuple of ints for `*B`."""
 
+MOST_ELEMENTS = 1 << 48
+"""Of a tensor of a call: what is computed from sizes then stays within 64 bits everywhere."""
+MOST_OF_EMPTY = 1 << 24
+"""The largest size of a tensor without elements, which costs its maker nothing: a kernel that goes
+through them one by one ends within a second."""
+
 _NODES = (
     ast.Expression,
     ast.BinOp,
@@ -53,6 +59,16 @@ _FUNCTIONS: Bound = {
     "prod": math.prod,
     "log2": math.log2,
 }
+
+
+def size_fault(shape: Sequence[int]) -> str | None:
+    """None, or the sentence why a tensor of this shape is none that a kernel is given."""
+    most = max(shape, default=0)
+    if 0 in shape and most > MOST_OF_EMPTY:
+        return f"has shape {list(shape)} without elements; sizes may be at most {MOST_OF_EMPTY}"
+    if math.prod(size for size in shape if size) > MOST_ELEMENTS:
+        return f"has shape {list(shape)}; supported: 2^48 elements"
+    return None
 
 
 class Expression:

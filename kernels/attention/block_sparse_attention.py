@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transom.config import workspace_bytes
 from transom.dtypes import accumulator
+from transom.kernels import bounds
 from transom.kernels.ordered_sum import add_rows
 from transom.op import op
 
@@ -207,6 +208,7 @@ class _Work(NamedTuple):
         span = span_of(s, lists, block_size)
         if span == 1:
             budget = min(budget, CACHED)
+        block_size = min(block_size, max(1, n))  # a longer block ends with the keys
         total = max(1, length * block_size)
         per_key = item * kv_heads * (d + dv) * copies[0] + 64 * kv_heads
         per_query = item * hq * (d + dv) * copies[1]
@@ -439,7 +441,7 @@ def _(
                    named twice counts twice. Sq = S: a list for each query. Sq =
                    ceil(S/block_size): a list for each block of queries; query s uses list
                    s // block_size.
-    block_size     tokens of a block, >= 1.
+    block_size     tokens of a block, 1 to 2^20.
     causal         query s stands at N-S+s and sees tokens up to its own, also inside a block.
     sink           [Hq], q's dtype or float32: a logit per head that takes part in the denominator
                    and has no value; -inf is no sink, +inf makes the output 0.
@@ -449,7 +451,7 @@ def _(
     Returns o[B,S,Hq,Dv] in q's dtype. A query that sees nothing: o = 0, lse = -inf. Tokens that a
     query does not see have no influence on its output, whatever they hold (NaN, Inf).
     Differentiable in q, k, v and sink, through o and lse.
-    Raises ValueError for shapes that disagree, Hq not a multiple of Hkv, other Sq, block_size < 1.
+    Raises ValueError for shapes that disagree, Hq not a multiple of Hkv, other Sq or block_size.
     *Source:* Yuan et al. 2025, arXiv:2502.11089 (selection branch); MiniMax-M3's block-sparse
     layers.
     """
@@ -469,6 +471,8 @@ def _(
 def _layout(S: int, Sq: int, Hq: int, Hkv: int, block_size: int) -> str | None:
     if block_size < 1:
         return f"block_size is {block_size}; must be >= 1"
+    if text := bounds.above(bounds.BLOCK, block_size=block_size):
+        return text
     if Hkv == 0 or Hq % Hkv:
         return f"q has Hq = {Hq} heads; must be a multiple of the Hkv = {Hkv} heads of k"
     if Sq not in (S, -(-S // block_size)):

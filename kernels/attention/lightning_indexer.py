@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.kernels import bounds
 from transom.kernels.ordered_sum import add_rows
 from transom.op import op
 
@@ -35,14 +36,14 @@ def lightning_indexer(
 
     q        [B, S, H, D], k [B, N, D]: one key for all heads
     weights  [B, S, H], of any sign: scores may be negative
-    top_k    at least 1; may exceed N
+    top_k    1 to 2^20; may exceed N
     visible  [B, S]: the first visible[b,s] keys may be selected; taken into 0 .. N
     Returns indices [B, S, top_k] int32, new memory: selected keys in ascending order, then -1.  Of
     equal scores the lower index is kept.  A key whose score is NaN is never selected; one whose
     score is -inf is, if there is room.  Scores are float32 (float64 for float64 inputs); they are
     made for a block of queries and keys at a time.  There is no gradient: the indexer learns from
     `lightning_indexer_kl`.
-    Errors: ValueError for top_k < 1 and for shapes, TypeError for dtypes.
+    Errors: ValueError for other top_k and for shapes, TypeError for dtypes.
     Source: DeepSeek-V3.2 report, arXiv:2512.02556, eq. 1.
     """
     batch, queries, heads, dim = q.shape
@@ -118,7 +119,9 @@ def _(q, k, weights, top_k, visible):  # type: ignore[no-untyped-def]
 
 @lightning_indexer.check
 def _(top_k: int) -> str | None:
-    return f"top_k is {top_k}; must be at least 1" if top_k < 1 else None
+    if top_k < 1:
+        return f"top_k is {top_k}; must be at least 1"
+    return bounds.above(bounds.TOP_K, top_k=top_k)
 
 
 @lightning_indexer.sample

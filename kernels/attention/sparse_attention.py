@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transom.config import workspace_bytes
 from transom.dtypes import accumulator
+from transom.kernels import bounds
 from transom.kernels.ordered_sum import add_rows
 from transom.op import op
 
@@ -386,7 +387,7 @@ def attention_check(
         return f"window is {window} and local_kv is given; must be >= 1, the query itself included"
     if M < S:
         return f"local_kv has M = {M} tokens; must hold those of all S = {S} queries"
-    return None
+    return bounds.above(bounds.WINDOW, window=window)
 
 
 @sparse_attention.gradient(save="q kv indices visible local_kv sink local_valid o lse")
@@ -426,7 +427,7 @@ def _(window: int, v_dim: int, D: int, S: int, M: int) -> str | None:
             f"local_kv has M = {M} with window = {window}; must be M >= S = {S} with"
             " window >= 1, or both 0"
         )
-    return None
+    return bounds.above(bounds.WINDOW, window=window)
 
 
 def _seen_rows(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from transom import config
 from transom.abi.ranges import satisfied_by
+from transom.kernels import bounds
 from transom.kernels.ordered_sum import add_rows
 from transom.op import Weight, op
 from transom.weights import gather_rows
@@ -430,7 +431,15 @@ def lookup_rules(n: int, pad: int, shard: tuple[int, ...]) -> str | None:
     """The rules on the arguments of a lookup, shared by the operators that look up."""
     if len(shard) not in (0, 2) or any(entry < 0 for entry in shard):
         return f"shard is {tuple(shard)}; expected () or (first row, row count), both >= 0"
+    if any(entry > bounds.ROWS for entry in shard):
+        return f"shard is {tuple(shard)}; a table has at most {bounds.ROWS} rows"
     return hash_rules(n, pad)
+
+
+def _gradient_rules(n: int, pad: int, rows: int, shard: tuple[int, ...]) -> str | None:
+    if rows < 0:
+        return f"rows is {rows}; must be >= 0"
+    return bounds.above(bounds.ROWS, rows=rows) or lookup_rules(n, pad, shard)
 
 
 # A shard need not hold every row; the whole table must.
@@ -471,6 +480,6 @@ for _op in (hashed_embedding, hashed_embedding_out):
     _op.check_values(row_rules)
     _op.sample(sample_lookup)
 for _op in (hashed_embedding_backward, hashed_embedding_row_gradient):
-    _op.check(lookup_rules)
+    _op.check(_gradient_rules)
     _op.check_values(_gradient_row_rules)
     _op.sample(sample_lookup)

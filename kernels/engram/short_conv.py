@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transom import config
 from transom.dtypes import accumulator
+from transom.kernels import bounds
 from transom.op import op
 
 _EXAMPLES = [
@@ -38,7 +39,7 @@ def short_conv(
 
     v         normalised rows, [B,S,C], C all channels of all streams.
     weight    [C,K], the last tap meets the current row, as in torch.nn.Conv1d.
-    dilation  rows between two taps; >= 1.
+    dilation  rows between two taps; 1 to 2^16.
     state     [B,(K-1)*dilation,C], the rows before this chunk, oldest first; absent: zeros, the
               start of a sequence.
 
@@ -193,7 +194,7 @@ def _rules(K: int, dilation: int) -> str | None:
         return f"weight has K = {K} taps; must be >= 1"
     if dilation < 1:
         return f"dilation is {dilation}; must be >= 1"
-    return None
+    return bounds.above(bounds.DILATION, dilation=dilation)
 
 
 for _op in (short_conv, short_conv_backward):

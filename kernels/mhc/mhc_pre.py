@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from transom.dtypes import accumulator
+from transom.kernels import bounds
 from transom.kernels.same_bits import multiply, sigmoid
 from transom.op import op
 
@@ -261,6 +262,8 @@ def _rules(R: int, iterations: int, eps: float, rms_eps: float) -> str | None:
         return f"x has R = {R} streams; must be >= 1"
     if iterations < 1:
         return f"iterations is {iterations}; must be >= 1"
+    if text := bounds.above(bounds.ITERATIONS, iterations=iterations):
+        return text
     for name, value in (("eps", eps), ("rms_eps", rms_eps)):
         if not value >= 0:
             return f"{name} is {value}; must be >= 0"

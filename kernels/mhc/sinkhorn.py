@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transom import config
 from transom.dtypes import accumulator
+from transom.kernels import bounds
 from transom.op import op
 
 _EXAMPLES = [
@@ -33,12 +34,13 @@ def sinkhorn(logits: Tensor, *, iterations: int, eps: float) -> Tensor:
     Every division is by the sum plus eps.
 
     logits      square matrices; leading dimensions are free.
-    iterations  column steps; >= 1.  The softmax is the first row step, so there are iterations-1
-                others: the result ends on columns, whose sums are 1 to about R*eps; rows only as
-                far as the steps have converged.
+    iterations  column steps; 1 to 1000.  The softmax is the first row step, so there are
+                iterations-1 others: the result ends on columns, whose sums are 1 to about R*eps;
+                rows only as far as the steps have converged.
     eps         added to the softmax and to every sum; >= 0.
 
-    Returns float32 (float64 for float64 logits).  Raises ValueError for iterations < 1 or eps < 0.
+    Returns float32 (float64 for float64 logits).  Raises ValueError for other iterations and
+    for eps < 0.
 
     *Source:* DeepSeek-V4, arXiv 2606.19348 (its released code; mHC, arXiv 2512.24880, eq. 9 has
     neither softmax nor eps).
@@ -150,6 +152,8 @@ sinkhorn_backward.reference(sinkhorn_backward_reference)
 def _rules(iterations: int, eps: float) -> str | None:
     if iterations < 1:
         return f"iterations is {iterations}; must be >= 1"
+    if text := bounds.above(bounds.ITERATIONS, iterations=iterations):
+        return text
     if not eps >= 0:
         return f"eps is {eps}; must be >= 0"
     return None

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transom.kernels import bounds
 from transom.op import op
 from transom.weights import weight_from
 from transom.weights.codes import E4M3_MAX, decode_e8m0, encode_e4m3, encode_e8m0
@@ -81,6 +82,7 @@ def _(weight, rows, columns):
 def _block_check(rows, columns):
     if rows < 1 or columns < 1:
         return f"block is {rows}x{columns}; rows and columns must be >= 1"
+    return bounds.above(bounds.BLOCK, rows=rows, columns=columns)
 
 
 def _quantize(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transom.kernels import bounds
 from transom.op import op
 from transom.weights import weight_from
 from transom.weights.codes import pack_nibbles
@@ -99,6 +100,7 @@ def _(K, group):
         return f"group is {group}; must be >= 1"
     if K % 2:
         return f"K is {K}; must be even, two 4-bit elements share a byte"
+    return bounds.above(bounds.BLOCK, group=group)
 
 
 @op(
@@ -134,6 +136,7 @@ def _(values, scales, zeros, group):
 def _(group):
     if group < 1:
         return f"group is {group}; must be >= 1"
+    return bounds.above(bounds.BLOCK, group=group)
 
 
 @dequantize_int4.sample

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transom.kernels import bounds
 from transom.op import op
 from transom.weights import weight_from
 
@@ -78,6 +79,7 @@ def _(weight, group):
 def _(group):
     if group < 1:
         return f"group is {group}; must be >= 1"
+    return bounds.above(bounds.BLOCK, group=group)
 
 
 @op(
@@ -111,6 +113,7 @@ def _(values, scales, group):
 def _(group):
     if group < 1:
         return f"group is {group}; must be >= 1"
+    return bounds.above(bounds.BLOCK, group=group)
 
 
 @dequantize_int8.sample

@@ -197,6 +197,8 @@ class CFunction:
                 frame.call.workspace = scratch[1]
             if far:
                 frame.call.stream = table.interface().cast("void *", self.stream(on))
+            if written:  # before they are: Ctrl-C during the call is raised by what follows it
+                increment_version([values[i] for i in written])
             code = run(frame.call, frame.status)
             if code:
                 self.fail(code, frame.status.code, table.message(frame.status))
@@ -204,10 +206,7 @@ class CFunction:
                 give_scratch(scratch)
             frame.state[0] = 0
             free.append(frame)
-            if written:
-                increment_version([values[i] for i in written])
-                return None
-            return result
+            return None if written else result
 
         return call
 

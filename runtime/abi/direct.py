@@ -59,6 +59,8 @@ def ordinary(op: Op[..., Any], values: tuple[Any, ...]) -> bool:
         return False
     if torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) is True for v in values):
         return False
+    if any(isinstance(v, torch.Tensor) and v._is_zerotensor() for v in values):
+        return False
     first = values[0]
     return not (
         first.is_meta

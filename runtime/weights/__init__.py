@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from .checkpoints import fn_from_fnuz, fnuz_from_fn
 from .huge_pages import advise_huge_pages
-from .layout import checked_group, grid_size, logical_shape
+from .layout import check_parts, checked_group, grid_size, logical_shape
 from .quantized_weight import QuantizedWeight, Weight, replace_weight, weight_args, weight_from
 from .tiles import gather_rows, weight_tile
 
@@ -30,6 +30,7 @@ __all__ = [
     "QuantizedWeight",
     "Weight",
     "advise_huge_pages",
+    "check_parts",
     "checked_group",
     "fn_from_fnuz",
     "fnuz_from_fn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 
 FORMATS = ("int8", "int4", "fp8", "mxfp4")
 DEFAULT_GROUP = {"int8": (1, 0), "int4": (1, 128), "fp8": (128, 128), "mxfp4": (1, 32)}
+SCALES = {
+    "int8": (torch.float32,),
+    "int4": (torch.float32,),
+    "fp8": (torch.float32, torch.uint8),
+    "mxfp4": (torch.uint8,),
+}
+"""The dtypes that a format's scales are stored in; uint8 is E8M0."""
+_SPEC = re.compile(rf"({'|'.join(FORMATS)}):(0|[1-9]\d{{0,17}})x(0|[1-9]\d{{0,17}})")
 
 
 def logical_shape(values_shape: Sequence[int], spec: str) -> tuple[int, ...]:
@@ -58,6 +67,65 @@ def checked_group(
     if format == "mxfp4" and (rows, columns) != (1, 32):
         raise ValueError(f"{caller}: group is {rows}x{columns}; mxfp4 has one scale for each 1x32")
     return rows, columns
+
+
+def check_grid(
+    what: str,
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format: str,
+    rows: int,
+    columns: int,
+) -> None:
+    """Raise ValueError unless scales and zero points have the grid of shape and the device that
+    this payload in groups of rows x columns needs; `what` begins the message."""
+    if values.ndim < 2:
+        raise ValueError(f"{what} values have shape {list(values.shape)}; expected [..., N, K]")
+    *lead, n, k = logical_shape(values.shape, format)
+    grid = [*lead, grid_size(n, rows), grid_size(k, columns)]
+    for name, tensor in (("scales", scales), ("zeros", zeros)):
+        if tensor is None:
+            continue
+        if list(tensor.shape) != grid:
+            raise ValueError(
+                f"{what} {name} have shape {list(tensor.shape)}; {format} weight "
+                f"{[*lead, n, k]} in groups of {rows}x{columns} needs {grid}"
+            )
+        if tensor.device != values.device:
+            raise ValueError(f"{what} {name} are on {tensor.device}; values are on {values.device}")
+
+
+def check_parts(what: str, values: Tensor, scales: Tensor, zeros: Tensor | None, spec: str) -> None:
+    """Raise ValueError or TypeError unless the parts of a quantised weight fit each other, as a
+    QuantizedWeight makes sure when it is constructed. Parts can come another way: through
+    torch.ops, or by assigning a module's buffer. `what` begins the message.
+    """
+    found = _SPEC.fullmatch(spec)
+    if found is None:
+        known = ", ".join(FORMATS)
+        raise ValueError(
+            f"{what} spec is {spec[:60]!r}; expected <format>:<rows>x<columns> with a format of "
+            f"{known}"
+        )
+    format, rows, columns = found[1], int(found[2]), int(found[3])
+    if format == "mxfp4" and (rows, columns) != (1, 32):
+        raise ValueError(f"{what} spec is {spec!r}; mxfp4 has one scale for each 1x32")
+    if (zeros is None) == (format == "int4"):
+        raise ValueError(
+            f"{what} zeros are {'missing' if zeros is None else 'given'}; "
+            f"{format} has {'a zero point for each group' if zeros is None else 'none'}"
+        )
+    stored = torch.int8 if format == "int8" else torch.uint8
+    for name, tensor, allowed in (
+        ("values", values, (stored,)),
+        ("scales", scales, SCALES[format]),
+        ("zeros", zeros, (torch.uint8,)),
+    ):
+        if tensor is not None and tensor.dtype not in allowed:
+            seen, *expected = (str(d).removeprefix("torch.") for d in (tensor.dtype, *allowed))
+            raise TypeError(f"{what} {name} are {seen}; {format} expects {' or '.join(expected)}")
+    check_grid(what, values, scales, zeros, format, rows, columns)
 
 
 def parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None, str]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from . import checkpoints
 from .layout import (
+    check_grid,
     checked_group,
     dtype_and_shape,
-    grid_size,
     logical_shape,
     parse_spec,
     parts,
@@ -71,24 +71,7 @@ class QuantizedWeight(nn.Module):
         values = stored_values(format, values)
         scales = stored_scales(format, scales, scale_format)
         zeros = stored_zeros(format, zeros)
-        if values.ndim < 2:
-            raise ValueError(
-                f"QuantizedWeight: values have shape {list(values.shape)}; expected [..., N, K]"
-            )
-        *lead, n, k = logical_shape(values.shape, format)
-        grid = [*lead, grid_size(n, rows), grid_size(k, columns)]
-        for name, tensor in (("scales", scales), ("zeros", zeros)):
-            if tensor is None:
-                continue
-            if list(tensor.shape) != grid:
-                raise ValueError(
-                    f"QuantizedWeight: {name} have shape {list(tensor.shape)}; {format} weight "
-                    f"{[*lead, n, k]} in groups of {rows}x{columns} needs {grid}"
-                )
-            if tensor.device != values.device:
-                raise ValueError(
-                    f"QuantizedWeight: {name} are on {tensor.device}; values are on {values.device}"
-                )
+        check_grid("QuantizedWeight:", values, scales, zeros, format, rows, columns)
         self.spec = f"{format}:{rows}x{columns}"
         # Checkpoint loaders hand out Parameters, of which float ones would ask for gradients.
         self.register_buffer("values", values.detach())
@@ -136,8 +119,11 @@ class QuantizedWeight(nn.Module):
     def key(self) -> tuple[Any, ...]:
         """What a plan for this weight depends on: everything but the values."""
         values, scales, zeros, spec = parts(self)
-        layout = values.stride(), scales.stride(), None if zeros is None else zeros.stride()
-        return spec, values.shape, layout, values.device, scales.dtype
+        stored = tuple(
+            part if part is None else (part.shape, part.stride(), part.dtype, part.device)
+            for part in (values, scales, zeros)
+        )
+        return spec, stored
 
     def is_contiguous(self) -> bool:
         """True if payload, scales and zero points are."""
@@ -287,11 +273,26 @@ def weight_args(weight: Weight) -> tuple[Tensor, Tensor | None, Tensor | None, s
     return parts(weight) if isinstance(weight, QuantizedWeight) else (weight, None, None, "")
 
 
-def weight_from(values: Tensor, scales: Tensor | None, zeros: Tensor | None, spec: str) -> Weight:
-    """The weight that `weight_args` took apart, sharing its memory; nothing is checked again."""
+def weight_from(
+    values: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    spec: str,
+    what: str = "weight_from: the weight",
+) -> Weight:
+    """The weight that `weight_args` took apart, sharing its memory.
+
+    Whether its parts fit each other is looked at where a plan is made of them (check_parts); here,
+    that there are some: ValueError, which begins with `what`.
+    """
     if not spec:
+        if scales is not None or zeros is not None:
+            raise ValueError(f"{what} has scales or zeros and no spec; expected both or neither")
         return values
-    assert scales is not None
+    if scales is None:
+        raise ValueError(
+            f"{what} has the spec {spec[:60]!r} and no scales; expected both or neither"
+        )
     return _assemble(values, scales, zeros, spec)
 
 
