@@ -1,15 +1,20 @@
-"""Write csrc/include/transom_ops.h from the declarations; `--check`: exit 1 if not current."""
+"""Write csrc/include/transom_ops.h and csrc/cpu/base/arguments.h from the declarations.
+
+`--check`: exit 1 if they are not current.
+"""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 
 import transom
 from transom.abi import arguments, schema, schema_hash
 from transom.op import Op
 
-TARGET = Path(__file__).parent / "include" / "transom_ops.h"
+HEADERS = Path(__file__).parent / "include" / "transom_ops.h"
+ARGUMENTS = Path(__file__).parent / "cpu" / "base" / "arguments.h"
 HEAD = """\
 /* transom_ops.h: what a plugin includes. Made by `python csrc/write_ops_header.py` from the
  * declarations in kernels/; edit those instead.
@@ -85,15 +90,45 @@ def comment(text: str) -> list[str]:
     return [*lines, f"{line} */"]
 
 
+ARGUMENTS_HEAD = """\
+/* The arguments of each operator by their numbers in transom_call.args, and the hash of its schema,
+ * for our own kernels: transom_ops.h as C++ has it. Made by `python csrc/write_ops_header.py`. */
+#pragma once
+
+#include "transom_ops.h"
+
+namespace transom::arguments {
+"""
+
+
+def arguments_header() -> str:
+    """The text of csrc/cpu/base/arguments.h."""
+    return "\n".join(
+        [ARGUMENTS_HEAD, *map(struct, declared()), "}  // namespace transom::arguments\n"]
+    )
+
+
+def struct(op: Op) -> str:
+    """The lines of one operator there."""
+    names = ", ".join(name.upper() for name, _ in arguments(op))
+    lines = textwrap.wrap(
+        f"enum : int {{ {names} }};", 100, initial_indent="  ", subsequent_indent="    "
+    )
+    hashed = f"  static constexpr uint64_t HASH = TRANSOM_{op.name.upper()}_HASH;"
+    return "\n".join([f"struct {op.name} {{", *lines, hashed, "};\n"])
+
+
 def main() -> int:
     """Write, or with --check compare."""
+    texts = {HEADERS: header(), ARGUMENTS: arguments_header()}
     if "--check" not in sys.argv[1:]:
-        TARGET.write_text(header(), encoding="utf-8")
+        for target, text in texts.items():
+            target.write_text(text, encoding="utf-8")
         return 0
-    current = TARGET.exists() and TARGET.read_text(encoding="utf-8") == header()
-    if not current:
-        print(f"{TARGET.name} is not current; run `python csrc/write_ops_header.py`")
-    return 0 if current else 1
+    stale = [t for t, text in texts.items() if not t.exists() or t.read_text("utf-8") != text]
+    for target in stale:
+        print(f"{target.name} is not current; run `python csrc/write_ops_header.py`")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ inline void finish(Collected from, bool any, int64_t first, int64_t heads, int64
       const vf share = all(share_of(from.largest[h], from.mass[h], sink ? &given : nullptr));
       int64_t d = 0;
       if (past)
-        as_held(o, [&]<class Number>(const Number *) {
+        with_type_of(o, [&]<class Number>(const Number *) {
           for (Number *to = static_cast<Number *>(out); d < n; d += kWidth)
             stream(to + d, load(sum + d) * share);
         });

@@ -1,4 +1,4 @@
-/* Reading the tensors of a call. Internal linkage, as in vector.h. */
+/* Reading the tensors of a call. */
 #pragma once
 
 #include <stdio.h>
@@ -46,6 +46,13 @@ inline float number(const transom_tensor *t, int64_t index) {
   return load_some(&one, 1)[0];
 }
 
+/* How many tokens there are; the last `inner` dims are a token's own. */
+inline int64_t tokens_of(const transom_tensor *t, int inner) {
+  int64_t tokens = 1;
+  for (int i = 0; i < t->ndim - inner; i++) tokens *= t->shape[i];
+  return tokens;
+}
+
 /* Where token begins; the last `inner` dims are the token's own. */
 inline int64_t start_of(const transom_tensor *t, int inner, int64_t token) {
   int64_t start = 0;
@@ -58,7 +65,7 @@ inline int64_t start_of(const transom_tensor *t, int inner, int64_t token) {
 
 /* body(number) with a null pointer to the type that a tensor of kind() >= 0 holds. */
 template <class Body>
-inline void as_held(const transom_tensor *t, Body body) {
+inline void with_type_of(const transom_tensor *t, Body body) {
   if (t->dtype_bits == 32)
     body(static_cast<const float *>(nullptr));
   else if (t->dtype_code == TRANSOM_BFLOAT)

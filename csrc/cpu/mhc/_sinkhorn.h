@@ -1,6 +1,6 @@
-/* The steps of Sinkhorn, of as many tokens at once as a vector has elements: each element of the
- * matrix is a vector, and a token one place in all of them. So a token has the same bits alone and
- * among others. Internal linkage, as in vector.h. */
+/* The steps of Sinkhorn, for as many tokens at once as a vector has elements: each element of the
+ * matrix is a vector, and a token is one lane in all of them. So a token has the same bits alone and
+ * among others. */
 #pragma once
 
 #include "../base/tensor.h"
@@ -26,9 +26,9 @@ inline void divide(vf *m, int64_t given, int64_t next_line, int64_t next, vf eps
   }
 }
 
-/* kR > 0: R as a constant, for which the matrix stays in registers where there are enough. */
+/* kR > 0 is R as a constant, for which the matrix stays in registers where there are enough. */
 template <int kR>
-inline void steps_of(vf *matrix, int64_t given, int64_t iterations, vf eps) {
+inline void normalize_of(vf *matrix, int64_t given, int64_t iterations, vf eps) {
   const int64_t R = kR > 0 ? kR : given;
   for (int64_t i = 0; i < R; i++) {
     vf *row = matrix + i * R, most = row[0], total = {};
@@ -39,37 +39,38 @@ inline void steps_of(vf *matrix, int64_t given, int64_t iterations, vf eps) {
     }
     for (int64_t j = 0; j < R; j++) row[j] = row[j] / total + eps;
   }
-  vf held[kR > 0 ? kR * kR : 1], *m = matrix;
+  vf registers[kR > 0 ? kR * kR : 1], *m = matrix;
   if constexpr (kR > 0) {
-    memcpy(held, matrix, sizeof held);
-    m = held;
+    memcpy(registers, matrix, sizeof registers);
+    m = registers;
   }
   divide<kR>(m, R, 1, R, eps);
   for (int64_t step = 1; step < iterations; step++) {
     divide<kR>(m, R, R, 1, eps);
     divide<kR>(m, R, 1, R, eps);
   }
-  if constexpr (kR > 0) memcpy(matrix, held, sizeof held);
+  if constexpr (kR > 0) memcpy(matrix, registers, sizeof registers);
 }
 
-/* m [R,R], row-major: logits in, the nearly doubly stochastic matrix out. */
-inline void steps(vf *m, int64_t R, int64_t iterations, float eps) {
+/* m [R,R], row-major: the logits become the nearly doubly stochastic matrix. */
+inline void normalize(vf *m, int64_t R, int64_t iterations, float eps) {
   if (R == 4)
-    steps_of<4>(m, R, iterations, all(eps));
+    normalize_of<4>(m, R, iterations, all(eps));
   else
-    steps_of<0>(m, R, iterations, all(eps));
+    normalize_of<0>(m, R, iterations, all(eps));
 }
 
-/* Vectors that steps_backward() keeps: the softmax, and each step's result and sums. */
-inline int64_t kept_vectors(int64_t R, int64_t iterations) {
+/* Vectors that normalize_backward() records: the softmax, and the result and the sums of each
+ * step. */
+inline int64_t recorded_vectors(int64_t R, int64_t iterations) {
   return R * R + (2 * iterations - 1) * (R * R + R);
 }
 
 template <int kR>
-inline void steps_backward_of(vf *m, vf *grad, int64_t given, int64_t iterations, vf eps,
-                              vf *kept) {
+inline void normalize_backward_of(vf *m, vf *grad, int64_t given, int64_t iterations, vf eps,
+                                  vf *record) {
   const int64_t R = kR > 0 ? kR : given, steps = 2 * iterations - 1;
-  vf *soft = kept, *at = kept + R * R;
+  vf *soft = record, *at = record + R * R;
   for (int64_t i = 0; i < R; i++) {
     vf *row = m + i * R, most = row[0], total = {};
     for (int64_t j = 1; j < R; j++) most = row[j] > most ? row[j] : most;
@@ -114,15 +115,30 @@ inline void steps_backward_of(vf *m, vf *grad, int64_t given, int64_t iterations
   }
 }
 
-/* grad [R,R] of the result of steps() becomes that of the logits m, which are overwritten. */
-inline void steps_backward(vf *m, vf *grad, int64_t R, int64_t iterations, float eps, vf *kept) {
+/* grad [R,R] of the result of normalize() becomes that of the logits m, which are overwritten. */
+inline void normalize_backward(vf *m, vf *grad, int64_t R, int64_t iterations, float eps,
+                               vf *record) {
   if (R == 4)
-    steps_backward_of<4>(m, grad, R, iterations, all(eps), kept);
+    normalize_backward_of<4>(m, grad, R, iterations, all(eps), record);
   else
-    steps_backward_of<0>(m, grad, R, iterations, all(eps), kept);
+    normalize_backward_of<0>(m, grad, R, iterations, all(eps), record);
 }
 
-/* False, and the reason, for a matrix that does not fit or a float64 tensor. */
+/* The matrices t[*B,R,R] of `tokens` tokens from `first` on, each in a lane of m. */
+inline void read_matrices(const transom_tensor *t, int64_t R, int64_t first, int64_t tokens,
+                          vf *m) {
+  const transom_tensor source = *t; /* a copy: stores to m could change what is read through t */
+  const int64_t down = t->strides[t->ndim - 2], along = t->strides[t->ndim - 1];
+  for (int64_t i = 0; i < R * R; i++) m[i] = vf{};
+  for (int64_t lane = 0; lane < tokens; lane++) {
+    const int64_t start = start_of(t, 2, first + lane);
+    for (int64_t i = 0; i < R; i++)
+      for (int64_t j = 0; j < R; j++)
+        m[i * R + j][lane] = number(&source, start + i * down + j * along);
+  }
+}
+
+/* False, and the reason, for more streams than a kernel has room for, or a float64 tensor. */
 inline bool streams_fit(const transom_tensor *t, const char *name, int64_t R,
                         transom_status *status) {
   if (!readable(t, name, status)) return false;

@@ -2,28 +2,29 @@
 #include "_mixes_backward.h"
 
 namespace transom::TRANSOM_LEVEL {
+
+TRANSOM_KERNEL(mhc_head_backward, supports, workspace, run)
+
 namespace {
 
-#define ARGUMENT(name) TRANSOM_MHC_HEAD_BACKWARD_##name
-
 Backward describe(const transom_call *call) {
-  const transom_tensor *x = tensor(call, ARGUMENT(X));
-  Backward work = backward_of(mixes_of(x, tensor(call, ARGUMENT(FN)), x->shape[x->ndim - 2]),
+  const transom_tensor *x = tensor(call, ARG(X));
+  Backward work = backward_of(mixes_of(x, tensor(call, ARG(FN)), x->shape[x->ndim - 2]),
                               call->threads, 0);
-  work.out.dh = tensor(call, ARGUMENT(DH));
+  work.out.dh = tensor(call, ARG(DH));
   return work;
 }
 
 void coefficients(const transom_call *call, const Backward &work, int64_t token, const vf *sums) {
   const transom_value *args = call->args;
-  const transom_tensor *base = tensor(call, ARGUMENT(BASE));
+  const transom_tensor *base = tensor(call, ARG(BASE));
   const Mixes &mixes = work.mixes;
   const int64_t R = mixes.R;
-  const float by = number(tensor(call, ARGUMENT(SCALE)), 0);
-  const float eps = static_cast<float>(args[ARGUMENT(EPS)].f);
+  const float by = number(tensor(call, ARG(SCALE)), 0);
+  const float eps = static_cast<float>(args[ARG(EPS)].f);
   float u[kMostStreams + 1] = {}, gate[kMostStreams + kWidth] = {}, da[kMostStreams];
   float scale[kMostStreams];
-  totals(mixes, sums, static_cast<float>(args[ARGUMENT(RMS_EPS)].f), u);
+  totals(mixes, sums, static_cast<float>(args[ARG(RMS_EPS)].f), u);
   for (int64_t j = 0; j < R; j++) gate[j] = u[j] * u[R] * by + number(base, j * base->strides[0]);
   for (int64_t j = 0; j < R; j += kWidth) store(gate + j, sigmoid(load(gate + j)));
   against_streams(mixes, work.out.dh, mixes.first + token, da);
@@ -36,18 +37,22 @@ void coefficients(const transom_call *call, const Backward &work, int64_t token,
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  const transom_tensor *x = tensor(call, ARGUMENT(X));
+  const transom_tensor *x = tensor(call, ARG(X));
   return streams_fit(x, "x", x->shape[x->ndim - 2], status) &&
-         rows_fit(tensor(call, ARGUMENT(FN)), status);
+         rows_fit(tensor(call, ARG(FN)), status);
 }
 
 uint64_t workspace(const transom_call *call) {
-  return static_cast<uint64_t>(workspace_of(describe(call)));
+  Backward work = describe(call);
+  Arena arena;
+  lay_out(&work, arena);
+  return arena.bytes();
 }
 
 int32_t run(const transom_call *call, transom_status *) {
   Backward work = describe(call);
-  lay_out(&work, call->workspace);
+  Arena arena(call->workspace);
+  lay_out(&work, arena);
   work.out.dx = call->outs[0];
   work.out.dfn = static_cast<float *>(call->outs[1]->data);
   work.out.dscale = static_cast<float *>(call->outs[2]->data);
@@ -63,9 +68,4 @@ int32_t run(const transom_call *call, transom_status *) {
 }
 
 }  // namespace
-
-extern const transom_impl mhc_head_backward = {
-    sizeof(transom_impl), TRANSOM_TUNED, "mhc_head_backward", "native",
-    TRANSOM_MHC_HEAD_BACKWARD_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

@@ -1,18 +1,18 @@
 /* mhc_post: y[k] = post[k] * f + sum over j of comb[j][k] * x[j], for each token.
  *
- * One pass, bound by memory: (2R + 1) * D elements a token, each once. Four streams are mixed from
+ * One pass is bound by memory: (2R + 1) * D elements a token, each once. Four streams are mixed from
  * memory to memory, a cache line of each at a time, and lines of an output that no cache holds to
- * the end are stored past them. Other numbers of streams, and strided ones, go through a piece of
+ * the end are stored past them. Other numbers of streams, and strided ones, go through a chunk of
  * each in L1. */
+#include "../base/kernel.h"
 #include "../base/output.h"
-#include "../base/parallel.h"
-#include "../base/tensor.h"
 #include "_sinkhorn.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_MHC_POST_##name
+TRANSOM_KERNEL(mhc_post, supports, nothing, run)
+
+namespace {
 
 constexpr int64_t kInL1 = 256;
 /* Bytes between what is mixed and what is fetched: rows end where the prefetchers start anew. */
@@ -27,10 +27,9 @@ struct Work {
   int64_t T, R, D;
   int64_t tokens, part, parts; /* of a task: tokens, elements of D; parts of a token */
   bool direct, past_caches;
-  int64_t next; /* task, by fetch-and-add */
 };
 
-/* The factors of one token, each in all places of a vector. */
+/* The factors of one token, each in all lanes of a vector. */
 struct Factors {
   vf post[kMostStreams], comb[kMostStreams * kMostStreams];
 };
@@ -38,13 +37,12 @@ struct Factors {
 Work describe(const transom_call *call) {
   Work work = {};
   work.call = call;
-  work.f = tensor(call, ARGUMENT(F));
-  work.x = tensor(call, ARGUMENT(X));
-  work.post = tensor(call, ARGUMENT(POST));
-  work.comb = tensor(call, ARGUMENT(COMB));
+  work.f = tensor(call, ARG(F));
+  work.x = tensor(call, ARG(X));
+  work.post = tensor(call, ARG(POST));
+  work.comb = tensor(call, ARG(COMB));
   const transom_tensor *x = work.x;
-  work.T = 1;
-  for (int i = 0; i < x->ndim - 2; i++) work.T *= x->shape[i];
+  work.T = tokens_of(x, 2);
   work.R = x->shape[x->ndim - 2], work.D = x->shape[x->ndim - 1];
   work.direct = work.R == 4 && x->strides[x->ndim - 1] == 1 &&
                 work.f->strides[work.f->ndim - 1] == 1;
@@ -122,7 +120,7 @@ void mix_any(const Work *work, int64_t token, int64_t d, int64_t n, const Factor
 
 void mix(const Work *work, int64_t token, int64_t d, int64_t n, const Factors &by) {
   if (work->direct) {
-    as_held(work->x, [&]<class Number>(const Number *) {
+    with_type_of(work->x, [&]<class Number>(const Number *) {
       if (work->past_caches)
         mix_four<Number, true>(work, token, d, n, by);
       else
@@ -134,28 +132,15 @@ void mix(const Work *work, int64_t token, int64_t d, int64_t n, const Factors &b
     mix_any(work, token, d, min_of(kInL1, end - d), by);
 }
 
-void mix_tasks(void *context, int32_t) {
-  Work *work = static_cast<Work *>(context);
-  const int64_t R = work->R;
+void read_factors(const Work *work, int64_t token, Factors *by) {
   const transom_tensor *p = work->post, *c = work->comb;
-  Factors by;
-  for (;;) {
-    const int64_t task = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    const int64_t first = task / work->parts * work->tokens, d = task % work->parts * work->part;
-    if (first >= work->T) break;
-    const int64_t n = min_of(work->part, work->D - d);
-    for (int64_t token = first; token < min_of(first + work->tokens, work->T); token++) {
-      const int64_t p0 = start_of(p, 1, token), c0 = start_of(c, 2, token);
-      for (int64_t j = 0; j < R; j++) {
-        by.post[j] = all(number(p, p0 + j * p->strides[p->ndim - 1]));
-        for (int64_t k = 0; k < R; k++)
-          by.comb[j * R + k] =
-              all(number(c, c0 + j * c->strides[c->ndim - 2] + k * c->strides[c->ndim - 1]));
-      }
-      mix(work, token, d, n, by);
-    }
+  const int64_t p0 = start_of(p, 1, token), c0 = start_of(c, 2, token), R = work->R;
+  for (int64_t j = 0; j < R; j++) {
+    by->post[j] = all(number(p, p0 + j * p->strides[p->ndim - 1]));
+    for (int64_t k = 0; k < R; k++)
+      by->comb[j * R + k] =
+          all(number(c, c0 + j * c->strides[c->ndim - 2] + k * c->strides[c->ndim - 1]));
   }
-  fence();
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
@@ -175,14 +160,21 @@ int32_t run(const transom_call *call, transom_status *) {
   work.part = up_to((work.D + work.parts - 1) / work.parts, kInL1);
   work.parts = (work.D + work.part - 1) / work.part;
   work.past_caches = goes_past_caches(call->outs[0], work.T * work.R, work.D);
-  parallel(threads, mix_tasks, &work);
+  Counter counter((work.T + work.tokens - 1) / work.tokens * work.parts);
+  on_threads(threads, [&](int32_t) {
+    Factors by;
+    for (int64_t task; counter.take(&task);) {
+      const int64_t first = task / work.parts * work.tokens, d = task % work.parts * work.part;
+      const int64_t n = min_of(work.part, work.D - d);
+      for (int64_t token = first; token < min_of(first + work.tokens, work.T); token++) {
+        read_factors(&work, token, &by);
+        mix(&work, token, d, n, by);
+      }
+    }
+    fence();
+  });
   return 0;
 }
 
 }  // namespace
-
-extern const transom_impl mhc_post = {
-    sizeof(transom_impl), TRANSOM_TUNED, "mhc_post", "native", TRANSOM_MHC_POST_HASH,
-    TRANSOM_DETERMINISTIC, 0, supports, nullptr, run};
-
 }  // namespace transom::TRANSOM_LEVEL

@@ -1,37 +1,35 @@
 /* mhc_post_backward: of each token, df = sum of post[k] * dy[k]; dx[j] = sum over k of comb[j][k] *
  * dy[k]; dpost[k] = dy[k] . f; dcomb[j][k] = x[j] . dy[k].
  *
- * One pass, bound by memory: (3R + 2) * D elements a token, each once. A piece of every stream is
+ * One pass is bound by memory: (3R + 2) * D elements a token, each once. A chunk of every stream is
  * read into L1 as float32, from where both the outputs and the products are made. */
-#include "../base/parallel.h"
-#include "../base/tensor.h"
+#include "../base/kernel.h"
 #include "_sinkhorn.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_MHC_POST_BACKWARD_##name
+TRANSOM_KERNEL(mhc_post_backward, supports, nothing, run)
+
+namespace {
 
 constexpr int64_t kInL1 = 256;
 
 struct Work {
   const transom_call *call;
   const transom_tensor *dy, *f, *x, *post, *comb;
-  int64_t T, R, D, tokens;
-  int64_t next; /* task of some tokens, by fetch-and-add */
+  int64_t T, R, D, tokens; /* tokens of a task */
 };
 
 Work describe(const transom_call *call) {
   Work work = {};
   work.call = call;
-  work.dy = tensor(call, ARGUMENT(DY));
-  work.f = tensor(call, ARGUMENT(F));
-  work.x = tensor(call, ARGUMENT(X));
-  work.post = tensor(call, ARGUMENT(POST));
-  work.comb = tensor(call, ARGUMENT(COMB));
+  work.dy = tensor(call, ARG(DY));
+  work.f = tensor(call, ARG(F));
+  work.x = tensor(call, ARG(X));
+  work.post = tensor(call, ARG(POST));
+  work.comb = tensor(call, ARG(COMB));
   const transom_tensor *x = work.x;
-  work.T = 1;
-  for (int i = 0; i < x->ndim - 2; i++) work.T *= x->shape[i];
+  work.T = tokens_of(x, 2);
   work.R = x->shape[x->ndim - 2], work.D = x->shape[x->ndim - 1];
   return work;
 }
@@ -110,20 +108,6 @@ void token(const Work *work, int64_t t) {
   for (int64_t i = 0; i < R * R; i++) dcomb[i] = sum(sums[R + i]);
 }
 
-void tasks(void *context, int32_t) {
-  Work *work = static_cast<Work *>(context);
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * work->tokens;
-    if (first >= work->T) return;
-    for (int64_t t = first; t < min_of(first + work->tokens, work->T); t++) {
-      if (work->R == 4)
-        token<4>(work, t);
-      else
-        token<0>(work, t);
-    }
-  }
-}
-
 int32_t supports(const transom_call *call, transom_status *status) {
   const Work work = describe(call);
   return streams_fit(work.x, "x", work.R, status);
@@ -143,14 +127,17 @@ int32_t run(const transom_call *call, transom_status *) {
   work.tokens = clamp((1 << 19) / max_of(1, R * D), 1, max_of(1, work.T / (4 * threads)));
   for (int i = 0; i < 2; i++)
     about_to_write(call->outs[i]->data, work.T * (i == 0 ? 1 : R) * D * size_of(call->outs[i]));
-  parallel(threads, tasks, &work);
+  tasks(threads, (work.T + work.tokens - 1) / work.tokens, [&](int64_t task, int32_t) {
+    const int64_t first = task * work.tokens;
+    for (int64_t t = first; t < min_of(first + work.tokens, work.T); t++) {
+      if (R == 4)
+        token<4>(&work, t);
+      else
+        token<0>(&work, t);
+    }
+  });
   return 0;
 }
 
 }  // namespace
-
-extern const transom_impl mhc_post_backward = {
-    sizeof(transom_impl), TRANSOM_TUNED, "mhc_post_backward", "native",
-    TRANSOM_MHC_POST_BACKWARD_HASH, TRANSOM_DETERMINISTIC, 0, supports, nullptr, run};
-
 }  // namespace transom::TRANSOM_LEVEL

@@ -1,22 +1,23 @@
 /* mhc_pre_backward: see _mixes_backward.h; the gradient of a comes from h, as x . dh, and from post
- * through their sigmoids, and from comb through the steps of Sinkhorn, taken again and walked
- * backwards with a token in each place of a vector. */
+ * through their sigmoids, and from comb through the steps of Sinkhorn, which are taken again and
+ * walked backwards with a token in each lane. */
 #include "_mixes_backward.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_MHC_PRE_BACKWARD_##name
+TRANSOM_KERNEL(mhc_pre_backward, supports, workspace, run)
+
+namespace {
 
 constexpr int64_t kMostRows = (2 + kMostStreams) * kMostStreams;
 
 Backward describe(const transom_call *call) {
-  const transom_tensor *x = tensor(call, ARGUMENT(X));
+  const transom_tensor *x = tensor(call, ARG(X));
   const int64_t R = x->shape[x->ndim - 2];
-  const int64_t kept = kept_vectors(R, call->args[ARGUMENT(ITERATIONS)].i);
-  Backward work = backward_of(mixes_of(x, tensor(call, ARGUMENT(FN)), (2 + R) * R), call->threads,
-                              kept * static_cast<int64_t>(sizeof(vf)));
-  work.out.dh = tensor(call, ARGUMENT(DH));
+  const int64_t recorded = recorded_vectors(R, call->args[ARG(ITERATIONS)].i);
+  Backward work = backward_of(mixes_of(x, tensor(call, ARG(FN)), (2 + R) * R), call->threads,
+                              recorded * static_cast<int64_t>(sizeof(vf)));
+  work.out.dh = tensor(call, ARG(DH));
   return work;
 }
 
@@ -24,15 +25,15 @@ Backward describe(const transom_call *call) {
 void coefficients(const transom_call *call, const Backward &work, int32_t thread, int64_t first,
                   int64_t tokens, const vf *sums) {
   const transom_value *args = call->args;
-  const transom_tensor *base = tensor(call, ARGUMENT(BASE));
-  const transom_tensor *given = tensor(call, ARGUMENT(SCALE));
-  const transom_tensor *dpost = tensor(call, ARGUMENT(DPOST));
-  const transom_tensor *dcomb = tensor(call, ARGUMENT(DCOMB));
+  const transom_tensor *base = tensor(call, ARG(BASE));
+  const transom_tensor *given = tensor(call, ARG(SCALE));
+  const transom_tensor *dpost = tensor(call, ARG(DPOST));
+  const transom_tensor *dcomb = tensor(call, ARG(DCOMB));
   const Mixes &mixes = work.mixes;
   const int64_t R = mixes.R, N = mixes.N;
-  const float eps = static_cast<float>(args[ARGUMENT(EPS)].f);
-  const float rms_eps = static_cast<float>(args[ARGUMENT(RMS_EPS)].f);
-  const float post_scale = static_cast<float>(args[ARGUMENT(POST_SCALE)].f);
+  const float eps = static_cast<float>(args[ARG(EPS)].f);
+  const float rms_eps = static_cast<float>(args[ARG(RMS_EPS)].f);
+  const float post_scale = static_cast<float>(args[ARG(POST_SCALE)].f);
   const int64_t p_last = dpost->strides[dpost->ndim - 1];
   const int64_t c_last = dcomb->strides[dcomb->ndim - 1];
   const int64_t c_between = dcomb->strides[dcomb->ndim - 2];
@@ -71,8 +72,8 @@ void coefficients(const transom_call *call, const Backward &work, int32_t thread
       }
     }
   }
-  vf *kept = reinterpret_cast<vf *>(work.own + thread * work.own_bytes);
-  steps_backward(m, grad, R, args[ARGUMENT(ITERATIONS)].i, eps, kept);
+  void *record = work.memory.callers + thread * work.caller_bytes;
+  normalize_backward(m, grad, R, args[ARG(ITERATIONS)].i, eps, static_cast<vf *>(record));
   for (int64_t t = 0; t < tokens; t++) {
     for (int64_t i = 0; i < R * R; i++) da[t][2 * R + i] = grad[i][t];
     set_record(work, first + t, da[t], u[t], scale, pre[t]);
@@ -80,18 +81,22 @@ void coefficients(const transom_call *call, const Backward &work, int32_t thread
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  const transom_tensor *x = tensor(call, ARGUMENT(X));
+  const transom_tensor *x = tensor(call, ARG(X));
   return streams_fit(x, "x", x->shape[x->ndim - 2], status) &&
-         rows_fit(tensor(call, ARGUMENT(FN)), status);
+         rows_fit(tensor(call, ARG(FN)), status);
 }
 
 uint64_t workspace(const transom_call *call) {
-  return static_cast<uint64_t>(workspace_of(describe(call)));
+  Backward work = describe(call);
+  Arena arena;
+  lay_out(&work, arena);
+  return arena.bytes();
 }
 
 int32_t run(const transom_call *call, transom_status *) {
   Backward work = describe(call);
-  lay_out(&work, call->workspace);
+  Arena arena(call->workspace);
+  lay_out(&work, arena);
   work.out.dx = call->outs[0];
   work.out.dfn = static_cast<float *>(call->outs[1]->data);
   work.out.dscale = static_cast<float *>(call->outs[2]->data);
@@ -109,9 +114,4 @@ int32_t run(const transom_call *call, transom_status *) {
 }
 
 }  // namespace
-
-extern const transom_impl mhc_pre_backward = {
-    sizeof(transom_impl), TRANSOM_TUNED, "mhc_pre_backward", "native",
-    TRANSOM_MHC_PRE_BACKWARD_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

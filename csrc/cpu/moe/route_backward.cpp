@@ -108,7 +108,7 @@ void token(const Work *work, int64_t t, float *rows) {
     store(chosen + i, work->score == kTopkSoftmax ? all(1.0f)
                                                   : slope_of(work->score, here, load(chosen + i)));
   }
-  as_held(out, [&]<class Number>(const Number *) {
+  with_type_of(out, [&]<class Number>(const Number *) {
     for (int64_t i = 0; i < k; i++)
       if (valid[i]) store_one(static_cast<Number *>(to) + id[i], full[id[i]] * chosen[i]);
   });
