@@ -8,8 +8,8 @@ from torch import Tensor
 
 from transom import config
 from transom.abi.ranges import satisfied_by
-from transom.kernels import bounds
-from transom.kernels.ordered_sum import add_rows
+from transom.kernels import _bounds as bounds
+from transom.kernels._ordered_sum import add_rows
 from transom.op import Weight, op
 from transom.weights import gather_rows
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transom.dtypes import accumulator
-from transom.kernels.same_bits import sigmoid
+from transom.kernels._same_bits import sigmoid
 from transom.op import op
 
 from .mhc_pre import mixes, mixes_backward

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from transom.dtypes import accumulator
-from transom.kernels import bounds
-from transom.kernels.same_bits import multiply, sigmoid
+from transom.kernels import _bounds as bounds
+from transom.kernels._same_bits import multiply, sigmoid
 from transom.op import op
 
 from .sinkhorn import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transom import config
 from transom.dtypes import accumulator
-from transom.kernels import bounds
+from transom.kernels import _bounds as bounds
 from transom.op import op
 
 _EXAMPLES = [
