@@ -78,15 +78,15 @@ def extensions() -> list[Extension]:
     kernels = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/**/*.cpp"))
     if kernels:
         found.append(Extension("transom._native", kernels))
-    bind = os.environ.get("TRANSOM_NO_EXT") != "_C" and (ROOT / "csrc/bind.cpp").exists()
+    bind = os.environ.get("TRANSOM_NO_EXT") != "_C" and (ROOT / "csrc/python").exists()
     if bind and (pybind11 := pybind11_include()):
         flags = ["-std=c++20", "-O2", "-fvisibility=hidden"]
         found.append(
             Extension(
                 "transom._C",
-                [f"csrc/{name}.cpp" for name in ("bind", "direct", "ranges")],
+                ["csrc/python/call.cpp", "csrc/python/reading.cpp"],
                 include_dirs=["csrc/include", pybind11],
-                depends=["csrc/include/transom_plugin.h", "csrc/python.h"],
+                depends=["csrc/include/transom_plugin.h", "csrc/python/extension.h"],
                 extra_compile_args=flags,
                 language="c++",
             )

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from transom import device as _device
-from transom import dispatch
+from transom import dispatch, selection
 from transom.errors import SlowPath
-from transom.op import OPS
+from transom.registry import OPS
 from transom.weights import QuantizedWeight
 
 from .cases import Case, Draw, Wanted, cases, forget
@@ -173,10 +173,10 @@ def candidates(case: Case, values: Mapping[str, Any]) -> Iterator[tuple[str, Cal
     op = OPS[case.op]
     order = [values[p.name] for p in op.parameters]
     facts = dispatch.facts_of(op, order)
-    for impl in sorted(dispatch.able(op, facts), key=lambda i: i.tier != "composite"):
+    for impl in sorted(selection.able(op, facts), key=lambda i: i.tier != "composite"):
 
         def ours(v: Mapping[str, Any], function: Any = impl.function) -> Any:
-            return op._invoke(function, *(v[p.name] for p in op.parameters))
+            return op.invoke(function, *(v[p.name] for p in op.parameters))
 
         yield impl.name, ours
     device = next(iter(op.tensors(order).values())).device

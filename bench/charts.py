@@ -43,7 +43,7 @@ def peer_of(row: Row) -> str:
 
 def colours(rows: Sequence[Row]) -> dict[str, str]:
     """A colour for each operator."""
-    from transom.op import OPS
+    from transom.registry import OPS
 
     out: dict[str, str] = {}
     used: dict[str, int] = {}

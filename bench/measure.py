@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 import transom
-from transom import dispatch
+from transom import dispatch, selection
 from transom.cli.memory import PeakMemory
-from transom.op import OPS, as_numpy
+from transom.op import as_numpy
 from transom.plugins import load
+from transom.registry import OPS
 
 from .cases import PLAIN, Case, Draw, Inputs
 from .ceilings import Ceilings
@@ -154,7 +155,7 @@ def ours(case: Case, values: Mapping[str, Any]) -> tuple[list[Candidate], str | 
     op = OPS[case.op]
     load(op, "cpu")
     facts = dispatch.facts_of(op, [values[p.name] for p in op.parameters])
-    able = [i.name for i in dispatch.able(op, facts)]
+    able = [i.name for i in selection.able(op, facts)]
 
     def prepare(name: str) -> Callable[[Mapping[str, Any]], Function]:
         def call(values: Mapping[str, Any]) -> Any:
@@ -171,7 +172,7 @@ def ours(case: Case, values: Mapping[str, Any]) -> tuple[list[Candidate], str | 
         return ready
 
     found = [Candidate(name, "transom", prepare(name), _note(op, name)) for name in able]
-    return found, dispatch.select(op, facts).chosen
+    return found, selection.select(op, facts).chosen
 
 
 def _note(op: Any, name: str) -> str:
@@ -314,9 +315,11 @@ class _Judge:
             for t in op.tensors(ordered).values()
         )
         # where there are few tokens the limit is theirs: _few_tokens has seen to the size
-        if op._reference is not None and (inputs.few is not None or 8 * elements < REFERENCE_BYTES):
+        if op.reference_of is not None and (
+            inputs.few is not None or 8 * elements < REFERENCE_BYTES
+        ):
             with np.errstate(all="ignore"):
-                truth = op._reference(*(as_numpy(v) for v in ordered))
+                truth = op.reference_of(*(as_numpy(v) for v in ordered))
             truth = truth if isinstance(truth, tuple) else (truth,)
             self.truth = tuple(torch.as_tensor(np.asarray(t)) for t in truth)
         else:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from transom import dispatch
+from transom import selection as selection_
 from transom.errors import SlowPath
-from transom.op import OPS, Op
-from transom.tune import store
+from transom.facts import Facts
+from transom.measured import store
+from transom.op import Op
+from transom.registry import OPS
 
 from .cases import Case, Draw, Wanted, cases, forget
 from .ceilings import Ceilings
@@ -54,7 +57,7 @@ def choose(
                 op, inputs = OPS[case.op], case.make(Draw(case.dtype))
                 values = [inputs.draws[0][p.name] for p in op.parameters]
                 facts = dispatch.facts_of(op, values)
-                if len(dispatch.able(op, facts)) > 1:
+                if len(selection_.able(op, facts)) > 1:
                     rows = measure(case, lambda *_: [], ceilings, settings, rates, inputs=inputs)
                     rows.sort(key=lambda r: r.median if r.seconds else float("inf"))
                     chosen = rows[0].candidate if rows[0].seconds else None
@@ -68,7 +71,7 @@ def choose(
         forget()
 
 
-def _with(op: Op[..., Any], facts: dispatch.Facts, indices: torch.dtype) -> dispatch.Facts:
+def _with(op: Op[..., Any], facts: Facts, indices: torch.dtype) -> Facts:
     """The facts with all index tensors of this dtype: routers give one, checkpoints the other."""
     named = {n for n in facts.dtypes if {"i32", "i64"} <= set(op.rules.alternatives.get(n, ()))}
     kinds = {n: indices if n in named else kind for n, kind in facts.dtypes.items()}

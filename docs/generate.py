@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import transom
-from transom.dispatch import TIERS
 from transom.dtypes import SHORT
 from transom.op import Impl, Op
 from transom.plugins import load
+from transom.selection import TIERS
 
 HERE = Path(__file__).parent
 NOTE = "<!-- made by `python docs/generate.py`; edit the declarations in kernels/ instead -->\n"
@@ -152,7 +152,7 @@ def support_matrix() -> str:
             mine = _differentiated(name)
             gradients = [o for o in everything.values() if _backward_of(o) == mine]
             have = sum(_written(backend, o) for o in gradients)
-            back = _some(have, len(gradients)) if op._gradient else "none"
+            back = _some(have, len(gradients)) if op.differentiated else "none"
             rows.append(
                 f"| `{name}` | {backend} ({tier}) | {backend} "
                 f"| by call: `transom explain {name}` | yes | {back} |"
@@ -191,9 +191,9 @@ def _backward_of(op: Op) -> str | None:
             other.module == op.module
             and op.name != name
             and op.name.startswith(name)
-            and other._gradient
+            and other.differentiated
             and not op.mutates
-            and op._gradient is None
+            and op.differentiated is None
         ):
             return name
     return None
@@ -205,7 +205,7 @@ def _differentiated(name: str) -> str:
 
 
 def _backward_text(op: Op, impl: Impl, everything: dict[str, Op]) -> str:
-    if op._gradient is None:
+    if op.differentiated is None:
         return "none"
     names = [n for n, o in everything.items() if _backward_of(o) == _differentiated(op.name)]
     have = [

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import backends as _backends  # noqa: F401 -  # before the function of that name, which then stands for it
 from . import dtypes, errors, requires
-from .dispatch import Call, Explanation, Facts, record, use
+from .declare import op as declare
 from .errors import NotSupported, PluginError, SlowPath
 from .explain import backends, explain, ops
-from .op import OPS as _OPS
+from .facts import Facts
 from .op import Impl, Op, Weight
-from .op import op as declare
 from .plugins import plugins
+from .record import Call, record
+from .registry import OPS as _OPS
+from .selection import Explanation, use
 from .tune import tune
 from .weights import QuantizedWeight
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import dispatch, plugins
-from .op import OPS, Op, lookup
+from . import plugins
+from .op import Op
+from .registry import OPS, lookup
+from .selection import Explanation
 
 
-def explain(op: str | Op[..., Any], *args: Any, **kwargs: Any) -> dispatch.Explanation:
+def explain(op: str | Op[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which implementation a call would take, why, and why each other one would not; nothing is
     computed.
 
@@ -16,7 +18,8 @@ def explain(op: str | Op[..., Any], *args: Any, **kwargs: Any) -> dispatch.Expla
     route: composite (tier composite)
       reference: runs only when asked for by name
     """
-    return lookup(op).explain(*args, **kwargs)
+    explanation: Explanation = lookup(op).explain(*args, **kwargs)
+    return explanation
 
 
 def ops() -> dict[str, Op[..., Any]]:

@@ -1,39 +1,66 @@
-"""Op: the declaration of an operator; @op makes one from a function.
+"""Op: the declaration of an operator, as data and rules.
 
 The decorated function is the composite: the operator's meaning in torch, on any device. From its
 signature and the shape and dtype texts follow the torch schema, the checks with their messages, the
 fake kernel, the inputs of property tests, the cost and the tolerance. Implementations are added to
-an Op with `.impl`.
+an Op with `.impl`. What makes a declaration callable is its engine, which declare.py gives it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from . import dispatch, guard, torch_op
 from .dtypes import Kind, Rules
-from .parameters import Parameter, autocast_rules, call_glue, fits, parameters_of
+from .errors import shown
+from .parameters import autocast_rules, call_glue, fits, parameters_of, schema_of
 from .requires import Requirement, device
 from .shapes import Bound, Expression, Signature
-from .weights import QuantizedWeight, host_memory
-from .weights.to_numpy import as_numpy
+from .weights import QuantizedWeight
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Q = ParamSpec("Q")
+S = TypeVar("S")
 F = TypeVar("F", bound=Callable[..., Any])
 
 Weight: TypeAlias = Tensor | QuantizedWeight
 """A weight argument: a tensor, or a QuantizedWeight that is decoded where it is used."""
 
-OPS: dict[str, Op[..., Any]] = {}
-"""Every declared operator by name."""
+_compiling = torch.compiler.is_compiling
+_registrant: str | None = None
+
+
+@contextlib.contextmanager
+def registering(plugin: str) -> Iterator[None]:
+    """Within the block, what is registered belongs to this plugin."""
+    global _registrant
+    before, _registrant = _registrant, plugin
+    try:
+        yield
+    finally:
+        _registrant = before
+
+
+def registrant() -> str | None:
+    """The plugin whose register() is running."""
+    return _registrant
+
+
+def backend_of(module: str) -> str:
+    """The backend that a module's implementations belong to: its folder in transom.backends, or its
+    plugin."""
+    parts = module.split(".")
+    if parts[:2] == ["transom", "backends"] and len(parts) > 2:
+        return parts[2]
+    return _registrant or parts[0]
 
 
 @dataclass(frozen=True)
@@ -54,22 +81,6 @@ class Impl:
     host: tuple[str, ...] = ()
     """Arguments that it reads in place from pinned host memory, for a call on a device."""
 
-    def reasons(self, facts: dispatch.Facts) -> list[str]:
-        """Every sentence why this implementation cannot run the call; empty if it can."""
-        if self.unavailable:
-            return [self.unavailable]
-        if (held := guard.reason(self, facts.device)) is not None:
-            return [held]
-        out = [sentence for r in self.requires if (sentence := r(facts)) is not None]
-        out += host_memory.reasons(facts, self.host)
-        if facts.deterministic and not self.deterministic:
-            out.append(
-                "torch.use_deterministic_algorithms is on; its results may differ between runs"
-            )
-        if facts.capturing and not self.capturable:
-            out.append("a stream is being captured; it synchronises with the host")
-        return out
-
 
 @dataclass(frozen=True)
 class Gradient:
@@ -83,6 +94,19 @@ class Gradient:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """A rule on a call: a function, and the names of what it asks for."""
+
+    function: Callable[..., str | None]
+    asks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, function: Callable[..., str | None]) -> Rule:
+        """The rule that asks for the function's parameters."""
+        return cls(function, tuple(inspect.signature(function).parameters))
+
+
+@dataclass(frozen=True)
 class Cost:
     """The work of one call: floating-point operations, and bytes that must move at least."""
 
@@ -90,13 +114,37 @@ class Cost:
     bytes: float
 
 
+class Engine(Protocol):
+    """What runs an operator's calls."""
+
+    torch_op: Any
+    """The overload of torch.ops.transom.<name>."""
+
+    def enter(self, *values: Any) -> Any:
+        """The result of an eager call with every declared argument in order."""
+
+    def run(self, values: tuple[Any, ...], gradient: bool) -> Any:
+        """The result of a call that torch's dispatcher has let through."""
+
+    def explain(self, *args: Any, **kwargs: Any) -> Any:
+        """Which implementation a public call would take, and why; nothing is computed."""
+
+    def arguments(self, *args: Any, **kwargs: Any) -> tuple[Op[..., Any], tuple[Any, ...]]:
+        """The declared operator that a public call reaches, and its arguments in order."""
+
+    def forget_plans(self) -> None:
+        """Plans are made anew from the next call on."""
+
+
 class Op(Generic[P, R]):
     """An operator: call it, explain() it, add implementations to it with impl()."""
+
+    engine: Engine
 
     def __init__(
         self, function: Callable[P, R], shapes: str, dtypes: str, options: Mapping[str, Any]
     ) -> None:
-        self.name = function.__name__
+        self.name = function.__name__.lstrip("_")
         self.module = function.__module__
         parts = self.module.split(".")
         self.family = parts[-2] if parts[:2] == ["transom", "kernels"] else ""
@@ -107,6 +155,8 @@ class Op(Generic[P, R]):
         self.rules = Rules.parse(dtypes)
         self.shapes_text, self.dtypes_text = shapes, dtypes
         self.parameters = parameters_of(function, self.signature)
+        self.position = {p.name: i for i, p in enumerate(self.parameters)}
+        """Of each parameter among the declared arguments."""
         self.flops = Expression(options["flops"])
         self.bytes = Expression(options["bytes"]) if options["bytes"] else None
         self.accumulate = Expression(options["accumulate"])
@@ -117,32 +167,26 @@ class Op(Generic[P, R]):
         self.varying = frozenset(options["varying"].split())
         self.examples: list[dict[str, Any]] = options["examples"]
         self.impls: dict[str, Impl] = {}
-        self._reference: Callable[..., Any] | None = None
-        self._check: Callable[..., str | None] | None = None
-        self._check_asks: tuple[str, ...] = ()
-        self._check_values_asks: tuple[str, ...] = ()
-        self._check_values: Callable[..., str | None] | None = None
-        self._sample: Callable[..., Mapping[str, Any]] | None = None
-        self._gradient: Gradient | None = None
-        self._front: Callable[..., Any] | None = None
-        self._front_tensors: tuple[tuple[int, str, bool, bool], ...] = ()
-        self._plans: dict[Any, dispatch.Plan] = {}
-        self._loaded: set[str] = set()
-        glue = call_glue(self.name, self.parameters, self.host)
-        self._bind, self._invoke, self._key = glue["bind"], glue["invoke"], glue["key"]
-        self._plain, self._flatten = glue["plain"], glue["flatten"]
-        self._unflatten = glue["unflatten"]
-        self._rank = {p.name: i for i, p in enumerate(self.parameters)}
+        self.loaded: set[str] = set()
+        """Device types whose implementations are known; '' for those of this tree."""
+        self.reference_of: Callable[..., Any] | None = None
+        self.rule: Rule | None = None
+        self.rule_on_values: Rule | None = None
+        self.sampler: Callable[..., Mapping[str, Any]] | None = None
+        self.differentiated: Gradient | None = None
+        self.public: Callable[..., Any] | None = None
+        """The function that a user calls, where it differs from the declaration."""
+        self._public_tensors: list[tuple[int, str, bool, bool]] = []
+        self._public_values: list[tuple[int, str, str]] = []
+        glue = call_glue(self.name, self.parameters)
+        self.bind, self.invoke = glue["bind"], glue["invoke"]
+        self.flatten, self.unflatten = glue["flatten"], glue["unflatten"]
         self.__doc__ = function.__doc__
         self.__name__ = self.name
         self.__signature__ = inspect.signature(function)
-        self._add(Impl(self.name, "composite", "composite", function, tier="composite"))
-        if self.name in OPS:
-            raise ValueError(
-                f"{self.name}: declared in {OPS[self.name].module}; expected a name of its own"
-            )
-        OPS[self.name] = self
-        self.torch_op = torch_op.define(self)
+        self.impls["composite"] = Impl(
+            self.name, "composite", "composite", function, tier="composite"
+        )
 
     def __repr__(self) -> str:
         return f"<transom operator {self.name}: {self.shapes_text}>"
@@ -151,29 +195,26 @@ class Op(Generic[P, R]):
 
     def reference(self, function: F) -> F:
         """The operator in NumPy: float64 arrays in (a QuantizedWeight dequantised), arrays out."""
-        self._reference = function
+        self.reference_of = function
         run = _through_numpy(self, function)
-        self._add(
-            Impl(self.name, "reference", "reference", run, (device("cpu"),), tier="reference")
-        )
+        self.add(Impl(self.name, "reference", "reference", run, (device("cpu"),), tier="reference"))
         return function
 
     def check(self, function: F) -> F:
         """A rule on dims and plain arguments, asked for by parameter name; answers None or the text
         of the error."""
-        self._check, self._check_asks = function, tuple(inspect.signature(function).parameters)
+        self.rule = Rule.of(function)
         return function
 
     def check_values(self, function: F) -> F:
         """A rule on the values of tensors; runs on CPU tensors, and elsewhere with
         TRANSOM_DEBUG=1."""
-        self._check_values = function
-        self._check_values_asks = tuple(inspect.signature(function).parameters)
+        self.rule_on_values = Rule.of(function)
         return function
 
     def sample(self, function: F) -> F:
         """(rng, dims) -> values of the arguments that standard normal numbers would get wrong."""
-        self._sample = function
+        self.sampler = function
         return function
 
     def gradient(self, *, save: str, constant: str = "") -> Callable[[F], F]:
@@ -185,26 +226,28 @@ class Op(Generic[P, R]):
         """
 
         def declare(function: F) -> F:
-            self._gradient = Gradient(tuple(save.split()), tuple(constant.split()), function)
+            self.differentiated = Gradient(tuple(save.split()), tuple(constant.split()), function)
             return function
 
         return declare
 
-    def front(self, function: F) -> F:
-        """The public call, when it differs from the declared one: (call, ...) -> result, calling
-        `call` once."""
-        self._front = function
+    def front(self, function: Callable[Q, S]) -> Op[Q, S]:
+        """This operator with `function` as its public call, where that differs from the declared
+        one: it reaches the operator once, by call()."""
+        self.public = function
         function.__name__ = function.__qualname__ = self.name  # a missing argument names it
         self.__doc__ = function.__doc__ or self.__doc__
-        signature = inspect.signature(function)
-        parameters = list(signature.parameters.values())[1:]
-        self.__signature__ = signature.replace(parameters=parameters)
-        self._front_tensors = tuple(
-            (i, p.name, str(p.annotation).startswith("Weight"), "None" in str(p.annotation))
-            for i, p in enumerate(parameters)
-            if str(p.annotation).startswith(("Tensor", "Weight"))
-        )
-        return function
+        self.__signature__ = inspect.signature(function)
+        declared = {p.name: p for p in self.parameters}
+        for i, p in enumerate(self.__signature__.parameters.values()):
+            known = declared.get(p.name)
+            if known is not None and known.role != "value":
+                self._public_tensors.append(
+                    (i, p.name, known.role == "weight", known.type.endswith("?"))
+                )
+            elif (schema := schema_of(p)) and (known is None or known.type != schema):
+                self._public_values.append((i, p.name, schema))
+        return cast("Op[Q, S]", self)
 
     def impl(
         self,
@@ -229,7 +272,7 @@ class Op(Generic[P, R]):
         """
         if tier not in ("portable", "tuned"):
             raise ValueError(f"{self.name}: tier is {tier!r}; expected portable or tuned")
-        known = {*self._rank, *self.signature.symbols()}
+        known = {*self.position, *self.signature.symbols()}
         for requirement in requires:
             for fact in requirement.reads:
                 dim = fact.partition(":")[2] or fact
@@ -245,12 +288,11 @@ class Op(Generic[P, R]):
                     f"{[*inspect.signature(function).parameters]}; "
                     f"expected {[p.name for p in self.parameters]}"
                 )
-            backend = dispatch.backend_of(function.__module__)
-            self._add(
+            self.add(
                 Impl(
                     self.name,
                     function.__name__,
-                    backend,
+                    backend_of(function.__module__),
                     function,
                     tuple(requires),
                     tier,
@@ -264,60 +306,48 @@ class Op(Generic[P, R]):
 
         return register
 
-    def _add(self, impl: Impl) -> None:
+    def add(self, impl: Impl) -> None:
+        """Take an implementation in; ValueError if another one has its name."""
         if impl.name in self.impls:
             raise ValueError(
                 f"{self.name}: has an implementation {impl.name!r}; expected a name of its own"
             )
         self.impls[impl.name] = impl
-        dispatch.forget_plans()
+        self.engine.forget_plans()
 
     # Calling -----------------------------------------------------------------------------------
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._front is not None:
-            for at, name, weight, optional in self._front_tensors:
-                if at < len(args) or name in kwargs:
-                    value = args[at] if at < len(args) else kwargs[name]
-                    if type(value) is not Tensor and not (optional and value is None):
-                        self._check_tensor(name, value, weight)
-            return self._front(self.call, *args, **kwargs)
-        return self.call(*args, **kwargs)
+        if self.public is None:
+            result: R = self.call(*args, **kwargs)
+            return result
+        for at, name, weight, optional in self._public_tensors:
+            if at < len(args) or name in kwargs:
+                value = args[at] if at < len(args) else kwargs[name]
+                if type(value) is not Tensor and not (optional and value is None):
+                    self._check_tensor(name, value, weight)
+        for at, name, schema in self._public_values:
+            if at < len(args) or name in kwargs:
+                self._check_value(name, args[at] if at < len(args) else kwargs[name], schema)
+        result = self.public(*args, **kwargs)
+        return result
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The declared operator, without its front."""
-        values = self._bind(*args, **kwargs)
-        if not torch_op.compiling():
-            result = self._direct(*values)
-            if result is not NotImplemented:
-                return result
-        self._check_types(values)
-        if torch_op.transformed(self):
-            return torch_op.apply_transformed(self, self._flatten(*values))
-        return self.torch_op(*self._flatten(*values))
+        values = self.bind(*args, **kwargs)
+        if _compiling():
+            self.check_types(values)
+            return self.engine.torch_op(*self.flatten(*values))
+        return self.engine.enter(*values)
 
-    def _direct(self, *values: Any) -> Any:
-        """The result of an eager call that nothing in torch wants to see, else NotImplemented; the
-        first call puts what abi/direct.py makes in this method's place."""
-        from .abi.direct import entrance
-
-        self._direct = entrance(self)  # type: ignore[method-assign]
-        return self._direct(*values)
-
-    def explain(self, *args: Any, **kwargs: Any) -> dispatch.Explanation:
+    def explain(self, *args: Any, **kwargs: Any) -> Any:
         """Which implementation this call would take, why, and each other one's reasons."""
-        values = self._declared(*args, **kwargs)
-        return dispatch.select(self, dispatch.facts_of(self, values))
+        return self.engine.explain(*args, **kwargs)
 
-    def _declared(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The declared arguments of a public call."""
-        if self._front is None:
-            return self._bind(*args, **kwargs)
-        try:
-            self._front(_Ask(self), *args, **kwargs)
-        except _Asked as asked:
-            return asked.values
-        raise AssertionError(f"{self.name}: its front did not call the operator")
+    @property
+    def torch_op(self) -> Any:
+        """The operator's overload in torch.ops.transom."""
+        return self.engine.torch_op
 
     # Facts derived from a call -----------------------------------------------------------------
 
@@ -335,16 +365,18 @@ class Op(Generic[P, R]):
             p.name: v for p, v in zip(self.parameters, values, strict=True) if p.role == "value"
         }
 
-    def _check_types(self, values: Sequence[Any]) -> None:
+    def check_types(self, values: Sequence[Any]) -> None:
+        """TypeError unless every declared argument is of its parameter's type."""
         for p, value in zip(self.parameters, values, strict=True):
             if p.role == "value":
-                if not fits(value, p.type):
-                    raise TypeError(
-                        f"{self.name}: {p.name} is {value!r}; "
-                        f"expected {p.type.replace('?', ' or None')}"
-                    )
+                self._check_value(p.name, value, p.type)
             elif not (value is None and p.type == "Tensor?"):
                 self._check_tensor(p.name, value, p.role == "weight")
+
+    def _check_value(self, name: str, value: Any, schema: str) -> None:
+        if not fits(value, schema):
+            expected = schema.replace("?", " or None")
+            raise TypeError(f"{self.name}: {name} is {shown(value)}; expected {expected}")
 
     def _check_tensor(self, name: str, value: Any, weight: bool) -> None:
         if not isinstance(value, Tensor) and not (weight and isinstance(value, QuantizedWeight)):
@@ -361,9 +393,9 @@ class Op(Generic[P, R]):
         or TypeError."""
         bound = self.signature.bind(self.name, shapes, arguments)
         self.rules.check(self.name, kinds)
-        if self._check is not None:
+        if self.rule is not None:
             known = {**bound, **arguments, "given": frozenset(shapes)}
-            text = self._check(*(known.get(n) for n in self._check_asks))
+            text = self.rule.function(*(known.get(n) for n in self.rule.asks))
             if text:
                 raise ValueError(f"{self.name}: {text}")
         return bound
@@ -373,7 +405,7 @@ class Op(Generic[P, R]):
         ValueError names one that is elsewhere."""
         (first, device), *others = devices.items()
         for name, other in others:
-            if other == device or name in self.host and host_memory.may_be_there(other, device):
+            if other == device or name in self.host and _reads_host(device, other):
                 continue
             raise ValueError(f"{self.name}: {name} is on {other}; {first} is on {device}")
         return device
@@ -408,67 +440,28 @@ class Op(Generic[P, R]):
         return Cost(float(self.flops(scope)), float(self.bytes(scope) if self.bytes else moved))
 
 
-class _Asked(Exception):
-    def __init__(self, values: tuple[Any, ...]) -> None:
-        self.values = values
-
-
-class _Ask:
-    """Stands in for the operator in its front, to learn the declared arguments without
-    computing."""
-
-    def __init__(self, op: Op[..., Any]) -> None:
-        self.op = op
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Asked(self.op._bind(*args, **kwargs))
-
-
-def op(
-    shapes: str,
-    *,
-    dtypes: str,
-    flops: str = "0",
-    bytes: str | None = None,
-    accumulate: str = "1",
-    autocast: str = "",
-    batch: str | None = None,
-    mutates: str = "",
-    host: str = "",
-    varying: str = "B T S M",
-    examples: list[dict[str, Any]],
-) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Declare an operator; the decorated function is its composite.
-
-    shapes      `x[*B, D], bias?[E] -> y[*B, D]`: see shapes.py
-    dtypes      `x: float; weight: x | f32 | quant; y: x`: see dtypes.py
-    flops       operations of one call, an expression over dims and arguments; bytes likewise
-                (default: all, once)
-    accumulate  terms of the longest sum: drives the tolerance of tests
-    autocast    `low: x weight; f32: logits`: what autocast casts; nothing by default
-    batch       the leading dim over which calls are independent: torch.vmap folds into it
-    mutates     names of arguments that are written; such an operator returns nothing
-    host        names of arguments that may lie in host memory, for implementations that read there
-    varying     dims that change from call to call: measured choices round them to powers of two
-    examples    dims and arguments for tests (the first, small) and benchmarks (model shapes)
-    """
-    options = dict(
-        flops=flops,
-        bytes=bytes,
-        accumulate=accumulate,
-        autocast=autocast,
-        batch=batch,
-        mutates=mutates,
-        host=host,
-        varying=varying,
-        examples=examples,
-    )
-    return lambda function: Op(function, shapes, dtypes, options)
-
-
 def kind_of(tensor: Any) -> Kind:
     """A tensor's dtype, or a QuantizedWeight's format."""
     return tensor.format if isinstance(tensor, QuantizedWeight) else tensor.dtype
+
+
+def as_numpy(value: Any) -> Any:
+    """A call's argument as its reference takes it: float64, int64 or bool arrays; plain values as
+    they are."""
+    if isinstance(value, QuantizedWeight):
+        value = value.dequantize()
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    if value.dtype.is_floating_point:
+        return value.double().numpy()
+    return value.numpy() if value.dtype.itemsize == 1 else value.long().numpy()
+
+
+def _reads_host(device: torch.device, where: torch.device) -> bool:
+    """True if an argument may lie in memory `where` of a call on `device`: pages of the host have
+    an address on CUDA devices."""
+    return where.type == "cpu" and device.type == "cuda"
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -482,9 +475,7 @@ def _through_numpy(op: Op[..., Any], function: Callable[..., Any]) -> Callable[.
     """The reference as an implementation: torch in, torch out, dtypes as declared."""
 
     def reference(*args: Any, **kwargs: Any) -> Any:
-        import torch
-
-        values = op._bind(*args, **kwargs)
+        values = op.bind(*args, **kwargs)
         tensors, arguments = op.tensors(values), op.arguments(values)
         bound = op.signature.bind(op.name, {n: t.shape for n, t in tensors.items()}, arguments)
         results = function(*(as_numpy(v) for v in values))
@@ -499,29 +490,3 @@ def _through_numpy(op: Op[..., Any], function: Callable[..., Any]) -> Callable[.
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return reference
-
-
-def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
-    """The operator of a name ('grouped_gemm' or 'moe/grouped_gemm'); ValueError lists what there
-    is."""
-    if isinstance(which, Op):
-        return which
-    found = OPS.get(which.rpartition("/")[2])
-    if found is None:
-        raise ValueError(f"{which}: is not an operator; expected one of {', '.join(sorted(OPS))}")
-    return found
-
-
-__all__ = [
-    "OPS",
-    "Cost",
-    "Gradient",
-    "Impl",
-    "Op",
-    "Parameter",
-    "Weight",
-    "as_numpy",
-    "kind_of",
-    "lookup",
-    "op",
-]

@@ -7,14 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .shapes import Signature
-from .weights import QuantizedWeight, host_memory, weight_args, weight_from
-
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
-"""Types of ordinary tensors: a subclass may change what an operation means."""
+from .weights import weight_args, weight_from
 
 _SCHEMA = {
     "int": "int",
@@ -33,7 +27,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "bool": (bool,),
     "str": (str,),
-    "int[]": (tuple, list),
 }
 
 _SYMBOLIC = ("SymInt", "SymFloat", "SymBool")
@@ -61,8 +54,15 @@ def fits(value: Any, schema: str) -> bool:
     kind = schema.removesuffix("?")
     if kind in ("int", "float") and isinstance(value, bool):
         return False
+    if kind == "int[]":
+        return isinstance(value, (tuple, list)) and all(fits(v, "int") for v in value)
     # SymInt and SymFloat stand for ints and floats while torch traces
     return isinstance(value, _TYPES[kind]) or type(value).__name__ in _SYMBOLIC
+
+
+def schema_of(parameter: inspect.Parameter) -> str | None:
+    """The torch schema's type of a plain parameter; None for tensors and objects of ours."""
+    return _SCHEMA.get(parameter.annotation)
 
 
 def parameters_of(function: Callable[..., Any], signature: Signature) -> tuple[Parameter, ...]:
@@ -121,69 +121,38 @@ def autocast_rules(text: str) -> dict[str, str]:
     return out
 
 
-def call_glue(
-    op: str, parameters: Sequence[Parameter], host: Sequence[str] = ()
-) -> dict[str, Callable[..., Any]]:
-    """Functions with the operator's own parameters, compiled once as dataclasses do: the hot path
-    has no loop.
+def call_glue(op: str, parameters: Sequence[Parameter]) -> dict[str, Callable[..., Any]]:
+    """Functions with the operator's own parameters, compiled once as dataclasses do: a loop over
+    the parameters takes four times as long, and torch.compile would guard every one of them.
 
-    bind     a call's arguments in declared order        invoke   implementation(arguments)
-    key      what a plan depends on                      plain    every tensor is an ordinary
-             torch.Tensor
+    bind     a call's arguments in declared order        invoke     implementation(arguments)
     flatten  arguments of the torch operator             unflatten  the reverse
     """
-    names = [p.name for p in parameters]
-    scope: dict[str, Any] = {
-        "_W": QuantizedWeight,
-        "_args": weight_args,
-        "_from": weight_from,
-        "_PLAIN": PLAIN,
-        "_PLAIN_WEIGHT": PLAIN | {QuantizedWeight},
-        "_pinned": host_memory.pinned,
-    }
-    bind, invoke, key, plain, flatten, flat, unflatten = [], [], [], [], [], [], []
-    star = False
+    scope: dict[str, Any] = {"_args": weight_args, "_from": weight_from}
+    bind, invoke, flatten, flat, unflatten = [], [], [], [], []
     for p in parameters:
         n = p.name
-        if p.keyword_only and not star:
+        if p.keyword_only and "*" not in bind:
             bind.append("*")
-            star = True
         if p.default is not inspect.Parameter.empty:
             scope[f"_d_{n}"] = p.default
         bind.append(n if p.default is inspect.Parameter.empty else f"{n}=_d_{n}")
         invoke.append(f"{n}={n}" if p.keyword_only else n)
-        absent = f"None if {n} is None else " if p.type == "Tensor?" else ""
-        if p.role == "tensor":
-            key.append(f"{absent}({n}.shape, {n}.stride(), {n}.dtype, {n}.device)")
-            plain.append((f"{n} is None or " if absent else "") + f"type({n}) in _PLAIN")
+        if p.role != "weight":
             flatten.append(n)
             flat.append(n)
             unflatten.append(n)
-        elif p.role == "weight":
-            key.append(
-                f"{absent}({n}.key if type({n}) is _W "
-                f"else ({n}.shape, {n}.stride(), {n}.dtype, {n}.device))"
-            )
-            plain.append((f"{n} is None or " if absent else "") + f"type({n}) in _PLAIN_WEIGHT")
-            flatten.append(
-                f"*((None, None, None, '') if {n} is None else _args({n}))"
-                if absent
-                else f"*_args({n})"
-            )
-            flat += [n, f"{n}_scales", f"{n}_zeros", f"{n}_spec"]
-            unflatten.append(f"{absent}_from({n}, {n}_scales, {n}_zeros, {n}_spec, '{op}: {n}')")
-        else:
-            key.append(f"None if {n} is None else tuple({n})" if p.type.startswith("int[]") else n)
-            flatten.append(n)
-            flat.append(n)
-            unflatten.append(n)
-    key += [f"_pinned({n}, {names[0]})" for n in host]
-    everything = ", ".join(names)
+            continue
+        optional = p.type == "Tensor?"
+        absent = f"(None, None, None, '') if {n} is None else " if optional else ""
+        flatten.append(f"*({absent}_args({n}))")
+        flat += [n, f"{n}_scales", f"{n}_zeros", f"{n}_spec"]
+        whole = f"_from({n}, {n}_scales, {n}_zeros, {n}_spec, '{op}: {n}')"
+        unflatten.append(f"None if {n} is None else {whole}" if optional else whole)
+    everything = ", ".join(p.name for p in parameters)
     source = f"""
 def bind({", ".join(bind)}): return ({everything},)
 def invoke(_f, {everything}): return _f({", ".join(invoke)})
-def key({everything}): return ({", ".join(key)},)
-def plain({everything}): return {" and ".join(f"({p})" for p in plain)}
 def flatten({everything}): return ({", ".join(flatten)},)
 def unflatten({", ".join(flat)}): return ({", ".join(unflatten)},)
 """

@@ -10,22 +10,24 @@ fails to load becomes a reason, never an import error.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import pkgutil
 import threading
 import traceback
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from typing import Any
 
 from . import config
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-    from .dispatch import Facts
-    from .op import Impl, Op
+from .abi.plugin import refusals
+from .facts import Facts
+from .op import Impl, Op, registering
+from .registry import OPS, forget_plans
 
 GROUP = "transom.plugins"
 
@@ -53,10 +55,16 @@ class Plugin:
     loaded: bool = False
     error: str | None = None
     trace: str | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    """By 'operator/implementation': why part of what it offers cannot be used."""
 
 
-_loading: str | None = None
+class PluginWarning(UserWarning):
+    """A plugin or a backend could not be loaded, wholly or in part; the text says why (once)."""
+
+
 _lock = threading.RLock()
+_OWN = ("composite", "reference")
 
 
 @functools.cache
@@ -67,11 +75,15 @@ def backends() -> dict[str, Backend]:
     for found in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
         if not found.ispkg:
             continue
+        devices: tuple[str, ...] = ()
         try:
             module = importlib.import_module(f"{package.__name__}.{found.name}")
-            out[found.name] = Backend(found.name, tuple(module.DEVICES), module.probe())
-        except ImportError as error:
-            out[found.name] = Backend(found.name, (), f"failed to import: {error}")
+            devices = tuple(module.DEVICES)
+            out[found.name] = Backend(found.name, devices, module.probe())
+        except (Exception, SystemExit) as error:  # whatever it is, the other backends are there
+            reason = f"failed to load: {_text(error)}"
+            out[found.name] = Backend(found.name, devices, reason)
+            _warn(f"backend {found.name} {reason}")
     return out
 
 
@@ -94,48 +106,48 @@ def plugins() -> dict[str, Plugin]:
     return out
 
 
-def loading() -> str | None:
-    """The plugin whose register() is running."""
-    return _loading
-
-
 def load_plugin(plugin: Plugin) -> None:
-    """Load one plugin now; its failure is kept as its `error`."""
-    global _loading
+    """Load one plugin now, wholly or not at all; its failure is kept as its `error`."""
     if plugin.loaded or plugin.error:
         return
-    import transom
-
-    _loading = plugin.name
     try:
-        plugin.entry.load()(transom)
+        if plugin.name in (*backends(), *_OWN):
+            raise ValueError("has the name of a backend of transom; expected a name of its own")
+        with _all_or_nothing() as added, registering(plugin.name):
+            plugin.entry.load()(importlib.import_module("transom"))
+            taken = sorted({impl for _, impl in added()} & {*backends(), *_OWN})
+            if taken:
+                raise ValueError(
+                    f"registers an implementation {taken[0]!r}, the name of a backend of transom; "
+                    "expected a name of its own"
+                )
         plugin.loaded = True
-    except Exception as error:  # whatever it raises is its reason: it must not break a call
-        plugin.error = f"plugin {plugin.name} failed to load: {type(error).__name__}: {error}"
+        plugin.refused = refusals(plugin.name)
+    except (Exception, SystemExit) as error:  # whatever it is, it must not break a call
+        plugin.error = f"plugin {plugin.name} failed to load: {_text(error)}"
         plugin.trace = traceback.format_exc()
-    finally:
-        _loading = None
+        _warn(plugin.error)
+    for what, why in plugin.refused.items():
+        _warn(f"plugin {plugin.name}: {what} cannot be used: {why}")
 
 
 def load(op: Op[..., Any], device: str) -> None:
     """Make every implementation of `op` that could serve `device` known; each source is tried
-    once."""
+    once. One that is interrupted (Ctrl-C) is tried again at the next call."""
+    if device in op.loaded:
+        return
     with _lock:  # a thread that comes meanwhile waits: it would miss what is not yet added
-        if device in op._loaded:
-            return
-        op._loaded.add(device)
         for plugin in plugins().values():
             if not plugin.devices or device in plugin.devices:
                 load_plugin(plugin)
-        if op.path and "" not in op._loaded:
-            op._loaded.add("")
+        if op.path and "" not in op.loaded:
             for backend in backends().values():
                 _load_backend(op, backend)
+            op.loaded.add("")
+        op.loaded.add(device)
 
 
 def _load_backend(op: Op[..., Any], backend: Backend) -> None:
-    from .op import Impl
-
     module = f"transom.backends.{backend.name}.{op.path.replace('/', '.')}"
     try:
         if importlib.util.find_spec(module) is None:
@@ -145,14 +157,50 @@ def _load_backend(op: Op[..., Any], backend: Backend) -> None:
     reason = backend.unavailable
     if reason is None:
         try:
-            importlib.import_module(module)
+            with _all_or_nothing():
+                importlib.import_module(module)
             return
-        except ImportError as error:
-            reason = f"{module} failed to import: {error}"
+        except (Exception, SystemExit) as error:
+            reason = f"{module} failed to import: {_text(error)}"
+            _warn(f"backend {backend.name}: {reason}")
     if backend.name not in op.impls:
-        op._add(
+        op.add(
             Impl(op.name, backend.name, backend.name, _never, tier="portable", unavailable=reason)
         )
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[Any]:
+    """Within the block, implementations may be registered: where it is left by an error, none of
+    them is. Yields a function: the (operator, implementation) pairs that were added so far."""
+    before = {name: dict(op.impls) for name, op in OPS.items()}
+
+    def added() -> list[tuple[str, str]]:
+        return [
+            (name, impl)
+            for name, op in OPS.items()
+            for impl in op.impls
+            if impl not in before.get(name, ())
+        ]
+
+    try:
+        yield added
+    except BaseException:
+        for name in [name for name in OPS if name not in before]:
+            del OPS[name]
+        for name, impls in before.items():
+            OPS[name].impls = impls
+        forget_plans()
+        raise
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, PluginWarning, stacklevel=2)
+
+
+def _text(error: BaseException) -> str:
+    """The error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _never(*args: Any, **kwargs: Any) -> Any:

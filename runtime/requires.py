@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import dtypes as _dtypes
-
-if TYPE_CHECKING:
-    from .dispatch import Facts
+from .facts import Facts
 
 
 @dataclass(frozen=True)

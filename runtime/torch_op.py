@@ -4,23 +4,23 @@ Each Op becomes `torch.ops.transom.<name>`: one kernel under CompositeExplicitAu
 device reaches and which goes to our selection; a fake kernel from the declared shapes and dtypes;
 autograd that calls backward operators; vmap over the declared batch dim; autocast. Its schema is
 flat and positional: a weight is four arguments (values, scales, zeros, spec). Eager inference on
-ordinary tensors skips all of it (abi/direct.py).
+ordinary tensors skips all of it (dispatch.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import dispatch
 from .errors import NotSupported
+from .op import Op
+from .parameters import Parameter
+from .registry import OPS
 from .weights import logical_shape, weight_from
-
-if TYPE_CHECKING:
-    from .op import Op, Parameter
 
 LIBRARY = torch.library.Library("transom", "DEF")
 _AUTOCAST_KEYS = (
@@ -31,8 +31,8 @@ _AUTOCAST_KEYS = (
     "AutocastPrivateUse1",
 )
 
-compiling = torch.compiler.is_compiling
-functorch_level = torch._C._functorch.peek_interpreter_stack
+_compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def define(op: Op[..., Any]) -> Any:
@@ -42,9 +42,8 @@ def define(op: Op[..., Any]) -> Any:
     name = f"transom::{op.name}"
 
     def kernel(*flat: Any) -> Any:
-        values = op._unflatten(*flat)
         wants = any(isinstance(v, Tensor) and v.requires_grad for v in flat)
-        return dispatch.run(op, values, wants)
+        return op.engine.run(op.unflatten(*flat), wants)
 
     def fake(*flat: Any) -> Any:
         return _fake(op, flat)
@@ -58,6 +57,26 @@ def define(op: Op[..., Any]) -> Any:
     for key in _AUTOCAST_KEYS:
         LIBRARY.impl(op.name, _autocast(op, overload, key), key)
     return overload
+
+
+class Asking(TorchDispatchMode):
+    """Within it calls of our operators compute nothing: the first one's arguments are kept, and
+    outputs are tensors without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.asked: tuple[Op[..., Any], tuple[Any, ...]] | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        op = OPS.get(name) if namespace == "transom" else None
+        if op is None:
+            return func(*args, **(kwargs or {}))
+        if self.asked is None:
+            self.asked = op, op.unflatten(*args)
+        return _fake(op, args, torch.device("meta"))
 
 
 def _schema(op: Op[..., Any], p: Parameter) -> str:
@@ -86,7 +105,7 @@ def _slots(op: Op[..., Any]) -> list[tuple[Parameter, int]]:
     return out
 
 
-def _fake(op: Op[..., Any], flat: Sequence[Any]) -> Any:
+def _fake(op: Op[..., Any], flat: Sequence[Any], on: torch.device | None = None) -> Any:
     shapes, kinds, arguments, devices = {}, {}, {}, {}
     for p, at in _slots(op):
         value = flat[at]
@@ -101,7 +120,7 @@ def _fake(op: Op[..., Any], flat: Sequence[Any]) -> Any:
     op.check_devices(devices)
     if op.mutates:
         return None
-    device = next(iter(devices.values()))
+    device = on or next(iter(devices.values()))
     outputs = [
         torch.empty(s, dtype=d, device=device) for s, d in op.outputs({**arguments, **bound}, kinds)
     ]
@@ -130,7 +149,7 @@ class Saved:
 def transformed(op: Op[..., Any]) -> bool:
     """True within torch.func.grad, vmap, ...: there the call must enter as an autograd.Function
     from the outside."""
-    return functorch_level() is not None and not op.mutates and not compiling()
+    return _functorch_level() is not None and not op.mutates and not _compiling()
 
 
 def apply_transformed(op: Op[..., Any], flat: tuple[Any, ...]) -> Any:
@@ -176,7 +195,7 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def forward(op: Op[..., Any], *flat: Any) -> Any:
-        return op.torch_op(*flat)
+        return op.engine.torch_op(*flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -189,7 +208,7 @@ class _Transformable(torch.autograd.Function):
 
 def _save(ctx: Any, op: Op[..., Any], flat: Sequence[Any], output: Any) -> None:
     ctx.op, ctx.plain, ctx.places = op, {}, []
-    if op._gradient is None:
+    if op.differentiated is None:
         return
     named = dict(
         zip(op.signature.outputs, output if isinstance(output, tuple) else (output,), strict=True)
@@ -198,11 +217,11 @@ def _save(ctx: Any, op: Op[..., Any], flat: Sequence[Any], output: Any) -> None:
     for p, at in _slots(op):
         if p.role == "value":
             ctx.plain[p.name] = flat[at]
-        elif p.name in op._gradient.save:
+        elif p.name in op.differentiated.save:
             width = 3 if p.role == "weight" else 1
             ctx.places.append((p.name, width, flat[at + 3] if width == 3 else ""))
             tensors += flat[at : at + width]
-    for name in op._gradient.save:
+    for name in op.differentiated.save:
         if name in named:
             ctx.places.append((name, 1, ""))
             tensors.append(named[name])
@@ -213,7 +232,7 @@ def _gradients(
     ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradient of every flat argument, by the operator's gradient function."""
-    op, gradient = ctx.op, ctx.op._gradient
+    op, gradient = ctx.op, ctx.op.differentiated
     if gradient is None:
         raise NotSupported(f"{op.name}: a gradient through it was asked for; it has none")
     values, saved, at = dict(ctx.plain), ctx.saved_tensors, 0
@@ -272,7 +291,7 @@ def _vmap(op: Op[..., Any]) -> Callable[..., Any]:
             raise NotSupported(
                 f"{op.name}: vmap; output {alone[0]} sums over the batch dim; loop over it instead"
             )
-        results = op.torch_op(*args)
+        results = op.engine.torch_op(*args)
         several = isinstance(results, tuple)
         unfolded = tuple(
             r

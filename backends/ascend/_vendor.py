@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from transom.dispatch import Facts
+from transom.facts import Facts
 from transom.op import Op
 from transom.requires import Requirement, condition, device
 

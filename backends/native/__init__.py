@@ -7,13 +7,12 @@ Weights are packed only where TRANSOM_PACKED_MB gives memory for it: the form is
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 
 import transom
 from transom import config
-from transom.abi import Library, open_library
-from transom.abi.services import Budget
+from transom.abi import Library, open_library, plugin
+from transom.abi.weight_forms import Budget
 from transom.errors import PluginError
 
 DEVICES = ("cpu",)
@@ -28,14 +27,21 @@ def library() -> Library:
             "this installation has no compiled kernels; expected transom/_native.so; "
             "install a platform wheel, or build from source with a C++ compiler"
         )
-    return replace(open_library(path), budget=Budget(config.at_most(config.PACKED)))
+    return open_library(path)
+
+
+@functools.cache
+def _budget() -> Budget:
+    """Of the packed forms of all operators' weights together."""
+    return Budget(config.at_most(config.PACKED))
 
 
 def register(op: str) -> None:
     """Offer the library's implementation of `op` to the registry."""
     for entry in library().entries:
         if entry.op == op:
-            library().register(entry, backend=__name__.rpartition(".")[2])
+            backend = __name__.rpartition(".")[2]
+            plugin.register(library(), entry, backend, _budget())
 
 
 def probe() -> str | None:

@@ -10,7 +10,7 @@ import torch
 from numba.core import types
 from numba.extending import overload
 
-from transom.dispatch import Facts
+from transom.facts import Facts
 from transom.kernels.attention.cache_rows import BLOCK, GROUP, PLAIN, V4, WIDTH
 from transom.requires import Requirement, condition
 from transom.weights import QuantizedWeight

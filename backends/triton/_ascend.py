@@ -5,7 +5,7 @@ A requirement here holds for device type npu alone; elsewhere the same kernels t
 
 from __future__ import annotations
 
-from transom.dispatch import Facts
+from transom.facts import Facts
 from transom.requires import Requirement, condition
 
 DEVICES = ("npu",)

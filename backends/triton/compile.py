@@ -30,6 +30,7 @@ import torch
 import transom
 from transom.dtypes import QUANTIZED
 from transom.op import Op
+from transom.selection import reasons
 from transom.weights import checked_group, grid_size, weight_from
 
 from ._choice import ARCHITECTURES, Tile
@@ -291,7 +292,7 @@ def launches(
                 with record(target, choose) as noted:
                     for precision in ("highest", "high") if "float32" in call else ("highest",):
                         torch.set_float32_matmul_precision(precision)
-                        op._invoke(function, *values)
+                        op.invoke(function, *values)
                 for launch in noted:
                     key = identity(launch)
                     if key not in seen:
@@ -347,7 +348,7 @@ def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]
                 except (ValueError, TypeError, Refusal):
                     continue  # the declaration has no such call
                 odd = any(call.values[i].shape[-1] % 2 for i in at if name in ("int4", "mxfp4"))
-                if odd or op.impls["triton"].reasons(facts):
+                if odd or reasons(op.impls["triton"], facts):
                     continue
                 values = tuple(_without_memory(v) for v in call.values)
                 short = str(dtype).removeprefix("torch.")

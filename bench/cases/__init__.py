@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from transom import dtypes
-from transom.op import OPS
+from transom.registry import OPS
 from transom.weights import QuantizedWeight
 
 from ..models import MODELS, Model

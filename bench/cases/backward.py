@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from transom import dtypes
-from transom.op import OPS
+from transom.registry import OPS
 
 from . import PLAIN, Case, Draw, Inputs
 

@@ -47,7 +47,7 @@ def _made(
     """Inputs of new tensors `one` and constant ones `same`, with the declared cost."""
 
     def make(draw: Draw) -> Inputs:
-        from transom.op import OPS
+        from transom.registry import OPS
 
         constant = same(draw)
         draws = [{**one(draw), **constant} for _ in range(DRAWS)]

@@ -28,10 +28,11 @@
  * Versions
  * 1.0  The first.
  * 1.1  transom_call: a flag, and packed. transom_plugin: services.
+ * 1.2  transom_call: workspace_limit.
  */
 
 #define TRANSOM_ABI_MAJOR 1
-#define TRANSOM_ABI_MINOR 1
+#define TRANSOM_ABI_MINOR 2
 
 /* Codes of transom_status, and what the host raises for them. */
 #define TRANSOM_ERROR_VALUE 1       /* ValueError: a tensor holds what the operator excludes */
@@ -109,6 +110,9 @@ typedef struct transom_call {
   /* 1.1. NULL, or n_args addresses: at a weight's first place its packed form, if services->pack
    * has written one for this implementation and the weight is unchanged since; else NULL. */
   void *const *packed;
+  /* 1.2. Bytes that workspace() should stay within where the work can be done in parts, beside what
+   * each thread needs; 0 says nothing. The same in supports(), workspace() and run(). */
+  uint64_t workspace_limit;
 } transom_call;
 
 /* Flags of an implementation. */

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.config import workspace_bytes
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import _bounds as bounds
-from transom.kernels._ordered_sum import add_rows
-from transom.op import op
+from transom.kernels import bounds
+from transom.kernels.ordered_sum import add_rows
 
-from . import _block_groups as block_groups
-from ._online_softmax import (
+from . import block_groups
+from .online_softmax import (
     OnlineSoftmax,
     finite,
     gathered_back,
@@ -97,7 +97,7 @@ CACHED = 16 * 2**20
         ),
     ],
 )
-def block_sparse_attention(
+def _block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -417,9 +417,8 @@ def block_sparse_attention_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsink.flatten().to(sink.dtype)
 
 
-@block_sparse_attention.front
-def _(
-    call: Any,
+@_block_sparse_attention.front
+def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -455,7 +454,7 @@ def _(
     *Source:* Yuan et al. 2025, arXiv:2502.11089 (selection branch); MiniMax-M3's block-sparse
     layers.
     """
-    o, lse = call(
+    o, lse = _block_sparse_attention.call(
         q,
         k,
         v,
@@ -487,7 +486,7 @@ block_sparse_attention.check(_layout)
 block_sparse_attention_backward.check(_layout)
 
 
-@block_sparse_attention.gradient(save="q k v block_indices sink o lse")
+@_block_sparse_attention.gradient(save="q k v block_indices sink o lse")
 def _(saved: Any, do: Tensor, dlse: Tensor) -> dict[str, Tensor | None]:
     q = saved.q
     dq, dk, dv, dsink = block_sparse_attention_backward(
@@ -520,7 +519,7 @@ def _seen_tokens(
     return [token for token in tokens if not causal or token <= N - S + s]
 
 
-@block_sparse_attention.reference
+@_block_sparse_attention.reference
 def _reference(
     q: np.ndarray,
     k: np.ndarray,
@@ -581,7 +580,7 @@ def _(
     return dq, dk, dv, dsink
 
 
-@block_sparse_attention.sample
+@_block_sparse_attention.sample
 def _sample(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
     blocks = -(-dims["N"] // dims["block_size"])
     ids = rng.integers(0, max(blocks, 1), tuple(dims[name] for name in ("B", "Sq", "Hkv", "L")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transom import config
-from transom.op import op
+from transom.declare import op
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CompressState:
         dict(B=1, S=4096, W=512, m=128, overlap=False, pending=0),
     ],
 )
-def compress_kv(
+def _compress_kv(
     kv: Tensor,
     gate: Tensor,
     position_bias: Tensor,
@@ -91,9 +91,8 @@ def compress_kv(
     return entries, next_kv, next_gate
 
 
-@compress_kv.front
-def _(
-    call: Callable[..., tuple[Tensor, Tensor, Tensor]],
+@_compress_kv.front
+def compress_kv(
     kv: Tensor,
     gate: Tensor,
     position_bias: Tensor,
@@ -121,11 +120,11 @@ def _(
     Source: DeepSeek-V4 report, arXiv:2606.19348, section 2.3.
     """
     if state is None:
-        entries, next_kv, next_gate = call(kv, gate, position_bias, overlap=overlap)
+        entries, next_kv, next_gate = _compress_kv.call(kv, gate, position_bias, overlap=overlap)
         return entries, CompressState(next_kv, next_gate, kv.shape[1])
     _check_state(state, kv, position_bias, overlap)
     # Only the place within a block matters, and it takes few values: one plan serves all blocks.
-    entries, next_kv, next_gate = call(
+    entries, next_kv, next_gate = _compress_kv.call(
         kv,
         gate,
         position_bias,
@@ -228,7 +227,7 @@ def _pool(values: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (weights * values).sum(2), weights, values
 
 
-@compress_kv.reference
+@_compress_kv.reference
 def _(  # type: ignore[no-untyped-def]
     kv, gate, position_bias, overlap, state_kv, state_gate, pending
 ):
@@ -431,7 +430,7 @@ compress_kv_backward.check(_check)
 compress_kv_backward.sample(_sample)
 
 
-@compress_kv.gradient(save="kv gate position_bias state_kv state_gate")
+@_compress_kv.gradient(save="kv gate position_bias state_kv state_gate")
 def _(saved, dentries, dnext_kv, dnext_gate):  # type: ignore[no-untyped-def]
     dkv, dgate, dbias, dstate_kv, dstate_gate = compress_kv_backward(
         saved.kv,

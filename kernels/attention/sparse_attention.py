@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from transom.config import workspace_bytes
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import _bounds as bounds
-from transom.kernels._ordered_sum import add_rows
-from transom.op import op
+from transom.kernels import bounds
+from transom.kernels.ordered_sum import add_rows
 
-from ._online_softmax import (
+from .online_softmax import (
     OnlineSoftmax,
     finite,
     gathered_back,
@@ -54,7 +54,7 @@ SHARED_TILE = 1024
         dict(B=4, S=1, H=128, D=576, N=32768, L=2048, M=1, window=1, v_dim=512, scale=192**-0.5),
     ],
 )
-def sparse_attention(
+def _sparse_attention(
     q: Tensor,
     kv: Tensor,
     indices: Tensor | None = None,
@@ -303,9 +303,8 @@ def sparse_attention_backward(
     return dq, dkv.to(kv.dtype), dlocal.to(local_kv.dtype), dsink.to(sink.dtype)
 
 
-@sparse_attention.front
-def _(
-    call: Any,
+@_sparse_attention.front
+def sparse_attention(
     q: Tensor,
     kv: Tensor,
     indices: Tensor | None = None,
@@ -353,10 +352,10 @@ def _(
     with lse = -inf.
     """
     if kv.dtype == torch.uint8:
-        from .sparse_attention_rows import sparse_attention_rows
-
-        call = sparse_attention_rows.call
-    o, lse = call(
+        from .sparse_attention_rows import sparse_attention_rows as attend
+    else:
+        attend = _sparse_attention
+    o, lse = attend.call(
         q,
         kv,
         indices,
@@ -371,7 +370,7 @@ def _(
     return (o, lse) if return_lse else o
 
 
-@sparse_attention.check
+@_sparse_attention.check
 def attention_check(
     given: set[str], window: int, v_dim: int, D: int, S: int, M: int | None = None
 ) -> str | None:
@@ -390,7 +389,7 @@ def attention_check(
     return bounds.above(bounds.WINDOW, window=window)
 
 
-@sparse_attention.gradient(save="q kv indices visible local_kv sink local_valid o lse")
+@_sparse_attention.gradient(save="q kv indices visible local_kv sink local_valid o lse")
 def _(saved: Any, do: Tensor, dlse: Tensor) -> dict[str, Tensor | None]:
     q, kv = saved.q, saved.kv
     dq, dkv, dlocal, dsink = sparse_attention_backward(
@@ -451,7 +450,7 @@ def _seen_rows(
     return entries, [j for j in nearest if local_valid is None or local_valid[b, j]]
 
 
-@sparse_attention.reference
+@_sparse_attention.reference
 def attention_reference(
     q: np.ndarray,
     kv: np.ndarray,
@@ -521,7 +520,7 @@ def _(
     return dq, dkv, dlocal, dsink
 
 
-@sparse_attention.sample
+@_sparse_attention.sample
 def attention_sample(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
     B, S, N = dims["B"], dims["S"], dims["N"]
     out: dict[str, Any] = {"visible": rng.integers(0, N + 1, (B, S))}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.op import op
+from transom.declare import op
 
 from .cache_rows import WIDTH, decode, decode_reference, row_bytes_check, sample_rows
 from .sparse_attention import attention_check, attention_reference, attention_sample, forward

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from transom import config
-from transom.abi.ranges import satisfied_by
-from transom.kernels import _bounds as bounds
-from transom.kernels._ordered_sum import add_rows
-from transom.op import Weight, op
+from transom.declare import op
+from transom.errors import shown
+from transom.kernels import bounds
+from transom.kernels.ordered_sum import add_rows
+from transom.op import Weight
+from transom.ranges import satisfied_by
 from transom.weights import gather_rows
 
 from .ngram_hash import (
@@ -44,7 +46,7 @@ EXAMPLES = [
     host="table",
     examples=EXAMPLES,
 )
-def hashed_embedding(
+def _hashed_embedding(
     tokens: Tensor,
     table: Weight,
     *,
@@ -65,9 +67,8 @@ def hashed_embedding(
     return y
 
 
-@hashed_embedding.front
-def _(
-    call,
+@_hashed_embedding.front
+def hashed_embedding(
     tokens: Tensor,
     table: Weight,
     *,
@@ -127,19 +128,20 @@ def _(
         return out
     if sparse_gradient and torch.is_grad_enabled() and table.requires_grad:
         return _SparseGradient.apply(
-            call, tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, part
+            tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, part
         )
-    return call(tokens, table, **hashed)
+    y: Tensor = _hashed_embedding.call(tokens, table, **hashed)
+    return y
 
 
 def shard_of(name: str, shard: tuple[int, int] | None, table: Weight) -> tuple[int, ...]:
     """`shard` as the operators that look up declare it; () is the whole table."""
     if shard is None:
         return ()
-    part = (int(shard[0]), int(shard[1]))
-    if part[0] < 0 or part[1] != table.shape[0]:
+    part = tuple(int(number) for number in shard)
+    if len(part) != 2 or part[0] < 0 or part[1] != table.shape[0]:
         raise ValueError(
-            f"{name}: shard is {part}, table has {table.shape[0]} rows;"
+            f"{name}: shard is {shown(shard)}; table has {table.shape[0]} rows;"
             " expected (first row >= 0, row count of the table)"
         )
     return part
@@ -325,12 +327,10 @@ class _SparseGradient(torch.autograd.Function):
     output."""
 
     @staticmethod
-    def forward(
-        ctx, call, tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, shard
-    ):
+    def forward(ctx, tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, shard):
         ctx.save_for_backward(tokens, multipliers, moduli, offsets, lookback, blocked)
         ctx.pad, ctx.shard, ctx.table = pad, shard, table.shape
-        return call(
+        return _hashed_embedding.call(
             tokens,
             table.detach(),
             multipliers=multipliers,
@@ -361,10 +361,10 @@ class _SparseGradient(torch.autograd.Function):
         dtable = torch.sparse_coo_tensor(
             ids[None, :used], gradients[:used], ctx.table, is_coalesced=True, check_invariants=False
         )
-        return (None, None, dtable, *[None] * 7)
+        return (None, dtable, *[None] * 7)
 
 
-@hashed_embedding.gradient(save="tokens table multipliers moduli offsets lookback blocked")
+@_hashed_embedding.gradient(save="tokens table multipliers moduli offsets lookback blocked")
 def _(saved, dy):
     if not saved.needs("table"):
         return {}

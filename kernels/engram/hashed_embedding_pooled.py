@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.op import Weight, op
+from transom.op import Weight
 from transom.weights import gather_rows
 
 from .hashed_embedding import (
@@ -35,7 +34,7 @@ from .ngram_hash import hash_columns, hash_reference, whole_lookback
     host="table",
     examples=EXAMPLES,
 )
-def hashed_embedding_pooled(
+def _hashed_embedding_pooled(
     tokens: Tensor,
     table: Weight,
     *,
@@ -72,9 +71,8 @@ def hashed_embedding_pooled(
     return y
 
 
-@hashed_embedding_pooled.front
-def _(
-    call: Callable[..., Tensor],
+@_hashed_embedding_pooled.front
+def hashed_embedding_pooled(
     tokens: Tensor,
     table: Weight,
     *,
@@ -106,7 +104,7 @@ def _(
 
     *Source:* Engram, arXiv 2601.07372, section 3, with the pooling of torch.nn.EmbeddingBag.
     """
-    return call(
+    y: Tensor = _hashed_embedding_pooled.call(
         tokens,
         table,
         multipliers=multipliers,
@@ -118,9 +116,10 @@ def _(
         shard=shard_of("hashed_embedding_pooled", shard, table),
         mean=mean,
     )
+    return y
 
 
-@hashed_embedding_pooled.gradient(save="tokens table multipliers moduli offsets lookback blocked")
+@_hashed_embedding_pooled.gradient(save="tokens table multipliers moduli offsets lookback blocked")
 def _(saved, dy):
     if not saved.needs("table"):
         return {}
@@ -142,7 +141,7 @@ def _(saved, dy):
     return {"table": dtable}
 
 
-@hashed_embedding_pooled.reference
+@_hashed_embedding_pooled.reference
 def _(tokens, table, multipliers, moduli, offsets, pad, lookback, blocked, shard, mean):
     rows = hash_reference(tokens, multipliers, moduli, offsets, pad, lookback, blocked)
     local = rows - (shard[0] if shard else 0)
@@ -156,6 +155,6 @@ hashed_embedding_pooled.check(lookup_rules)
 hashed_embedding_pooled.check_values(row_rules)
 
 
-@hashed_embedding_pooled.sample
+@_hashed_embedding_pooled.sample
 def _(rng, dims):
     return {**sample_lookup(rng, dims), "mean": bool(rng.random() < 0.5)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import add
 
 import numpy as np
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from transom import config
-from transom.abi.ranges import satisfied_by
-from transom.kernels._extremes import FEW, extremes, few
-from transom.op import op
+from transom.declare import op
+from transom.kernels.extremes import FEW, extremes, few
+from transom.ranges import satisfied_by
 
 INT32_MAX = 2**31 - 1
 
@@ -32,7 +32,7 @@ INT32_MAX = 2**31 - 1
         dict(B=64, S=1, n=4, h=8, pad=2),
     ],
 )
-def ngram_hash(
+def _ngram_hash(
     tokens: Tensor,
     multipliers: Tensor,
     moduli: Tensor,
@@ -55,9 +55,8 @@ def ngram_hash(
     return rows
 
 
-@ngram_hash.front
-def _(
-    call: Callable[..., Tensor],
+@_ngram_hash.front
+def ngram_hash(
     tokens: Tensor,
     multipliers: Tensor,
     moduli: Tensor,
@@ -91,7 +90,7 @@ def _(
     *Source:* Engram, arXiv 2601.07372, section 3; blocked positions as DeepSeek-V4.1-Flash has
     them.
     """
-    return call(
+    rows: Tensor = _ngram_hash.call(
         tokens,
         multipliers,
         moduli,
@@ -100,6 +99,7 @@ def _(
         lookback=whole_lookback("ngram_hash", lookback, multipliers),
         blocked=blocked,
     )
+    return rows
 
 
 def whole_lookback(name: str, lookback: Tensor | None, multipliers: Tensor) -> Tensor | None:
@@ -243,12 +243,12 @@ def last_row(moduli: Tensor, offsets: Tensor | None) -> int:
     return int(ends.max()) - 1
 
 
-@ngram_hash.check
+@_ngram_hash.check
 def _(n, pad):
     return hash_rules(n, pad)
 
 
-@ngram_hash.check_values
+@_ngram_hash.check_values
 @satisfied_by("1 <= moduli; 0 <= offsets; 1 <= moduli + offsets <= 2**31")
 def _(moduli, offsets):
     if (text := modulus_rules(moduli, offsets)) is not None:
@@ -278,6 +278,6 @@ def sample_hash(rng: np.random.Generator, dims: dict) -> dict:
     }
 
 
-@ngram_hash.sample
+@_ngram_hash.sample
 def _(rng, dims):
     return sample_hash(rng, dims)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from transom import config
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import _bounds as bounds
-from transom.op import op
+from transom.kernels import bounds
 
 _EXAMPLES = [
     dict(B=2, S=5, C=4, K=4, dilation=3),

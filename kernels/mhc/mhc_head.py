@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels._same_bits import sigmoid
-from transom.op import op
+from transom.kernels.same_bits import sigmoid
 
 from .mhc_pre import mixes, mixes_backward
 from .sinkhorn import blocks

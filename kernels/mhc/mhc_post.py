@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.op import op
 
 from .sinkhorn import blocks
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import _bounds as bounds
-from transom.kernels._same_bits import multiply, sigmoid
-from transom.op import op
+from transom.kernels import bounds
+from transom.kernels.same_bits import multiply, sigmoid
 
 from .sinkhorn import (
     blocks,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from transom import config
-from transom.abi.ranges import satisfied_by
-from transom.kernels._same_bits import ROW_TILE, multiply
-from transom.op import Weight, op
+from transom.declare import op
+from transom.kernels.same_bits import ROW_TILE, multiply
+from transom.op import Weight
+from transom.ranges import satisfied_by
 from transom.weights import weight_tile
 
 # Rows of a cast or dequantised weight tile are a multiple of this, the largest block of a quantised

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from transom import config
-from transom.abi.ranges import satisfied_by
-from transom.kernels._extremes import extremes
-from transom.op import Weight, op
+from transom.declare import op
+from transom.kernels.extremes import extremes
+from transom.op import Weight
+from transom.ranges import satisfied_by
 
-from ._gated import ACTIVATIONS, gated, gated_backward, reference_gated, reference_gated_backward
+from .gated import ACTIVATIONS, gated, gated_backward, reference_gated, reference_gated_backward
 from .grouped_gemm import accumulator, row_steps, segments, times_weight, times_weight_transposed
 
 POSITIONS = ("after", "before")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from transom import config
-from transom.abi.ranges import satisfied_by
+from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels._same_bits import sigmoid
-from transom.op import op
+from transom.kernels.same_bits import sigmoid
+from transom.ranges import satisfied_by
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "topk_softmax")
 # Where softplus is taken as linear, and where its root is taken as exp(x/2); both are exact to

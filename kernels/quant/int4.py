@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.kernels import _bounds as bounds
-from transom.op import op
+from transom.declare import op
+from transom.kernels import bounds
 from transom.weights import weight_from
 from transom.weights.codes import pack_nibbles
 
-from ._blocks import from_blocks, over_tiles, to_blocks
+from .blocks import from_blocks, over_tiles, to_blocks
 
 GRID = "[*B,N,(K+group-1)//group if group>0 else 0]"
 PACKED_GRID = GRID.replace("K", "2*P")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import dtypes
-from ..op import lookup
+from ..registry import lookup
 from . import machine, units
 from .console import Refusal, check_writable, out, steps, table, write, write_json
 from .memory import available_bytes

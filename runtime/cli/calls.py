@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..dispatch import Facts
 from ..dtypes import QUANTIZED, SHORT, Kind
+from ..facts import Facts
 from ..op import Op
 from .console import Refusal
 
@@ -104,11 +104,11 @@ def declared_call(
     }
     scope.update(example)
     absent: set[str] = set()
-    if op._sample is not None:
+    if op.sampler is not None:
         # The first example is small: its sample tells which tensors are absent and arguments that
         # dims don't give.
         first = {**scope, **op.examples[0]}
-        for name, value in op._sample(np.random.default_rng(0), first).items():
+        for name, value in op.sampler(np.random.default_rng(0), first).items():
             if value is None:
                 absent.add(name)
             elif name not in op.signature.inputs:
@@ -159,7 +159,7 @@ def materialise(call: DeclaredCall, device: torch.device, seed: int = 0) -> tupl
     }
     tensors = op.tensors(call.values)
     bound = op.signature.bind(op.name, {n: t.shape for n, t in tensors.items()}, scope)
-    special = dict(op._sample(rng, {**bound, **scope}) if op._sample else {})
+    special = dict(op.sampler(rng, {**bound, **scope}) if op.sampler else {})
     generator = torch.Generator(device=device).manual_seed(seed)
     values: list[Any] = []
     for p, value in zip(op.parameters, call.values, strict=True):

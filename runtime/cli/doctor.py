@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .. import config, dispatch, guard
+from .. import config, guard, selection
 from .. import device as _device
-from ..abi.road import why_cffi
+from ..abi.extension import why_cffi
 from ..explain import backends, ops
 from ..plugins import Plugin, load, plugins
 from ..plugins import backends as tree_backends
@@ -259,7 +259,7 @@ def _print(console: Console, found: dict[str, Any], verbose: bool) -> None:
 def _print_implementations(console: Console) -> None:
     rows = table("operator", "implementations, best tier first", title="")
     for op in ops().values():
-        order = sorted(op.impls.values(), key=lambda i: (-dispatch.TIERS.index(i.tier), i.name))
+        order = sorted(op.impls.values(), key=lambda i: (-selection.TIERS.index(i.tier), i.name))
         rows.add_row(op.name, ", ".join(f"{i.name} ({i.tier})" for i in order))
     console.print(rows)
     console.print()

@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.text import Text
 
 from .. import device as _device
-from .. import dispatch, dtypes
+from .. import dtypes, selection
 from ..explain import ops
-from ..op import Op, lookup
-from ..tune import lookup as measured_choice
+from ..facts import Facts
+from ..measured import lookup as measured_choice
+from ..op import Op
+from ..registry import lookup
 from . import units
 from .calls import Declared, DeclaredCall, declared_call, parse_pairs
 from .console import Refusal, out, table, write_json
@@ -97,7 +99,7 @@ def explain(
         )
         where = device or "cpu"
         facts = call.facts(where, arch or _arch(where))
-        explanation = dispatch.select(found, facts)
+        explanation = selection.select(found, facts)
     except (ValueError, TypeError) as error:
         raise Refusal(str(error)) from None
     cost = found.cost(call.values)
@@ -152,8 +154,8 @@ def _arch(where: str) -> str:
 def _print(
     console: Console,
     call: DeclaredCall,
-    facts: dispatch.Facts,
-    explanation: dispatch.Explanation,
+    facts: Facts,
+    explanation: selection.Explanation,
     others: dict[str, tuple[str, ...]],
 ) -> None:
     op = call.op
@@ -222,8 +224,8 @@ def floor_seconds(flops: float, bytes_: float, peaks: _device.Peaks) -> tuple[fl
 
 def _figures(
     call: DeclaredCall,
-    facts: dispatch.Facts,
-    explanation: dispatch.Explanation,
+    facts: Facts,
+    explanation: selection.Explanation,
     others: dict[str, tuple[str, ...]],
     cost: Any,
     peaks: _device.Peaks | None,

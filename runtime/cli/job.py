@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from .. import device as _device
-from .. import dispatch
+from .. import selection
 from ..errors import NotSupported, SlowPath
+from ..record import record
 from . import agreement, operators
 from .console import Refusal, Steps
 from .memory import PeakMemory
@@ -139,7 +140,7 @@ def _forced(settings: Settings) -> Iterator[None]:
     everywhere, choice = settings.use
     try:
         if everywhere or choice:
-            with dispatch.use(*everywhere, **choice):
+            with selection.use(*everywhere, **choice):
                 yield
         else:
             yield
@@ -215,7 +216,7 @@ def _recorded(
     """The patched model along the original's tokens, with every operator timed."""
     steps.start("transom: the same again, recording each operator", len(tokens))
     marks: list[int] = []
-    with dispatch.record(timing=True) as calls:
+    with record(timing=True) as calls:
 
         def after() -> None:
             marks.append(len(calls))

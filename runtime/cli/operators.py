@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import device as _device
-from ..dispatch import Call
+from ..record import Call
 from .explain import floor_seconds
 
 

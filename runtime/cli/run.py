@@ -14,8 +14,8 @@ from rich.text import Text
 from .. import device as _device
 from ..dtypes import SHORT
 from ..explain import backends, ops
-from ..op import OPS
 from ..plugins import load as load_implementations
+from ..registry import OPS
 from . import checkpoint, figures, machine, units
 from .console import Refusal, check_writable, out, steps, table, write, write_json
 from .job import Outcome, Settings, run_job

@@ -10,11 +10,12 @@ import torch
 import typer
 from rich.text import Text
 
-from .. import config, dispatch, dtypes
+from .. import config, dtypes, selection
 from .. import device as _device
 from ..explain import ops
-from ..op import Op, lookup
+from ..op import Op
 from ..plugins import backends, load
+from ..registry import lookup
 from ..tune import measure
 from . import units
 from .calls import DeclaredCall, declared_call, materialise
@@ -139,7 +140,7 @@ def _tiles(
             if "triton" in able:
                 values = materialise(call, torch.device(device))
                 function = op.impls["triton"].function
-                calls.append(functools.partial(op._invoke, function, *values))
+                calls.append(functools.partial(op.invoke, function, *values))
         if not calls:
             continue
         like = next(iter(op.tensors(values).values()))
@@ -231,7 +232,7 @@ def _plan(
             except (ValueError, TypeError, Refusal) as error:
                 left.append(f"{op.name} example {index + 1} ({error})")
                 continue
-            able = [i.name for i in dispatch.able(op, facts)]
+            able = [i.name for i in selection.able(op, facts)]
             if len(able) < 2:
                 continue
             candidates = True

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import device as _device
-from ..op import lookup
 from ..plugins import backends, plugins
+from ..registry import lookup
 from . import ascend, machine
 from .compiled import compiled
 from .console import Refusal, check_writable, out, steps, table, write, write_json

@@ -242,8 +242,7 @@ class SharedAttention(SparseAttention):
             keys = _append(old.keys, keys)
             indices, asked = _select(self.indexer, x, qr, keys, visible, angles)
 
-        # The checker sees the declared operator, not the public call in front of it.
-        o, lse = sparse_attention(  # type: ignore[call-arg]
+        o, lse = sparse_attention(
             q,
             entries,
             indices,
@@ -339,7 +338,7 @@ class LatentAttention(SparseAttention):
         nope, rope = q.split([shape.nope, shape.rope], -1)
         q = torch.cat([torch.einsum("bshn,hnr->bshr", nope, wk), rope], -1)
         scale = (shape.nope + shape.rope) ** -0.5 if shape.scale is None else shape.scale
-        o, lse = sparse_attention(  # type: ignore[call-arg]
+        o, lse = sparse_attention(
             q, rows, indices, visible=visible, scale=scale, v_dim=shape.kv_rank, return_lse=True
         )
         loss = None

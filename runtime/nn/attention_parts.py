@@ -100,10 +100,7 @@ class Compressor(nn.Module):
         kv = wide_linear(x, self.wkv.weight)
         gate = wide_linear(x, self.wgate.weight)
         bias = wide(self.position_bias)
-        # The checker sees the declared operator, not the public call in front of it.
-        entries, after = compress_kv(  # type: ignore[call-arg,misc]
-            kv, gate, bias, overlap=self.overlap, state=state
-        )
+        entries, after = compress_kv(kv, gate, bias, overlap=self.overlap, state=state)
         first = 0 if state is None else state.position // self.ratio * self.ratio
         angles = self.rotary.angles(first, entries.shape[1], step=self.ratio, device=x.device)
         return self.rotary.turn(self.norm(entries), angles).to(x.dtype), after

@@ -1,11 +1,12 @@
 """Weights as checkpoints hold them -> weights as operators read them, value for value.
 
-The loaders are class methods of `QuantizedWeight`, which is their first argument.
+Each reader answers what `QuantizedWeight` is made of, whose class methods of the same names they
+are.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +14,18 @@ from torch import Tensor
 from .codes import pack_nibbles, unpack_words
 from .layout import dtype_and_shape
 
-if TYPE_CHECKING:
-    from .quantized_weight import QuantizedWeight
+
+class Read(NamedTuple):
+    """The arguments of QuantizedWeight."""
+
+    format: str
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    group: int | None = None
 
 
-def from_mxfp4_blocks(
-    cls: type[QuantizedWeight], blocks: Tensor, scales: Tensor
-) -> QuantizedWeight:
+def from_mxfp4_blocks(blocks: Tensor, scales: Tensor) -> Read:
     """gpt-oss: blocks uint8 [..., N, G, 16] and E8M0 scales [..., N, G] -> [..., N, 32*G].
 
     The payload is a view. Note that transformers' own dequantisation returns the transpose.
@@ -28,17 +34,10 @@ def from_mxfp4_blocks(
         raise ValueError(
             f"from_mxfp4_blocks: blocks have shape {list(blocks.shape)}; expected [..., N, G, 16]"
         )
-    return cls("mxfp4", blocks.flatten(-2), scales)
+    return Read("mxfp4", blocks.flatten(-2), scales)
 
 
-def from_awq(
-    cls: type[QuantizedWeight],
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    *,
-    group: int | None = None,
-) -> QuantizedWeight:
+def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group: int | None = None) -> Read:
     """AWQ: w[k, n] = (q - z) * s, returned as the weight [..., N, K] in groups along K.
 
     qweight int32 [..., K, N/8] and qzeros int32 [..., K/group, N/8]: nibble i of a word is
@@ -48,18 +47,17 @@ def from_awq(
     order = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds channel 0, 1, 2, ...
     _need_words("from_awq", qweight=qweight, qzeros=qzeros)
     codes, zeros = unpack_words(qweight, order), unpack_words(qzeros, order)
-    return _from_groups(cls, "from_awq", codes, zeros, scales, group)
+    return _from_groups("from_awq", codes, zeros, scales, group)
 
 
 def from_gptq(
-    cls: type[QuantizedWeight],
     qweight: Tensor,
     qzeros: Tensor,
     scales: Tensor,
     *,
     g_idx: Tensor | None = None,
     group: int | None = None,
-) -> QuantizedWeight:
+) -> Read:
     """GPTQ (v1): w[k, n] = (q - (z + 1)) * s, as the weight [..., N, K] in groups along K.
 
     qweight int32 [..., K/8, N]: nibble i of a word is input channel i of its eight. qzeros
@@ -80,7 +78,7 @@ def from_gptq(
                 "from_gptq: g_idx reorders the input channels (desc_act); expected channels in "
                 "order; requantise with desc_act=False"
             )
-    return _from_groups(cls, "from_gptq", codes, zeros, scales, group)
+    return _from_groups("from_gptq", codes, zeros, scales, group)
 
 
 def fnuz_from_fn(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,14 +115,7 @@ def fn_from_fnuz(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return (half | (values & 0x80)).masked_fill(nan, 0x7F), scales.clone()
 
 
-def _from_groups(
-    cls: type[QuantizedWeight],
-    op: str,
-    codes: Tensor,
-    zeros: Tensor,
-    scales: Tensor,
-    group: int | None,
-) -> QuantizedWeight:
+def _from_groups(op: str, codes: Tensor, zeros: Tensor, scales: Tensor, group: int | None) -> Read:
     """codes [..., K, N], one an element, and zeros, scales [..., K/group, N] -> [..., N, K]."""
     k, groups = codes.shape[-2], scales.shape[-2]
     if group is None:
@@ -134,12 +125,12 @@ def _from_groups(
                 "multiple; give group="
             )
         group = k // groups
-    return cls(
+    return Read(
         "int4",
         pack_nibbles(codes.transpose(-1, -2).contiguous()),
         scales.transpose(-1, -2).contiguous(),
         zeros.transpose(-1, -2).contiguous(),
-        group=group,
+        group,
     )
 
 

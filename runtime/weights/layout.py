@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .quantized_weight import QuantizedWeight
 
 FORMATS = ("int8", "int4", "fp8", "mxfp4")
 DEFAULT_GROUP = {"int8": (1, 0), "int4": (1, 128), "fp8": (128, 128), "mxfp4": (1, 32)}
@@ -128,10 +125,72 @@ def check_parts(what: str, values: Tensor, scales: Tensor, zeros: Tensor | None,
     check_grid(what, values, scales, zeros, format, rows, columns)
 
 
-def parts(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None, str]:
+class Stored(Protocol):
+    """What a quantised weight is to those who read it: buffers values, scales and zeros, and how
+    they are laid out."""
+
+    spec: str
+    _buffers: dict[str, Any]
+
+
+def parts(weight: Stored) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """(values, scales, zeros, spec): all that reading `weight` needs."""
-    held: dict[str, Any] = weight._buffers  # nn.Module.__getattr__ is three times as slow
+    held = weight._buffers  # nn.Module.__getattr__ is three times as slow
     return held["values"], held["scales"], held["zeros"], weight.spec
+
+
+# Parts as C sees them
+
+Part: TypeAlias = tuple[int, Sequence[int], Sequence[int], torch.dtype]
+"""A tensor as C sees it: address, shape, strides, dtype."""
+Parts: TypeAlias = tuple[Part | str | None, ...]
+"""What a tensor (one) or a weight (up to four: values, scales, zeros, spec) consists of."""
+
+
+def described(value: Tensor | Stored) -> Parts:
+    """The parts of a tensor or weight without their addresses."""
+    if isinstance(value, Tensor):
+        return (_part(value, 0),)
+    values, scales, zeros, spec = parts(value)
+    return _part(values, 0), _part(scales, 0), None if zeros is None else _part(zeros, 0), spec
+
+
+def addressed(value: Tensor | Stored) -> Parts:
+    """The parts of a tensor or weight with their addresses."""
+    if isinstance(value, Tensor):
+        return (_part(value, value.data_ptr()),)
+    values, scales, zeros, spec = parts(value)
+    last = None if zeros is None else _part(zeros, zeros.data_ptr())
+    return _part(values, values.data_ptr()), _part(scales, scales.data_ptr()), last, spec
+
+
+def contiguous(shape: Sequence[int], dtype: torch.dtype) -> Part:
+    """A contiguous tensor of this shape, without an address."""
+    return 0, shape, contiguous_strides(shape), dtype
+
+
+def contiguous_strides(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor of this shape, in elements."""
+    strides = [1] * len(shape)
+    for i in reversed(range(len(shape) - 1)):
+        strides[i] = strides[i + 1] * max(1, shape[i + 1])
+    return strides
+
+
+def assumed(format: str, shape: Sequence[int]) -> Parts:
+    """The parts of a contiguous weight in a format's usual groups, without addresses."""
+    rows, columns = checked_group(format, None)
+    *lead, n, k = shape
+    grid = (*lead, grid_size(n, rows), grid_size(k, columns))
+    stored = (*lead, n, k // 2 if format in ("int4", "mxfp4") else k)
+    values = contiguous(stored, torch.int8 if format == "int8" else torch.uint8)
+    scales = contiguous(grid, torch.uint8 if format == "mxfp4" else torch.float32)
+    zeros = contiguous(grid, torch.uint8) if format == "int4" else None
+    return values, scales, zeros, f"{format}:{rows}x{columns}"
+
+
+def _part(tensor: Tensor, address: int) -> Part:
+    return address, tensor.shape, tensor.stride(), tensor.dtype
 
 
 # Parts as they are stored

@@ -244,9 +244,34 @@ class QuantizedWeight(nn.Module):
 
     # Wire formats: repacked once, value for value
 
-    from_mxfp4_blocks = classmethod(checkpoints.from_mxfp4_blocks)
-    from_awq = classmethod(checkpoints.from_awq)
-    from_gptq = classmethod(checkpoints.from_gptq)
+    @classmethod
+    def from_mxfp4_blocks(cls, blocks: Tensor, scales: Tensor) -> QuantizedWeight:
+        """See checkpoints.from_mxfp4_blocks."""
+        return cls._read(checkpoints.from_mxfp4_blocks(blocks, scales))
+
+    @classmethod
+    def from_awq(
+        cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group: int | None = None
+    ) -> QuantizedWeight:
+        """See checkpoints.from_awq."""
+        return cls._read(checkpoints.from_awq(qweight, qzeros, scales, group=group))
+
+    @classmethod
+    def from_gptq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        *,
+        g_idx: Tensor | None = None,
+        group: int | None = None,
+    ) -> QuantizedWeight:
+        """See checkpoints.from_gptq."""
+        return cls._read(checkpoints.from_gptq(qweight, qzeros, scales, g_idx=g_idx, group=group))
+
+    @classmethod
+    def _read(cls, found: checkpoints.Read) -> QuantizedWeight:
+        return cls(found.format, found.values, found.scales, found.zeros, group=found.group)
 
 
 Weight: TypeAlias = Tensor | QuantizedWeight

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from .codes import decode_e2m1, decode_e4m3, decode_e8m0, unpack_nibbles
-from .layout import parse_spec, parts
-
-if TYPE_CHECKING:
-    from .quantized_weight import Weight
+from .layout import Stored, parse_spec, parts
 
 
 def weight_tile(
-    weight: Weight, index: int | None, start: int, stop: int, dtype: torch.dtype
+    weight: Tensor | Stored, index: int | None, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
     """weight[index][start:stop] as [stop-start, K] of `dtype`; index None: the weight is 2-D.
 
@@ -30,7 +25,7 @@ def weight_tile(
     return decode_rows(values, scales, zeros, spec, start, stop, dtype)
 
 
-def gather_rows(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_rows(weight: Tensor | Stored, index: Tensor, dtype: torch.dtype) -> Tensor:
     """weight[index] of a 2-D weight, as a new [n, K] of `dtype`; `index` [n] is int64."""
     if isinstance(weight, Tensor):
         return weight.index_select(0, index).to(dtype)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import transom
-from transom.abi import road, table
-from transom.dispatch import forget_plans
+from transom.abi import extension, library
+from transom.abi.plugin import CFunction
+from transom.registry import forget_plans
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -43,15 +44,15 @@ def build(tmp_path):
         if source is not None:
             what = tmp_path / "made.c"
             what.write_text(textwrap.dedent(source))
-        library = tmp_path / f"lib{len([*tmp_path.iterdir()])}.so"
+        target = tmp_path / f"lib{len([*tmp_path.iterdir()])}.so"
         warnings = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
         kind = ("-x", "c++" if "++" in language else "c", f"-std={language}")
         options = ("-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{include}")
         flags = [f"-D{d}" for d in defines]
         subprocess.run(
-            [COMPILER, *kind, *warnings, *options, *flags, what, "-o", library], check=True
+            [COMPILER, *kind, *warnings, *options, *flags, what, "-o", target], check=True
         )
-        return library
+        return target
 
     return make
 
@@ -60,11 +61,13 @@ def build(tmp_path):
 def restored():
     """What a test registers is taken away again."""
     yield
-    for library in table._open.values():
-        for op, name in library.registered if library.path.name != "_native.so" else ():
-            del transom.ops()[op].impls[name]
-    for path in [path for path in table._open if path.name != "_native.so"]:
-        del table._open[path]
+    for op in transom.ops().values():
+        for name, impl in list(op.impls.items()):
+            function = impl.function
+            if isinstance(function, CFunction) and function.library.path.name != "_native.so":
+                del op.impls[name]
+    for path in [path for path in library._open if path.name != "_native.so"]:
+        del library._open[path]
     forget_plans()
 
 
@@ -89,9 +92,10 @@ def gemm():
 
 @pytest.fixture(params=["cffi", "extension"])
 def by(request, monkeypatch):
-    """Each road by which a call can go."""
+    """How C is called: by transom._C, and without it."""
     if request.param == "cffi":
-        monkeypatch.setattr(road, "_found", lambda: (None, "the test asked for cffi"))
-    elif road.why_cffi() is not None:
-        pytest.skip(road.why_cffi())
+        monkeypatch.setattr(extension, "_found", lambda: (None, "the test asked for cffi"))
+        forget_plans()
+    elif extension.why_cffi() is not None:
+        pytest.skip(extension.why_cffi())
     return request.param

@@ -16,10 +16,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from transom.abi import table
+from transom.abi import library
 from transom.errors import PluginError
 
-FFI = table.interface()
+FFI = library.interface()
 PROTECT = ctypes.CDLL(None).mprotect
 PROTECT.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 SIZES = (0, 1, 7, 8, 40, 47, 52, 56, 63, 64, 72, 96, 65536, 65544, 2**31 - 1, 2**32 - 8, 2**32 - 1)
@@ -104,7 +104,7 @@ def main() -> None:
     for seed in range(int(sys.argv[1]), int(sys.argv[2])):
         said = None
         try:
-            table._checked(Path("libfuzz.so"), None, plugin(Random(seed)))
+            library._checked(Path("libfuzz.so"), None, plugin(Random(seed)))
         except PluginError as error:
             said = str(error)
         print(json.dumps([seed, said]), flush=True)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import transom
-from transom.abi import table
+from transom.abi import library
 
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parents[1] / "csrc/include"
 STRUCTS = ("status", "tensor", "value", "call", "impl", "plugin", "host", "services")
-OLDER = [(1, minor) for minor in range(table.header_version()[1])]
+OLDER = [(1, minor) for minor in range(library.header_version()[1])]
 older = pytest.mark.parametrize("version", OLDER, ids=lambda v: f"{v[0]}.{v[1]}")
 
 
@@ -50,7 +50,7 @@ def test_structs_only_grow(version):
     """Every field of the older header lies where it lay, with the type that it had."""
     import cffi
 
-    old, new = cffi.FFI(), table.interface()
+    old, new = cffi.FFI(), library.interface()
     old.cdef(golden(version).read_text())
 
     def layout(ffi, name):
@@ -91,13 +91,13 @@ def test_a_plugin_of_this_header_works_in_an_older_host(
         check=True,
     )
     done = subprocess.run([host, build(file=file)], capture_output=True, text=True)
-    this = ".".join(map(str, table.header_version()))
+    this = ".".join(map(str, library.header_version()))
     assert (done.returncode, done.stdout) == (0, f"{this} {answer}\n")
 
 
 def test_a_plugin_of_a_newer_header_works_here(build, headers, gemm, by):
     text = (HEADERS / "transom_plugin.h").read_text()
-    major, minor = table.header_version()
+    major, minor = library.header_version()
     text = text.replace(f"ABI_MINOR {minor}\n", f"ABI_MINOR {minor + 1}\n")
     for name in STRUCTS[3:]:
         end = f"\n}} transom_{name};"

@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 import transom
+from transom import dispatch
 from transom.dtypes import QUANTIZED
 from transom.op import Op, kind_of
 
@@ -154,7 +155,7 @@ def build(
         if p.role == "value" and p.default is not inspect.Parameter.empty
     }
     scope.update(dims)
-    special = dict(op._sample(rng, dict(scope)) if op._sample else {})
+    special = dict(op.sampler(rng, dict(scope)) if op.sampler else {})
     scope.update({n: v for n, v in special.items() if n not in op.signature.inputs})
     values, buffers, kinds, given = [], [], {}, {}
     for p in op.parameters:
@@ -181,9 +182,9 @@ def build(
         if buffer is not None:
             buffers.append((buffer, buffer.clone()))
     arguments = op.arguments(values)
-    op._check_types(values)
+    op.check_types(values)
     bound = op.validate(given, kinds, arguments)
-    check = transom.dispatch._value_check(op, _facts(bound, kinds, arguments))
+    check = dispatch.value_check(op, _facts(bound, kinds, arguments))
     if check is not None:  # rules on values read them on the host
         check(*[v.cpu() if isinstance(v, torch.Tensor) else v for v in values])
     text = ", ".join(
@@ -215,7 +216,7 @@ def rebuild(op: str, /, **draws: Any) -> Case:
 
 
 def _facts(bound: Any, kinds: Any, arguments: Any) -> Any:
-    from transom.dispatch import Facts
+    from transom.facts import Facts
 
     return Facts("cpu", "", kinds, bound, {}, arguments)
 

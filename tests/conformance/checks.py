@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import transom
+from transom import selection
 from transom.op import Impl, Op, as_numpy, kind_of
 from transom.plugins import load
 
@@ -40,7 +41,7 @@ def refuses(op: Op[..., Any], impl: str, case: Case) -> list[str]:
     """The implementation's reasons against this call; empty if it accepts."""
     facts = transom.dispatch.facts_of(op, case.values)
     load(op, facts.device)
-    return op.impls[impl].reasons(facts)
+    return selection.reasons(op.impls[impl], facts)
 
 
 def requirements(op: Op[..., Any], impl: str, case: Case) -> str | None:
@@ -92,10 +93,10 @@ def as_given(case: Case) -> list[Any]:
 def agrees(case: Case, given: Sequence[Any], got: Sequence[torch.Tensor]) -> str | None:
     """Outputs, or the arguments that the operator writes, against the float64 reference."""
     op = case.op
-    assert op._reference is not None, f"{op.name} has no reference"
+    assert op.reference_of is not None, f"{op.name} has no reference"
     with np.errstate(all="ignore"):
-        want = [np.asarray(w) for w in tolerance.as_tuple(op._reference(*given))]
-        spread = tolerance.spread(op._reference, given, want, np.random.default_rng(0))
+        want = [np.asarray(w) for w in tolerance.as_tuple(op.reference_of(*given))]
+        spread = tolerance.spread(op.reference_of, given, want, np.random.default_rng(0))
     terms = float(
         op.accumulate({**dict.fromkeys(op.signature.symbols(), 0), **_scalars(case.dims)})
     )
@@ -148,12 +149,12 @@ def repeatable(op: Op[..., Any], impl: str, case: Case) -> str | None:
 def unbiased(op: Op[..., Any], impl: str, cases: Sequence[Case]) -> str | None:
     """Over many results the mean rounding error is near zero: truncation instead of rounding shows
     here."""
-    assert op._reference is not None
+    assert op.reference_of is not None
     for case in cases:
         got = run(op, impl, case.values)
         if isinstance(got, str):
             return got
-        want = tolerance.as_tuple(op._reference(*(as_numpy(v) for v in case.values)))
+        want = tolerance.as_tuple(op.reference_of(*(as_numpy(v) for v in case.values)))
         for name, g, w in zip(op.mutates or op.signature.outputs, got, want, strict=True):
             if g.dtype in (torch.bfloat16, torch.float16):
                 mean = tolerance.bias(g, np.asarray(w))
@@ -174,9 +175,9 @@ def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
 
     With `impl`, forward and backward operators run that backend's implementations where they exist.
     """
-    if op._gradient is None:
+    if op.differentiated is None:
         return f"{NOTHING}the operator has no gradient"
-    assert op._reference is not None
+    assert op.reference_of is not None
     rng = np.random.default_rng(1)
     names = [p.name for p in op.parameters]
     values = [
@@ -214,13 +215,13 @@ def gradients(op: Op[..., Any], impl: str | None, case: Case) -> str | None:
         for o, w in zip(out, want, strict=True)
     ]
     for (name, value), gradient in zip(inputs, found, strict=True):
-        if name in op._gradient.constant:
+        if name in op.differentiated.constant:
             if gradient is not None and gradient.abs().max() > 0:
                 return f"the gradient of {name} is not zero; the declaration calls it constant"
             continue
         direction = rng.standard_normal(tuple(value.shape))
         at = names.index(name)
-        difference, size = _difference(op._reference, plain, at, direction, weights)
+        difference, size = _difference(op.reference_of, plain, at, direction, weights)
         if gradient is None:
             if abs(difference) > 1e-7 * max(size, 1.0):
                 return (
@@ -291,7 +292,9 @@ def opcheck(op: Op[..., Any], impl: str, case: Case) -> None:
     it finds."""
     asked = [
         v.detach().clone().requires_grad_(True)
-        if isinstance(v, torch.Tensor) and v.dtype.is_floating_point and op._gradient is not None
+        if isinstance(v, torch.Tensor)
+        and v.dtype.is_floating_point
+        and op.differentiated is not None
         else v
         for v in case.values
     ]
@@ -306,8 +309,8 @@ def opcheck(op: Op[..., Any], impl: str, case: Case) -> None:
     )
     values = case.values if set(leading) & {"i32", "i64", "bool"} else asked
     with transom.use(**{op.name: impl}):
-        torch.library.opcheck(op.torch_op, op._flatten(*asked), test_utils=first)
-        torch.library.opcheck(op.torch_op, op._flatten(*values), test_utils=aot)
+        torch.library.opcheck(op.torch_op, op.flatten(*asked), test_utils=first)
+        torch.library.opcheck(op.torch_op, op.flatten(*values), test_utils=aot)
 
 
 def maps(op: Op[..., Any], impl: str, case: Case) -> str | None:

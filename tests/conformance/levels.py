@@ -20,8 +20,9 @@ import torch
 from hypothesis import HealthCheck, Verbosity, given, settings
 
 import transom
-from transom.abi.call import CFunction
+from transom.abi.plugin import CFunction
 from transom.op import Op
+from transom.selection import reasons
 
 from . import checks, manners, speed
 from .cases import Case, build, cases, edges
@@ -280,7 +281,7 @@ def unstated_limits(subject: Subject) -> Iterator[tuple[str, int]]:
             {**known, dim: size} if dim in known else known
             for known in (facts.dims, facts.arguments)
         )
-        return bool(impl.reasons(replace(facts, dims=dims, arguments=arguments, parts={})))
+        return bool(reasons(impl, replace(facts, dims=dims, arguments=arguments, parts={})))
 
     for dim in op.signature.symbols():
         most = op.examples[0].get(dim)

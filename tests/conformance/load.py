@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import transom
-from transom.abi import table
-from transom.abi.call import CFunction
+from transom.abi import library as opened
+from transom.abi.plugin import CFunction
 from transom.op import Impl
 from transom.plugins import load, plugins
 
@@ -51,26 +51,26 @@ def findings(backend: str, device: str) -> list[Finding]:
     return out
 
 
-def later_host(library: table.Library) -> str | None:
+def later_host(library: opened.Library) -> str | None:
     """A host of the next major version is refused, in words."""
-    answer, text = _enter(library, table.header_version()[0] + 1)
+    answer, text = _enter(library, opened.header_version()[0] + 1)
     if answer is not None:
         return "it accepts a host of the next major version; must answer NULL"
     return None if text else "it refuses a host of the next major version without a reason"
 
 
-def asked_twice(library: table.Library) -> str | None:
-    """A second call of its function answers the same table."""
-    first, second = (_enter(library, table.header_version()[0])[0] for _ in range(2))
+def asked_twice(library: opened.Library) -> str | None:
+    """A second call of its function answers the same opened."""
+    first, second = (_enter(library, opened.header_version()[0])[0] for _ in range(2))
     return None if first is not None and first == second else "a second call answers another table"
 
 
-def _enter(library: table.Library, major: int) -> tuple[Any, str]:
+def _enter(library: opened.Library, major: int) -> tuple[Any, str]:
     """The table that the library answers to a host of this version, or None and its reason."""
-    ffi = table.interface()
+    ffi = opened.interface()
     version = ffi.new("char[]", transom.__version__.encode())
     host, status = ffi.new("transom_host *"), ffi.new("transom_status *")
     host.struct_size, host.version = ffi.sizeof("transom_host"), version
-    host.abi_major, host.abi_minor = major, table.header_version()[1]
+    host.abi_major, host.abi_minor = major, opened.header_version()[1]
     answer = library.handle.transom_plugin_v1(host, status)
-    return (None if answer == ffi.NULL else answer), table.message(status)
+    return (None if answer == ffi.NULL else answer), opened.message(status)

@@ -11,7 +11,7 @@ import torch
 import transom
 from transom.conformance import around, checks
 from transom.conformance.cases import build
-from transom.dispatch import forget_plans
+from transom.registry import forget_plans
 
 sys.path.insert(0, str(Path(__file__).parent))
 import wrong_kernels as wrong  # noqa: E402
@@ -73,9 +73,9 @@ def test_outputs_of_c_implementations_are_guarded():
     op = transom.grouped_gemm
     (impl,) = checks.implementations(op, "cpu", "native")
     case = build(op, op.examples[0])
-    op._invoke(impl.function, *case.values)
+    op.invoke(impl.function, *case.values)
     with around.Guarded(0) as guarded:
-        op._invoke(impl.function, *case.values)
+        op.invoke(impl.function, *case.values)
     assert [dtype for _, dtype in guarded.buffers] == [torch.float32]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 import transom
 from transom.conformance import checks, levels, manners
 from transom.conformance.cases import build, cases, edges
-from transom.dispatch import forget_plans
+from transom.registry import forget_plans
 from transom.requires import at_most
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -64,11 +64,11 @@ NUMBERS = {
     wrong.accumulates_in_half: "expected",
     wrong.writes_past_the_end: "memory around it was written",
     wrong.scribbles_on_its_input: "x or the memory around it was written",
-    wrong.returns_its_input: "y shares memory with x",
+    wrong.returns_its_input: "x or the memory around it was written",
     wrong.returns_another_dtype: "expected torch.",
     wrong.returns_a_strided_tensor: "is not contiguous",
     wrong.loses_the_last_column: "expected",
-    wrong.fails_on_no_rows: "",
+    wrong.fails_on_one_row: "",
     wrong.crashes_on_what_it_accepts: "a device error",
 }
 
@@ -141,13 +141,13 @@ def test_a_wrong_gradient_is_caught(register):
 
 
 def test_a_missing_gradient_is_caught():
-    op, right = wrong.meta_norm, wrong.meta_norm._gradient
+    op, right = wrong.meta_norm, wrong.meta_norm.differentiated
     case = build(op, op.examples[0])
     try:
         op.gradient(save="x weight")(lambda saved, dy: {"x": right.function(saved, dy)["x"]})
         assert "weight has no gradient" in checks.gradients(op, None, case)
     finally:
-        op._gradient = right
+        op.differentiated = right
 
 
 def test_a_refusal_without_a_sentence_is_caught(register):
@@ -172,7 +172,7 @@ def test_another_implementation_running_is_caught(register, monkeypatch):
 
     name = register(wrong.meta_norm, asked)
     case = build(wrong.meta_norm, wrong.meta_norm.examples[0])
-    monkeypatch.setattr(transom.dispatch, "_asked_for", lambda op: "composite")
+    monkeypatch.setattr(transom.selection, "_asked_for", lambda op: "composite")
     assert checks.numbers(wrong.meta_norm, name, case) == f"{name} was asked for; ['composite'] ran"
 
 
@@ -182,5 +182,5 @@ def test_another_implementation_running_is_caught(register, monkeypatch):
 def test_the_right_kernel_passes_every_check(op):
     for check in (checks.requirements, checks.numbers, checks.repeatable):
         assert verdict(check, op, "composite") is None
-    if op._gradient:
+    if op.differentiated:
         assert checks.gradients(op, "composite", build(op, op.examples[0])) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import transom
-from transom.op import OPS
+from transom.registry import OPS
 
 REASON = transom.backends()["native"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 
 import transom
 from transom import config
-from transom.abi.call import CFunction
-from transom.abi.services import Budget
+from transom.abi.plugin import CFunction
+from transom.abi.weight_forms import Budget
 from transom.bench import measure
 
 REASON = transom.backends()["native"]
@@ -33,9 +32,8 @@ def native():
     from transom.backends.native import library
 
     def make(op, limit=1 << 30):
-        own = replace(library(), budget=Budget(limit))
-        entry = next(entry for entry in own.entries if entry.op == op)
-        return CFunction(transom.ops()[op], entry, own)
+        entry = next(entry for entry in library().entries if entry.op == op)
+        return CFunction(transom.ops()[op], entry, library(), Budget(limit))
 
     return make
 
@@ -171,9 +169,9 @@ def test_packed_forms_keep_within_the_budget(native):
 def test_operators_share_the_budget(native):
     from transom.backends.native import library
 
-    own = replace(library(), budget=Budget(40_000))
+    entries, budget = {e.op: e for e in library().entries}, Budget(40_000)
     gemm, experts = (
-        CFunction(transom.ops()[op], next(e for e in own.entries if e.op == op), own)
+        CFunction(transom.ops()[op], entries[op], library(), budget)
         for op in ("grouped_gemm", "moe_experts")
     )
     w = weight(1, 64, 256, format=torch.bfloat16)
@@ -197,10 +195,10 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch, text):
 
 
 def test_the_setting_is_the_librarys_budget(monkeypatch):
-    from transom.backends.native import library
+    from transom.backends.native import _budget
 
     monkeypatch.setenv("TRANSOM_PACKED_MB", "1.5")
-    assert library.__wrapped__().budget.limit == 3 << 19
+    assert _budget.__wrapped__().limit == 3 << 19
 
 
 def test_the_bench_says_how_much_may_be_packed(native):

@@ -10,9 +10,11 @@ import torch
 
 import transom
 from transom import config
-from transom.abi.frame import Frame, assumed, contiguous
-from transom.abi.table import interface
+from transom.abi import plugin
+from transom.abi.frame import Frame
+from transom.abi.library import interface
 from transom.cli.calls import declared_call
+from transom.weights.layout import contiguous
 
 REASON = transom.backends()["native"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -78,12 +80,14 @@ def asked(entry, dims, dtype=torch.bfloat16):
         return 0
     facts = declared_call(op, {}, dtype, example=dims).facts("cpu", "")
     values = [
-        facts.arguments[p.name] if p.role == "value" else assumed(op, p.name, facts)
+        facts.arguments[p.name] if p.role == "value" else plugin._assumed(op, p.name, facts)
         for p in op.parameters
     ]
     made = () if op.mutates else op.outputs({**facts.arguments, **facts.dims}, facts.dtypes)
     outputs = [contiguous(shape, kind) for shape, kind in made]
-    return int(entry.pointer.workspace(Frame(op, values, outputs, "cpu", 0, False).call))
+    frame = Frame(op, values, outputs, ("cpu", 0), False)
+    frame.call.workspace_limit = config.workspace_bytes()
+    return int(entry.pointer.workspace(frame.call))
 
 
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.op)

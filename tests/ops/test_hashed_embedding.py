@@ -239,7 +239,7 @@ def test_gradients_repeat_bit_for_bit():
     [
         (hashed(offsets=torch.tensor([0, 11, 24, 42])), "rows up to 60; table has 60 rows"),
         (hashed(moduli=MODULI * 0), "moduli has 0; every entry must be > 0"),
-        (hashed(shard=(0, 5)), "shard is (0, 5), table has 60 rows"),
+        (hashed(shard=(0, 5)), "shard is (0, 5); table has 60 rows"),
         (hashed(offsets=torch.tensor([0, -1, 24, 41])), "offsets has -1; every entry must be >= 0"),
     ],
 )

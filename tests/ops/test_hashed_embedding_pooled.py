@@ -97,7 +97,7 @@ def test_blocks_of_any_size_give_the_same_result(monkeypatch):
 
 
 def test_bad_input_is_refused_under_its_own_name():
-    with pytest.raises(ValueError, match=r"^hashed_embedding_pooled: shard is \(0, 5\), table has"):
+    with pytest.raises(ValueError, match=r"^hashed_embedding_pooled: shard is \(0, 5\); table has"):
         transom.hashed_embedding_pooled(tokens(), table(), **HASHED, shard=(0, 5))
     with pytest.raises(ValueError, match="^hashed_embedding_pooled: lookback has 3 columns"):
         transom.hashed_embedding_pooled(tokens(), table(), **HASHED, lookback=tokens()[:, :3])

@@ -17,8 +17,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import transom
-from transom.dispatch import Facts, facts_of, select
+from transom import dispatch
+from transom.dispatch import facts_of
+from transom.facts import Facts
 from transom.op import Impl
+from transom.selection import reasons, select
 
 LOOKUPS = ("hashed_embedding", "hashed_embedding_out", "hashed_embedding_pooled")
 
@@ -68,7 +71,7 @@ def on_cuda(monkeypatch):
 @pytest.mark.parametrize("pinned", (True, False))
 def test_the_composite_refuses_and_nothing_is_copied(on_cuda, name, pinned):
     op = transom.ops()[name]
-    seen = op.impls["composite"].reasons(on_cuda(name, pinned))
+    seen = reasons(op.impls["composite"], on_cuda(name, pinned))
     assert seen == [
         "table is in host memory; supported: tensors of one device; move it there with"
         " table.to('cuda')"
@@ -84,16 +87,16 @@ def reader(name):
 @pytest.mark.parametrize("quantised", (False, True))
 def test_a_reader_takes_a_pinned_table_and_says_what_else_it_misses(on_cuda, name, quantised):
     impl = reader(name)
-    assert impl.reasons(on_cuda(name, True, quantised)) == []
-    assert impl.reasons(on_cuda(name, False, quantised)) == [
+    assert reasons(impl, on_cuda(name, True, quantised)) == []
+    assert reasons(impl, on_cuda(name, False, quantised)) == [
         "table is in pageable host memory; supported: device memory and pinned host memory; call"
         " table.pin_memory()"
     ]
-    assert impl.reasons(on_cuda(name, True, quantised, gradient=True)) == [
+    assert reasons(impl, on_cuda(name, True, quantised, gradient=True)) == [
         "a gradient is asked for; supported with table in host memory: inference"
     ]
     strided = dataclasses.replace(on_cuda(name, True, quantised), layouts={"table": "rows"})
-    assert "table is not contiguous" in impl.reasons(strided)[0]
+    assert "table is not contiguous" in reasons(impl, strided)[0]
 
 
 def test_a_call_that_nobody_takes_names_every_reason(on_cuda):
@@ -121,7 +124,7 @@ def test_only_the_table_may_be_elsewhere_and_only_on_the_host():
 
 def test_a_fake_result_is_on_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True):
-        flat = transom.hashed_embedding._flatten(*values("hashed_embedding"))
+        flat = transom.hashed_embedding.flatten(*values("hashed_embedding"))
         assert torch.ops.transom.hashed_embedding.default(*flat).device.type == "cuda"
 
 
@@ -131,7 +134,7 @@ def test_pinned_and_pageable_tables_have_plans_of_their_own(monkeypatch):
         keys = []
         for pinned in (True, False):
             monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, pinned=pinned: pinned)
-            keys.append(transom.hashed_embedding._key(*call))
+            keys.append(dispatch._key(transom.hashed_embedding, call))
     assert keys[0] != keys[1]
 
 
@@ -145,7 +148,7 @@ for name in LOOKUPS:
     op, call = transom.ops()[name], values(name, device="cpu")
     function = kit.implementation(op)
     with roads.record("sm_90") as launches:
-        op._invoke(function, *call)
+        op.invoke(function, *call)
     (launch,) = launches
     assert launch.arguments["table"] is call[1]
     assert op.impls["triton"].host == ("table",)

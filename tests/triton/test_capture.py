@@ -35,7 +35,7 @@ for name in kit.offered():
     for text, values in kit.calls(op, False):
         seen = []
         with Watch(), roads.record("sm_90") as launches:
-            op._invoke(function, *values)
+            op.invoke(function, *values)
         print(name, len(launches), *seen, sep=",")
 
 op = transom.ops()["route"]  # the watch itself sees what it is for

@@ -11,7 +11,7 @@ import torch
 import transom
 from transom import dispatch
 from transom.conformance.cases import build
-from transom.op import OPS
+from transom.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFERED = sorted(

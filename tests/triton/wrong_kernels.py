@@ -17,7 +17,7 @@ from transom.backends.triton._language import narrow
 from transom.backends.triton._launch import launch, programs
 from transom.conformance import checks, manners
 from transom.conformance.cases import build, cases, edges
-from transom.dispatch import forget_plans
+from transom.registry import forget_plans
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "meta"))
 from wrong_kernels import meta_norm  # noqa: E402

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import scaled_norm as _operators  # noqa: E402
 
-from transom.dispatch import forget_plans  # noqa: E402
+from transom.registry import forget_plans  # noqa: E402
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.op import Weight, op
+from transom.declare import op
+from transom.op import Weight
 
 
 @op(

@@ -11,7 +11,7 @@ import torch
 from transom import cli
 from transom.bench import accelerator, accelerator_bars, accelerator_model, gpu, whole
 from transom.conformance import levels
-from transom.op import OPS
+from transom.registry import OPS
 
 PEAKS = {"peak_flops": 100.0, "peak_bytes": 10.0}
 

@@ -12,7 +12,7 @@ import torch
 
 import transom
 from transom.conformance.cases import build
-from transom.kernels import _bounds as bounds
+from transom.kernels import bounds
 from transom.plugins import load
 from transom.weights import QuantizedWeight, weight_args
 
@@ -103,7 +103,7 @@ def test_parts_of_a_weight_that_do_not_fit_are_refused_by_the_torch_operator(op,
     change, text = MISFITS[misfit]
     weight = arguments[name]
     stored = dict(zip(("values", "scales", "zeros", "spec"), weight_args(weight), strict=True))
-    at = sum(4 if p.role == "weight" else 1 for p in op.parameters[: op._rank[name]])
+    at = sum(4 if p.role == "weight" else 1 for p in op.parameters[: op.position[name]])
     values = flat(op, arguments)
     values[at : at + 4] = (stored | change(weight)).values()
     with pytest.raises((ValueError, TypeError), match=rf"^{op.name}: {name}'s .*{text}"):
@@ -267,7 +267,7 @@ def test_a_small_call_at_the_bound_of_an_integer_ends_within_a_second(op, name, 
         assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("shape", [(2**40, 4, 0), (0, 4, 2**62)])
+@pytest.mark.parametrize("shape", [(2**40, 4, 0), (0, 4, 2**60)])
 def test_a_tensor_without_elements_has_sizes_that_can_be_counted(shape):
     x = torch.empty(1, 4, 1).as_strided(shape, (0, 0, 0))
     text = rf"^engram_gate: x has shape \[.*\] without elements; sizes may be at most {2**24}$"

@@ -16,7 +16,7 @@ from transom.bench.cases import Case, Draw, Inputs, cases, fitting, short
 from transom.bench.cases.attention import selected
 from transom.bench.ceilings import Ceilings, Sample
 from transom.bench.measure import Candidate, Settings
-from transom.op import OPS
+from transom.registry import OPS
 
 _ENDS = ("_backward", "_dx", "_dw", "_gradient", "_kl")
 _NAMES = sorted(n for n, op in OPS.items() if op.family in ("moe", "attention", "engram", "mhc"))

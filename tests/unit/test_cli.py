@@ -14,7 +14,7 @@ import transom
 from transom.cli import main, units
 from transom.cli.calls import declared_call, materialise
 from transom.device import Peaks
-from transom.op import lookup
+from transom.registry import lookup
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,9 @@ def _own_cache(tmp_path, monkeypatch):
     """No measured choice or peak of the machine decides a test, and none is left behind."""
     monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TRANSOM_USE", raising=False)
-    transom.tune.__globals__["_table"].cache_clear()
+    transom.measured._table.cache_clear()
     yield
-    transom.tune.__globals__["_table"].cache_clear()
+    transom.measured._table.cache_clear()
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -276,7 +276,7 @@ def test_tune_refuses_bad_input(capsys, arguments, text):
 def test_a_declared_call_becomes_one_that_runs(name):
     op = lookup(name)
     values = materialise(declared_call(op, {}, torch.float32), torch.device("cpu"))
-    op._invoke(op.call, *values)
+    op.invoke(op.call, *values)
 
 
 # Numbers ----------------------------------------------------------------------------------------

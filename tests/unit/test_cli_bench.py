@@ -15,7 +15,7 @@ from transom.bench.cases import Draw, cases
 from transom.bench.measure import Row, Settings
 from transom.bench.run import Found, Plan
 from transom.cli import main
-from transom.op import OPS
+from transom.registry import OPS
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -298,10 +298,10 @@ def own_table(tmp_path, monkeypatch):
     """Measured choices count, and are kept in a folder of the test's own."""
     monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path))
     monkeypatch.setenv("TRANSOM_TUNE", "on")
-    transom.tune.__globals__["_table"].cache_clear()
+    transom.measured._table.cache_clear()
     yield
-    transom.tune.__globals__["_table"].cache_clear()
-    transom.dispatch.forget_plans()
+    transom.measured._table.cache_clear()
+    transom.registry.forget_plans()
 
 
 def test_tune_stores_the_choice_for_the_whole_model(capsys, own_table):

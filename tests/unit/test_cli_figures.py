@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transom.cli import agreement, charts, memory, operators
 from transom.device import Peaks
-from transom.dispatch import Call
+from transom.record import Call
 
 PEAKS = Peaks("cpu", 100.0, 10.0, 1)
 

@@ -154,7 +154,7 @@ def test_outputs_that_disagree_end_with_status_1(tiny, capsys, tmp_path):
         status, out, _ = run(capsys, *SMALL, "--backend", "mhc_head=wrong", "--html", str(page))
     finally:
         del op.impls["wrong"]
-        transom.dispatch.forget_plans()
+        transom.registry.forget_plans()
     assert status == 1
     assert "OUTPUTS DISAGREE: largest logit difference" in out
     assert "The outputs disagree." in page.read_text()
@@ -257,6 +257,6 @@ def test_a_forced_choice_that_cannot_run_is_one_line(tiny, capsys):
         status, out, err = run(capsys, *SMALL, "--backend", "mhc_post=narrow")
     finally:
         del op.impls["narrow"]
-        transom.dispatch.forget_plans()
+        transom.registry.forget_plans()
     assert status == 2 and out == ""
     assert "transom run: mhc_post: 'narrow' was asked for and cannot run" in err

@@ -9,7 +9,7 @@ import torch
 
 import transom
 from transom import guard
-from transom.dispatch import forget_plans
+from transom.registry import forget_plans
 from transom.requires import device
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import transom
-from transom import dispatch
+from transom import dispatch, registry
+from transom.measured import _table
 from transom.requires import absent, at_most, device, dtype, last_dim_contiguous, multiple_of
-from transom.tune import _table
 
 
 def call(op, dtype=torch.float32, d=8):
@@ -105,7 +105,7 @@ def test_use_nests_and_ends(norm):
 def test_environment_asks_for_implementations(norm, monkeypatch):
     add(norm, "better")
     monkeypatch.setenv("TRANSOM_USE", "scaled_norm=composite")
-    dispatch.forget_plans()
+    registry.forget_plans()
     with transom.record() as calls:
         call(norm)
     assert calls[0].impl == "composite"
@@ -132,7 +132,7 @@ def test_the_reference_runs_only_on_request_and_agrees(norm):
 def test_plans_are_bounded(norm):
     for n in range(dispatch.PLANS + 10):
         norm(torch.randn(n % 5 + 1, 8), torch.ones(8), eps=float(n))
-    assert 0 < len(norm._plans) <= dispatch.PLANS
+    assert 0 < len(norm.engine.plans()) <= dispatch.PLANS
 
 
 def test_a_requirement_on_an_unknown_dim_is_refused_at_registration(norm):

@@ -97,5 +97,5 @@ def refused(op: Op[..., Any], impl: Impl, values: tuple[Any, ...], chip: str) ->
 def recorded(op: Op[..., Any], impl: Impl, values: tuple[Any, ...], chip: str) -> list[Launch]:
     """What host code launches for these arguments on a chip."""
     with record(chip.lower()) as launches:
-        op._invoke(impl.function, *values)
+        op.invoke(impl.function, *values)
     return launches

@@ -65,7 +65,7 @@ def largest(environment: Environment, entry: str, shown: list[Call], chip: str) 
             with record(
                 chip.lower(), lambda name, listed: tile if name == entry else listed[0]
             ) as launches:
-                op._invoke(op.impls["triton"].function, *values)
+                op.invoke(op.impls["triton"].function, *values)
             for launch in launches:
                 if launch.entry == entry and (key := triton.identity(launch)) not in seen:
                     seen.add(key)

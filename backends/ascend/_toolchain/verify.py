@@ -233,7 +233,7 @@ def run(
             raise Failed(error.stage, f"{launch.name} {error}") from None
 
     with _launch.road(do, arch=chip.lower(), cores=CORES):
-        out = op._invoke(impl.function, *values)
+        out = op.invoke(impl.function, *values)
     return out, count
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.dispatch import Facts
+from transom.facts import Facts
 from transom.kernels.attention.sparse_attention import sparse_attention
 from transom.requires import absent, condition, dtype, one_of
 

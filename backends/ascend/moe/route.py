@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.dispatch import Facts
+from transom.facts import Facts
 from transom.kernels.moe.route import route
 from transom.requires import absent, at_most, condition, dtype, one_of
 

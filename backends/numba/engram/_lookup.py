@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transom.dispatch import Facts
+from transom.facts import Facts
 from transom.op import Weight
 from transom.requires import Requirement, condition
 

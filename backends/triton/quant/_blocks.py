@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, jit
 
-from transom.dispatch import Facts
+from transom.facts import Facts
 from transom.kernels.quant.mxfp4 import BLOCK as GROUP
 from transom.requires import Requirement, condition, dtype
 

@@ -71,11 +71,12 @@ struct Parts {
   }
 };
 
-/* Bytes of TRANSOM_WORKSPACE_MB: for what grows with the tokens, beside what each thread needs. */
-inline int64_t workspace_budget() {
-  const char *text = getenv("TRANSOM_WORKSPACE_MB");
-  const double mib = text == nullptr ? 0.0 : atof(text);
-  return static_cast<int64_t>((mib > 0.0 && mib < 1e6 ? mib : 64.0) * 1048576.0);
+/* Bytes for what grows with the tokens, beside what each thread needs; of a host that says nothing,
+ * 64 MiB. */
+inline int64_t workspace_budget(const transom_call *call) {
+  const bool said = TRANSOM_HAS(call, transom_call, workspace_limit) && call->workspace_limit != 0;
+  const int64_t limit = said ? static_cast<int64_t>(call->workspace_limit) : 64 << 20;
+  return clamp(limit, 0, int64_t{1} << 40);
 }
 
 /* False, with the reason, if the workspace is not what the call asked for. */

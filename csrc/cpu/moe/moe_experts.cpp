@@ -70,7 +70,7 @@ Work describe(const transom_call *call) {
   work.h_stride = fixed_stride(work.I, work.h_fixed);
   work.l2 = l2_bytes();
   /* More than half for the sums: with all tokens at once each weight is read once. */
-  const int64_t budget = workspace_budget();
+  const int64_t budget = workspace_budget(call);
   const int64_t a_token = routed->K * 4 + (kind(work.x) == 0 ? 0 : work.D * 4);
   work.tokens = clamp(budget / 8 * 5 / max_of(a_token, 1), 1, max_of(work.T, 1));
   const int64_t most = work.tokens * routed->K;

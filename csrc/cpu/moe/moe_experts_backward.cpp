@@ -36,7 +36,7 @@ Work describe(const transom_call *call) {
   work.down_bias = tensor(call, ARGUMENT(DOWN_BIAS));
   work.dx = call->outs[0], work.dweights = call->outs[1];
   work.dgate_up_bias = call->outs[2], work.ddown_bias = call->outs[3];
-  const int64_t budget = workspace_budget(), K = work.routed.K;
+  const int64_t budget = workspace_budget(call), K = work.routed.K;
   const int64_t a_token = K * 4 + (kind(work.x) == 0 ? 0 : work.D * 4);
   work.tokens = clamp(budget / 2 / max_of(a_token, 1), 1, max_of(work.T, 1));
   work.part_rows = clamp(budget * 3 / 8 / ((work.both_stride + work.dots) * 4), 1,

@@ -41,7 +41,7 @@ Work describe(const transom_call *call) {
       ARGUMENT(INTERLEAVED), ARGUMENT(ALPHA), true};
   static_cast<Backward &>(work) = backward_from(call, at);
   work.tokens = work.T;
-  work.part_rows = clamp(workspace_budget() * 3 / 4 / ((work.both_stride + work.h_stride) * 4), 1,
+  work.part_rows = clamp(workspace_budget(call) * 3 / 4 / ((work.both_stride + work.h_stride) * 4), 1,
                          max_of(work.T * work.routed.K, 1));
   size_threads(&work);
   return work;

@@ -19,6 +19,7 @@ from transom.conformance import checks
 from transom.conformance.cases import Case, build, cases, edges
 from transom.op import Op, kind_of
 from transom.weights import QuantizedWeight
+from transom.weights.layout import contiguous
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -249,7 +250,7 @@ def _write(file: BinaryIO, call: Call) -> None:
     outputs = _outputs(case)
     _numbers(file, len(outputs))
     for shape, dtype in outputs:
-        _tensor(file, shape, abi.contiguous(shape, dtype)[2], dtype, True, b"")
+        _tensor(file, shape, contiguous(shape, dtype)[2], dtype, True, b"")
 
 
 def _number(file: BinaryIO, op: Op[..., Any], places: list[Any], at: int, value: float) -> None:

@@ -8,18 +8,11 @@ of them it reads in place. Nothing is copied or moved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from transom.dispatch import Facts
-
-
-def may_be_there(where: torch.device, device: torch.device) -> bool:
-    """True if an argument may lie in memory `where` of a call on `device`: pages of the host have
-    an address on CUDA devices."""
-    return where.type == "cpu" and device.type == "cuda"
+from .facts import Facts
 
 
 def pinned(argument: Any, first: torch.Tensor) -> bool:

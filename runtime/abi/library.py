@@ -1,9 +1,8 @@
-"""Plugins in C: libraries that answer csrc/include/transom_plugin.h, loaded through cffi.
+"""Libraries that answer csrc/include/transom_plugin.h, opened through cffi.
 
 A library is opened from an explicit path, never from a search path. Everything that its table says
 is checked before anything is registered: sizes, NULLs, counts, texts, versions. A library that
-fails is a PluginError with one sentence; an implementation that was compiled for another
-declaration of its operator is registered as unavailable, with a sentence that explain() shows.
+fails is a PluginError with one sentence. plugin.py registers what a library offers.
 """
 
 from __future__ import annotations
@@ -14,16 +13,10 @@ import importlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import PluginError
-from ..plugins import loading
-from ..requires import Requirement, device
-
-if TYPE_CHECKING:
-    from ..dispatch import Facts
-    from ..op import Op
-    from .services import Budget, Services
+from ..op import Op
 
 FIRST_SIZE = {"transom_plugin": 48, "transom_impl": 64, "transom_services": 64}
 """Bytes of each struct in the minor version that brought it: the least that a library can have."""
@@ -99,91 +92,6 @@ class Library:
     handle: Any = field(repr=False)
     services: Any = field(default=None, repr=False)
     """The transom_services in C, or None."""
-    budget: Budget | None = field(default=None, repr=False)
-    """Of the packed forms of weights; None for no limit."""
-    registered: set[tuple[str, str]] = field(default_factory=set, repr=False)
-
-    def register(self, entry: Entry, backend: str | None = None) -> str | None:
-        """Add one entry to its operator; None, or the sentence why it cannot be used.
-
-        An entry for another schema is added as unavailable. Registering twice does nothing.
-        """
-        from ..op import OPS, Impl
-        from .call import CFunction
-
-        op = OPS.get(entry.op)
-        if op is None:
-            return f"this transom has no operator {entry.op!r}; upgrade transom"
-        if (entry.op, entry.name) in self.registered:
-            return op.impls[entry.name].unavailable
-        if entry.name in op.impls:
-            return f"{op.name} has an implementation {entry.name!r}; expected a name of its own"
-        mismatch = None
-        if entry.schema_hash != schema_hash(op):
-            mismatch = (
-                f"plugin {self.vendor} {self.version} was compiled for {op.name} as "
-                f"{entry.schema_hash:016x}; this transom declares {schema_hash(op):016x}; "
-                "compile it with this transom's headers"
-            )
-        function = CFunction(op, entry, self)
-        op._add(
-            Impl(
-                op.name,
-                entry.name,
-                backend or loading() or self.vendor,
-                function,
-                (device(self.device_type), self._supports(op, function)),
-                entry.tier,
-                entry.deterministic,
-                entry.capturable,
-                self.version,
-                mismatch,
-            )
-        )
-        self.registered.add((entry.op, entry.name))
-        return mismatch
-
-    def _supports(self, op: Op[..., Any], function: Any) -> Requirement:
-        def test(facts: Facts) -> str | None:
-            if facts.device != self.device_type:  # the requirement on the device has said so
-                return None
-            return function.refusal(facts)
-
-        return Requirement(f"what {self.vendor}'s library says of the call", (), test)
-
-
-class CPlugin:
-    """A vendor's library, opened from this path, with all that it offers registered.
-
-    path     of the shared library; must name a file.
-
-    Raises PluginError, with one sentence, if it cannot be opened, has no transom_plugin_v1, refuses
-    this transom, or if its table is damaged. What could not be registered stands in `refused`.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.library = open_library(path)
-        self.refused: dict[str, str] = {}
-        """By 'operator/implementation': why it cannot be used."""
-        for entry in self.library.entries:
-            reason = self.library.register(entry)
-            if reason is not None:
-                self.refused[f"{entry.op}/{entry.name}"] = reason
-
-    @property
-    def services(self) -> Services | None:
-        """What the library does for its device beside computing; None for nothing."""
-        from .services import Services
-
-        lib = self.library
-        return None if lib.services is None else Services(lib.vendor, lib.services)
-
-    def __repr__(self) -> str:
-        lib = self.library
-        return (
-            f"<plugin {lib.vendor} {lib.version} for {lib.device_type}: "
-            f"{len(lib.entries) - len(self.refused)} implementations, {len(self.refused)} refused>"
-        )
 
 
 _open: dict[Path, Library] = {}
@@ -207,9 +115,7 @@ def open_library(path: str | Path) -> Library:
         raise PluginError(
             f"{where.name}: exports no transom_plugin_v1; expected a library compiled for ABI 1"
         ) from None
-    import transom
-
-    version = ffi.new("char[]", transom.__version__.encode())
+    version = ffi.new("char[]", importlib.import_module("transom").__version__.encode())
     host = ffi.new("transom_host *")
     host.struct_size = ffi.sizeof("transom_host")
     host.abi_major, host.abi_minor = header_version()
@@ -224,7 +130,7 @@ def open_library(path: str | Path) -> Library:
 
 def header_version() -> tuple[int, int]:
     """(major, minor) of the ABI that this transom speaks."""
-    return (1, 1)
+    return (1, 2)
 
 
 def message(status: Any) -> str:

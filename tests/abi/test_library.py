@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import transom
-from transom.abi import table as abi
+from transom import selection
+from transom.abi import library as abi
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = {"int8": "1x0", "int4": "1x128", "fp8": "128x128", "mxfp4": "1x32"}
@@ -30,7 +31,7 @@ def test_the_headers_compile_without_a_warning(build, language):
 
 
 def test_the_header_is_read_by_cffi_as_it_is():
-    sizes = {"transom_tensor": 48, "transom_value": 16, "transom_call": 72, "transom_impl": 64}
+    sizes = {"transom_tensor": 48, "transom_value": 16, "transom_call": 80, "transom_impl": 64}
     sizes |= {"transom_plugin": 56, "transom_services": 64}
     assert {name: abi.interface().sizeof(name) for name in sizes} == sizes
 
@@ -66,7 +67,7 @@ def test_facts_made_without_tensors_are_asked_about_as_contiguous(build, weight)
     dtypes = {"x": torch.float32, "weight": weight, "offsets": torch.int64}
     dims = {"M": 4, "K": 64, "E": 2, "N": 8}
     facts = transom.Facts("cpu", "", dtypes, dims, {}, {})
-    reasons = transom.grouped_gemm.impls["toy"].reasons(facts)
+    reasons = selection.reasons(transom.grouped_gemm.impls["toy"], facts)
     assert reasons == (
         [f"weight is {weight}:{GROUP[weight]}; supported: float32"] if weight in GROUP else []
     )
@@ -140,7 +141,7 @@ DAMAGED = {
     ),
     "major 2": (
         dict(plugin='sizeof(transom_plugin), 2, 0, "v", "1", "cpu", 1, 0, impls, 0'),
-        "built for ABI 2.0; this transom speaks 1.1",
+        "built for ABI 2.0; this transom speaks 1.2",
     ),
     "vendor null": (
         dict(plugin='sizeof(transom_plugin), 1, 0, 0, "1", "cpu", 1, 0, impls, 0'),

@@ -1,4 +1,4 @@
-"""The direct path: a call past torch's dispatcher to its plan, through transom._C and without."""
+"""How calls enter: past torch's dispatcher to their plan, through transom._C and without."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import torch
 
 import transom
 from transom import dispatch
-from transom.abi import direct, road
+from transom.abi import extension
+from transom.registry import forget_plans
 
 
 @pytest.fixture(params=["transom._C", "Python"])
-def entrance(request, norm, monkeypatch):
-    """The direct path of `norm` by each road."""
+def caller(request, norm, monkeypatch):
+    """How calls of `norm` enter, by each way; what torch must see answers NotImplemented."""
     if request.param == "Python":
-        monkeypatch.setattr(road, "extension", lambda: None)
-    elif road.extension() is None:
-        pytest.skip(str(road.why_cffi()))
-    return direct.entrance(norm)
+        monkeypatch.setattr(extension, "_found", lambda: (None, "the test asked for Python"))
+    elif extension.module() is None:
+        pytest.skip(str(extension.why_cffi()))
+    monkeypatch.setattr(norm.engine, "_through_torch", lambda *values: NotImplemented)
+    forget_plans()
+    return norm.engine
+
+
+@pytest.fixture
+def entrance(caller):
+    return lambda *values: caller.enter(*values)
 
 
 def inputs():
@@ -70,7 +78,7 @@ def test_it_leaves_modes_transforms_and_autocast(entrance):
     assert call() is not NotImplemented
 
 
-def test_use_and_record_hold_from_the_next_call_on(entrance, norm):
+def test_use_and_record_hold_from_the_next_call_on(entrance, caller):
     x, w = inputs()
     call = partial(entrance, x, w, None, 1e-6)
     call()
@@ -81,7 +89,7 @@ def test_use_and_record_hold_from_the_next_call_on(entrance, norm):
     assert [c.impl for c in (*calls, *after)] == ["reference", "composite"]
     with transom.use("reference"):
         call()
-        kept = [plan.impl.name for plan in norm._plans.values()]
+        kept = [plan.impl.name for plan in caller.plans()]
     assert "reference" in kept
 
 
@@ -106,51 +114,49 @@ def test_values_have_plans_of_their_own(entrance, norm, other):
         assert torch.equal(got[0].nan_to_num(), want[0].nan_to_num())
 
 
-def test_a_flag_is_no_number(entrance):
+def test_a_flag_is_no_number(norm):
     x, w = inputs()
     with pytest.raises(TypeError, match="eps is True"):
-        entrance(x, w, None, True)
+        norm(x, w, eps=True)
 
 
-def test_layouts_and_dtypes_have_plans_of_their_own(entrance, norm):
+def test_layouts_and_dtypes_have_plans_of_their_own(entrance, caller):
     x, w = inputs()
-    norm._plans.clear()
     wide = torch.randn(3, 16)[:, ::2]
     for each in (x, wide, x.bfloat16(), x[:2], x.unsqueeze(0)):
         entrance(each, w.to(each.dtype), None, 1e-6)
-    assert len(norm._plans) == 5
-    assert {plan.facts.layouts["x"] for plan in norm._plans.values()} == {"contiguous", "strided"}
+    assert len(caller.plans()) == 5
+    assert {plan.facts.layouts["x"] for plan in caller.plans()} == {"contiguous", "strided"}
 
 
-def test_determinism_is_part_of_a_plan(entrance, norm):
+def test_determinism_is_part_of_a_plan(entrance, caller):
     x, w = inputs()
-    norm._plans.clear()
     try:
         for wanted in (False, True):
             torch.use_deterministic_algorithms(wanted)
             entrance(x, w, None, 1e-6)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [plan.facts.deterministic for plan in norm._plans.values()] == [False, True]
+    assert {plan.facts.deterministic for plan in caller.plans()} == {False, True}
 
 
-def test_plans_stay_bounded(entrance, norm):
+def test_plans_stay_bounded(entrance, caller):
     x, w = inputs()
     for n in range(dispatch.PLANS + 10):
         entrance(x, w, None, float(n))
-    assert 0 < len(norm._plans) <= dispatch.PLANS
+    assert 0 < len(caller.plans()) <= dispatch.PLANS
 
 
 def test_a_quantised_weight_is_read_by_its_parts():
     weight = transom.quantize(torch.randn(2, 8, 64), "int8")
     x, offsets = torch.randn(4, 64), torch.tensor([1, 4])
     with transom.use("composite"):
-        plans = transom.grouped_gemm._plans
-        plans.clear()
+        transom.grouped_gemm(x, weight, offsets)  # implementations are found
+        forget_plans()
         got = transom.grouped_gemm(x, weight, offsets)
         want = transom.grouped_gemm(x, weight.dequantize(), offsets)
     torch.testing.assert_close(got, want)
-    assert sorted(str(p.facts.dtypes["weight"]) for p in plans.values()) == [
+    assert sorted(str(p.facts.dtypes["weight"]) for p in transom.grouped_gemm.engine.plans()) == [
         "int8",
         "torch.float32",
     ]

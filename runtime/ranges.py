@@ -8,7 +8,7 @@ without asking the rule.
 Bounds are inclusive, expressions over dims and plain arguments. What is added up is added element
 by element; of that, a tensor which is not given adds nothing. A rising one is never less than the
 element before. The rule stays what decides: it is asked, and words the error, where a range does
-not hold, and where there is no extension or a tensor is none that it reads (csrc/ranges.cpp).
+not hold, and where there is no extension or a tensor is none that it reads (csrc/python/).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from ..shapes import Expression
-from . import road
-
-if TYPE_CHECKING:
-    from ..op import Op
+from .op import Op
+from .shapes import Expression
 
 F = TypeVar("F", bound=Callable[..., Any])
+Bounds: TypeAlias = tuple[int, int, bool, int, int]
+"""Positions of the first and the last tensor (one and the same: it stands alone), whether their sum
+rises, and what it lies between."""
 LEAST, MOST = -(2**63), 2**63 - 1
 _RANGE = re.compile(
     r"(?P<low>.+?) <= (?P<rising>rising )?(?P<one>[a-z]\w*)(?: \+ (?P<other>[a-z]\w*))?"
@@ -69,19 +69,11 @@ def ranges_of(rule: Callable[..., Any]) -> Sequence[Range]:
     return getattr(rule, "ranges", ())
 
 
-def ahead_of(
-    check: Callable[..., None], op: Op[..., Any], bound: Mapping[str, Any]
-) -> Callable[..., None]:
-    """`check`, a function of all declared arguments, behind its rule's ranges in a call with these
-    dims and plain arguments."""
-    ranges = ranges_of(op._check_values) if op._check_values else ()
-    extension = road.extension()
-    if not ranges or extension is None:
-        return check
+def bounds(op: Op[..., Any], scope: Mapping[str, Any]) -> list[Bounds]:
+    """The ranges of an operator's rule on values, in a call with these dims and plain arguments."""
     given = []
-    for r in ranges:
-        places = [op._rank[name] for name in r.tensors]
-        low, high = (min(max(LEAST, e(bound)), MOST) for e in (r.low, r.high))
+    for r in ranges_of(op.rule_on_values.function) if op.rule_on_values else ():
+        places = [op.position[name] for name in r.tensors]
+        low, high = (min(max(LEAST, e(scope)), MOST) for e in (r.low, r.high))
         given.append((places[0], places[-1], r.rising, low, high))
-    made: Callable[..., None] = extension.ranges(given, len(op.parameters), check)
-    return made
+    return given

@@ -14,16 +14,15 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .. import config
-from .. import device as _device
-from ..weights import QuantizedWeight
-
-if TYPE_CHECKING:
-    from ..op import Impl, Op
+from . import config
+from . import device as _device
+from .op import Impl, Op
+from .registry import forget_plans
+from .weights import QuantizedWeight
 
 FLOAT32 = 1e-3
 """Relative to the largest output: what no float32 sum in another order comes near, and a wrong
@@ -70,7 +69,7 @@ def watched(op: Op[..., Any], impl: Impl) -> Impl:
     def function(*args: Any, **kwargs: Any) -> Any:
         if next(turns) % number:
             return impl.function(*args, **kwargs)
-        return _compared(op, impl, op._bind(*args, **kwargs))
+        return _compared(op, impl, op.bind(*args, **kwargs))
 
     return replace(impl, function=function)
 
@@ -80,12 +79,12 @@ def _compared(op: Op[..., Any], impl: Impl, values: tuple[Any, ...]) -> Any:
     tensors = op.tensors(values)
     device = next(iter(tensors.values())).device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return op._invoke(impl.function, *values)  # a comparison would wait for the device
+        return op.invoke(impl.function, *values)  # a comparison would wait for the device
     copies = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
-    got = op._invoke(impl.function, *values)
-    want = op._invoke(op.impls["composite"].function, *copies)
+    got = op.invoke(impl.function, *values)
+    want = op.invoke(op.impls["composite"].function, *copies)
     pairs = (
-        [(n, values[op._rank[n]], copies[op._rank[n]]) for n in op.mutates]
+        [(n, values[op.position[n]], copies[op.position[n]]) for n in op.mutates]
         if op.mutates
         else list(zip(op.signature.outputs, _tuple(got), _tuple(want), strict=True))
     )
@@ -126,8 +125,6 @@ def difference(name: str, got: torch.Tensor, want: torch.Tensor) -> str | None:
 
 
 def _set_aside(entry: Entry) -> None:
-    from ..dispatch import forget_plans
-
     held = [*entries(), entry]
     _known.clear()
     _known.extend(held)
@@ -165,8 +162,6 @@ def entries() -> list[Entry]:
 
 def clear() -> int:
     """Set everything free again; how many there were."""
-    from ..dispatch import forget_plans
-
     count = len(entries())
     _path().unlink(missing_ok=True)
     _known.clear()
