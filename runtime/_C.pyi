@@ -1,7 +1,7 @@
-"""csrc/bind.cpp: calls of C implementations without cffi between them."""
+"""csrc/python: the road of a call, from Python's arguments to what computes it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -11,75 +11,73 @@ TENSOR: Final[int]
 WEIGHT: Final[int]
 """Kinds of a parameter; that of a plain one is its tag."""
 
-def set_up(
-    tensor: type,
-    quantized: type,
-    threads: Callable[[], int],
-    deterministic: Callable[[], bool],
-    written: Callable[[Sequence[Tensor]], None],
-) -> str | None:
-    """Learn the types and functions that calls use. None, or why this torch's tensors cannot be
-    read."""
+def set_up(given: Mapping[str, Any]) -> str | None:
+    """Learn the types and functions of torch that calls ask (abi/extension.py names them). None, or
+    why this torch's tensors cannot be read."""
 
-def watch(
-    parameter: type,
-    grad_enabled: Callable[[], bool],
-    dispatch_modes: Callable[[], int],
-    function_modes: Callable[[], int],
-    transforms: Callable[[], Any],
-    tracing: Callable[[], Any],
-    any_autocast: Callable[[], bool],
-    autocast: Callable[[str], bool],
-    capturing: Callable[[], bool],
-) -> None:
-    """Learn whom direct() asks whether a call may go past torch's dispatcher."""
+def set_choice(choice: str) -> None:
+    """What use() asks for, as text that goes into every key; empty outside of it."""
 
-def direct(
-    parameters: list[tuple[int, bool]],
-    plans: dict[Any, Any],
-    selection: dict[str, Any],
-    recorders: list[Any],
-    plan_of: Callable[[tuple[Any, ...], Any], Any],
-    otherwise: Callable[..., Any],
-) -> Callable[..., Any]:
-    """A built-in function of one operator's declared arguments, for eager calls.
+def set_recorded(hook: Callable[[Any, tuple[Any, ...]], Any] | None) -> None:
+    """While record() listens: (plan's record, values) -> result, in place of running the plan."""
 
-    parameters  (kind, may be None) in declared order
-    plans       the operator's own; plan_of (arguments, key) makes a missing one and keeps it there
-    selection   holds `_choice`, what use() asks for
-    recorders   while there are any, and for calls that are out of the ordinary, otherwise (every
-                argument) answers
+def set_workspace(bytes: int) -> None:
+    """Bytes that the temporaries of a call should keep to."""
+
+class Operator:
+    """A declaration, as calls are read by it."""
+
+    def __init__(
+        self, name: str, parameters: list[tuple[str, int, bool]], host: list[int]
+    ) -> None: ...
+
+class Plan:
+    """What a call of one key runs; `record` is what Python knows of it."""
+
+    def __init__(self, record: Any) -> None: ...
+    def set_check(
+        self, bounds: list[tuple[int, int, bool, int, int]], function: Callable[..., None]
+    ) -> None:
+        """Ask `function` (every argument) about the values of a call outside these bounds:
+        (argument, argument to add or the same one, rising, low, high)."""
+
+    def set_run(self, function: Callable[..., Any]) -> None:
+        """What computes the call, of every argument in order."""
+
+class Caller:
+    """How calls of one operator enter.
+
+    most       plans that are kept
+    plan_of    (values, gradient) -> a Plan, and whether it may be kept
+    otherwise  (*values) -> result of a call that torch must see
+    unread     (values, gradient) -> result of one that only Python can read
     """
 
-def bind(
-    impl: int,
-    op: str,
-    parameters: list[tuple[str, int, bool]],
-    makers_of: Callable[
-        [Sequence[Any]],
-        tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any] | None], ...],
-    ],
-    fail: Callable[[int, int, bytes], NoReturn],
-    greedy: Callable[[int], NoReturn],
-    far: Callable[[Any, int], tuple[int, Tensor | None]],
-    packed: Callable[[int, Any], Tensor | None] | None,
-    written: list[int],
+    def __init__(
+        self,
+        operator: Operator,
+        most: int,
+        plan_of: Callable[[tuple[Any, ...], bool], tuple[Plan, bool]],
+        otherwise: Callable[..., Any],
+        unread: Callable[[tuple[Any, ...], bool], Any],
+    ) -> None: ...
+    @property
+    def enter(self) -> Callable[..., Any]:
+        """A built-in function of every declared argument in order, for eager calls."""
+
+    def run(self, values: tuple[Any, ...], gradient: bool) -> Any:
+        """The result of a call that torch's dispatcher has let through."""
+
+    def plans(self) -> list[Any]:
+        """The records of the plans that are kept."""
+
+    def forget(self) -> None:
+        """Drop them."""
+
+def implementation(
+    function: Any, look: Callable[[int, Any], Tensor | None] | None, operator: Operator
 ) -> Callable[..., Any]:
-    """A built-in function that runs the transom_impl at this address.
+    """A built-in function that runs the transom_impl of a CFunction (abi/plugin.py).
 
-    parameters  (name, kind, may be None) in declared order
-    makers_of   (arguments) -> for each output the function that makes it, its arguments, keywords
-    fail        (code, status code, text) raises; greedy (bytes of workspace) likewise
-    far         (device, bytes) -> stream, workspace; asked for devices other than the host
-    packed      (place, weight) -> its packed form or None
-    written     arguments that it writes to, by number
-    """
-
-def ranges(
-    given: list[tuple[int, int, bool, int, int]], count: int, otherwise: Callable[..., None]
-) -> Callable[..., None]:
-    """A built-in function of one operator's declared arguments, `count` of them: does nothing where
-    every range holds, else otherwise (every argument) is called.
-
-    given  (argument, argument to add or the same one, rising, low, high) for each range
+    look  (first argument, weight) -> the packed form of a weight, or None
     """

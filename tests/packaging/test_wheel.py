@@ -123,7 +123,7 @@ def test_with_the_extension_a_wheel_is_for_one_python(tmp_path: Path) -> None:
 def test_an_extension_that_does_not_compile_costs_only_itself(tmp_path: Path) -> None:
     copy = copy_source(tmp_path / "source")
     add_library(copy)
-    (copy / "csrc/bind.cpp").write_text("#error broken\n")
+    (copy / "csrc/python/call.cpp").write_text("#error broken\n")
     (built,) = build(copy, tmp_path / "dist", "--wheel").glob("*.whl")
     assert "-py3-none-" in built.name
     assert [n for n in names(built) if n.endswith(".so")] == ["transom/_native.so"]
