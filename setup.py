@@ -250,7 +250,7 @@ setup(
     },
     package_data={
         "": ["py.typed", "*.h", "*.pyi", "*.html", "*.json"],
-        "transom.backends.ascend._toolchain": ["*.c"],
+        "transom.conformance.ascend": ["*.c"],
         "transom.cli": ["templates/**/*.jinja"],
     },
     include_package_data=False,

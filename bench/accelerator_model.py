@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(device: torch.device, dtype: str, prompt: int) -> Iterator[dict[str, Any]]:
     """Rows of prefill and of decode for both; their logits are compared first."""
+    from transom.conformance.models.tiny import builtin_model
     from transom.models import patch, unpatch
-    from transom.models.tiny import builtin_model
 
     def clock() -> float:
         _device.synchronize(device)

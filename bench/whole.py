@@ -35,8 +35,8 @@ def measure(
 
     Raises ImportError where transformers has no DeepSeek-V4.
     """
+    from transom.conformance.models.tiny import builtin_model
     from transom.models import patch, unpatch
-    from transom.models.tiny import builtin_model
 
     progress.start(f"{NAME}: making the models")
     ways: list[tuple[str, str, str, Any]] = []

@@ -20,9 +20,9 @@ MEMORIES = ("UB", "L1", "L0C")
 def compact(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page needs of reports, a later one's operators in place of an earlier one's: counts
     of calls by operator, and the plans."""
-    work = importlib.import_module("transom.backends.ascend._toolchain.verify")
-    chips = importlib.import_module("transom.backends.ascend._toolchain.chips")
-    offered = importlib.import_module("transom.backends.triton.compile").offered()
+    work = importlib.import_module("transom.conformance.ascend.verify")
+    chips = importlib.import_module("transom.conformance.ascend.chips")
+    offered = importlib.import_module("transom.conformance.compiled.compile").offered()
     last = {name: at for at, r in enumerate(reports) for name in _operators(r)}
     ran, refused, fits = [], [], []
     for at, report in enumerate(reports):

@@ -2,7 +2,8 @@
 
 Where a call is within the limits of an operator that the vendor ships (npu_grouped_matmul and so
 on) that operator runs; elsewhere the backend `triton` does, through triton-ascend. What can be
-shown of either without a device, `transom verify --target ascend` shows (_toolchain).
+shown of either without a device, `transom verify --target ascend` shows: see
+transom.conformance.ascend.
 """
 
 from __future__ import annotations

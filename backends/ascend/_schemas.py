@@ -1,7 +1,7 @@
 """Schemas of the vendor's operators that the adapter calls, as torch_npu declares them.
 
 Read from libtorch_npu.so of the wheel of VERSION; `transom verify --target ascend` reads them again
-(_toolchain/contract.py) and says which have changed.
+(transom/conformance/ascend/contract.py) and says which have changed.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def load(folder: Path | None, dtype: torch.dtype, device: torch.device, seed: in
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if folder is None:
-        from ..models.tiny import builtin_model
+        from ..conformance.models.tiny import builtin_model
 
         model, bytes_ = builtin_model(seed=seed, dtype=dtype)
         return _describe(

@@ -15,8 +15,7 @@ from rich.text import Text
 from .. import device as _device
 from ..plugins import backends, plugins
 from ..registry import lookup
-from . import ascend, machine
-from .compiled import compiled
+from . import machine
 from .console import Refusal, check_writable, out, steps, table, write, write_json
 from .units import digits
 
@@ -100,6 +99,7 @@ def verify(
     try:
         names = [lookup(n.strip()).name for n in ops_.split(",")] if ops_ else None
         if compile_:
+            compiled = importlib.import_module("transom.conformance.compiled.command").compiled
             return compiled(target, names, not quick, jobs, seconds, report, json_)
         if target not in ("all", "ascend"):
             raise Refusal(f"target is {target!r}; expected ascend, or --compile with it")
@@ -110,6 +110,7 @@ def verify(
         raise Refusal("hypothesis is not installed; pip install 'transom[conformance]'")
     kit = importlib.import_module("transom.conformance.verify")
     if target == "ascend":
+        ascend = importlib.import_module("transom.conformance.ascend.command")
         return ascend.verify(
             names,
             examples=examples,

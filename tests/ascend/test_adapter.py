@@ -208,7 +208,7 @@ def test_without_torch_npu_the_backend_says_so():
 
 
 def test_schemas_are_read_from_the_bytes_of_a_library():
-    contract = importlib.import_module("transom.backends.ascend._toolchain.contract")
+    contract = importlib.import_module("transom.conformance.ascend.contract")
     text = {**_schemas.SCHEMAS}
     whole = b"\x00".join((n + s).encode() for n, s in text.items()) + b"\x00"
     assert contract.differences(b"\x7fELF\x00" + whole, "2.14.0") == []

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_a_call_is_kept_for_the_sources_it_ran_with(monkeypatch, tmp_path):
-    from transom.backends.ascend._toolchain import kept
+    from transom.conformance.ascend import kept
 
     monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path))
     op = transom.ops()["route"]
@@ -29,7 +29,7 @@ def test_a_call_is_kept_for_the_sources_it_ran_with(monkeypatch, tmp_path):
 
 
 def test_the_digest_follows_the_sources(monkeypatch, tmp_path):
-    from transom.backends.ascend._toolchain import kept
+    from transom.conformance.ascend import kept
 
     first = kept._sources.__wrapped__("moe/route")
     assert (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from transom.backends.ascend._toolchain import chips
+from transom.conformance.ascend import chips
 
 GOLDEN = Path(__file__).parent / "golden"
 needs_triton = pytest.mark.skipif(
@@ -21,8 +21,8 @@ needs_triton = pytest.mark.skipif(
 @needs_triton
 def test_what_ascend_does_not_take_has_its_sentence():
     import transom
-    from transom.backends.ascend._toolchain import calls
     from transom.conformance import cases
+    from transom.conformance.ascend import calls
 
     op = transom.ops()["sparse_attention"]
     with calls.implementations([op.name]) as impls:
@@ -138,8 +138,8 @@ def test_a_compiler_that_ends_otherwise_is_a_finding(status, printed, why):
 
 @needs_triton
 def test_a_kernel_becomes_a_module_of_its_own(tmp_path):
-    from transom.backends.ascend._toolchain.source import standalone
     from transom.backends.triton.moe import _gemm
+    from transom.conformance.ascend.source import standalone
 
     text = standalone(_gemm._rows)
     names = [line.split("(")[0][4:] for line in text.splitlines() if line.startswith("def ")]
@@ -153,7 +153,7 @@ def test_a_kernel_becomes_a_module_of_its_own(tmp_path):
 def test_what_cannot_be_sent_as_text_is_said():
     from triton import jit
 
-    from transom.backends.ascend._toolchain.source import NotPortable, standalone
+    from transom.conformance.ascend.source import NotPortable, standalone
 
     with pytest.raises(NotPortable, match="GOLDEN is a PosixPath; expected a function"):
         standalone(jit(_names_a_path))
@@ -174,7 +174,7 @@ def _names_a_path(x):
     ],
 )
 def test_the_largest_tile_is_found(room, found):
-    from transom.backends.ascend._toolchain.tiles import climb
+    from transom.conformance.ascend.tiles import climb
 
     most = dict(BM=256, BN=256, BK=128)
     tile = climb(dict(BM=32, BN=64, BK=32), lambda t: t["BM"] * t["BN"] * t["BK"] <= room, most)
@@ -199,8 +199,8 @@ def test_what_a_kernel_cannot_take_there_is_a_requirement(device, said):
     import dataclasses
 
     import transom
-    from transom.backends.ascend._toolchain import calls
     from transom.conformance import cases
+    from transom.conformance.ascend import calls
 
     op = transom.ops()["sparse_attention"]
     case = cases.build(op, {**op.examples[0], "v_dim": 0})
@@ -212,8 +212,8 @@ def test_what_a_kernel_cannot_take_there_is_a_requirement(device, said):
 
 @needs_triton
 def test_a_found_tile_is_stored_beside_the_others(tmp_path, monkeypatch):
-    from transom.backends.ascend._toolchain import tiles
     from transom.backends.triton import _choice
+    from transom.conformance.ascend import tiles
 
     shutil.copy(_choice.FOLDER / "grouped_gemm.json", tmp_path)
     monkeypatch.setattr(_choice, "FOLDER", tmp_path)
@@ -229,7 +229,7 @@ def test_a_found_tile_is_stored_beside_the_others(tmp_path, monkeypatch):
 
 
 def test_a_running_sum_is_written_out():
-    from transom.backends.ascend._toolchain.lower import plain_of
+    from transom.conformance.ascend.lower import plain_of
 
     text = plain_of(
         "  func.func private @triton_cumsum_0(tensor<8xi32>, i32, i1) -> tensor<8xi32>\n"

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from transom import cli
-from transom.cli import ascend
+from transom.conformance.ascend import command as ascend
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -25,8 +25,8 @@ CALLS = (("route(T=2)", False), ("T=4096", True))
 def outcome():
     """A call that is right, one that isn't; a tile that fits, one that doesn't and is only listed
     beside it, one that doesn't and is taken."""
-    from transom.backends.ascend._toolchain.chips import Plan
-    from transom.backends.ascend._toolchain.verify import Fit, Outcome, Ran, Refused
+    from transom.conformance.ascend.chips import Plan
+    from transom.conformance.ascend.verify import Fit, Outcome, Ran, Refused
 
     good = Plan("Ascend910B3", True, {"UB": 98304, "L0C": 65536}, {"UB": 196608, "L0C": 131072})
     large = Plan("Ascend910B3", False, {"UB": 393216}, {"UB": 196608}, 0, "UB needs 393216 bytes")
@@ -45,7 +45,7 @@ def outcome():
 
 
 def note():
-    from transom.backends.ascend._toolchain.verify import NOTE
+    from transom.conformance.ascend.verify import NOTE
 
     return NOTE
 
@@ -85,7 +85,7 @@ def test_the_terminal_shows_the_same(outcome):
 
 
 def test_without_the_wheels_one_line_says_why(monkeypatch, capsys):
-    from transom.backends.ascend._toolchain import environment
+    from transom.conformance.ascend import environment
 
     def unavailable():
         raise environment.Unavailable("pip cannot install triton-ascend: no index")
@@ -103,7 +103,7 @@ def test_another_target_is_refused(capsys):
 def test_pip_says_what_is_missing(monkeypatch, tmp_path):
     import subprocess
 
-    from transom.backends.ascend._toolchain import environment
+    from transom.conformance.ascend import environment
 
     def refused(command, **_):
         errors = "WARNING: x\nERROR: No matching distribution found for triton-ascend==3.2.0\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from transom.backends.ascend._toolchain import environment as environments
+from transom.conformance.ascend import environment as environments
 
 ENVIRONMENT = environments.find() if importlib.util.find_spec("triton") else None
 pytestmark = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def launched(kernels):
 @pytest.fixture
 def run(launched):
     """Lowers a launch and executes it over its tensors."""
-    from transom.backends.ascend._toolchain.launch import execute, lower
+    from transom.conformance.ascend.launch import execute, lower
 
     def do(name, grid, **arguments):
         launch = launched(name, grid, **arguments)
@@ -55,7 +55,7 @@ def test_a_lowered_kernel_computes(run, dtype):
 
 
 def test_a_masked_gather_reads_what_is_masked(run):
-    from transom.backends.ascend._toolchain.launch import Failed
+    from transom.conformance.ascend.launch import Failed
 
     table, y = torch.randn(4, 16), torch.zeros(16, 16)
     ids = torch.full((16,), -1, dtype=torch.int32)
@@ -70,14 +70,14 @@ def test_a_masked_gather_reads_what_is_masked(run):
     [("last_writes", "y depends on the order of the programs"), ("one_too_many", "y|outside")],
 )
 def test_a_wrong_kernel_is_caught(run, name, why):
-    from transom.backends.ascend._toolchain.launch import Failed
+    from transom.conformance.ascend.launch import Failed
 
     with pytest.raises(Failed, match=why):
         run(name, (3,), y=torch.zeros(64), B=64)
 
 
 def test_what_the_frontend_refuses_has_its_reason(run):
-    from transom.backends.ascend._toolchain.launch import Failed
+    from transom.conformance.ascend.launch import Failed
 
     x = torch.zeros(16, dtype=torch.int64)
     with pytest.raises(Failed, match="umulhi|int32") as caught:
@@ -86,7 +86,7 @@ def test_what_the_frontend_refuses_has_its_reason(run):
 
 
 def test_a_frontend_that_crashes_is_a_result(run, monkeypatch, tmp_path):
-    from transom.backends.ascend._toolchain import launch
+    from transom.conformance.ascend import launch
 
     monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path))  # where lowered programs are kept
     monkeypatch.setattr(launch, "standalone", lambda kernel: "import os\nos.abort()\n")
@@ -96,8 +96,8 @@ def test_a_frontend_that_crashes_is_a_result(run, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("chip", ["Ascend910B3", "Ascend910_9391", "Ascend950PR_9589"])
 def test_a_tile_fits_or_says_by_how_much_not(launched, chip):
-    from transom.backends.ascend._toolchain.chips import compile_for
-    from transom.backends.ascend._toolchain.launch import lower
+    from transom.conformance.ascend.chips import compile_for
+    from transom.conformance.ascend.launch import lower
 
     def plan(size):
         a, b = torch.zeros(size, 64).bfloat16(), torch.zeros(64, size).bfloat16()
@@ -112,8 +112,8 @@ def test_a_tile_fits_or_says_by_how_much_not(launched, chip):
 
 def test_an_operator_runs_whole(kernels):
     import transom
-    from transom.backends.ascend._toolchain import calls, verify
     from transom.conformance import cases
+    from transom.conformance.ascend import calls, verify
 
     op = transom.ops()["grouped_gemm"]
     with calls.implementations(["grouped_gemm"]) as impls:
@@ -141,8 +141,8 @@ def test_an_operator_runs_whole(kernels):
 )
 def test_odd_sizes_stay_inside_their_tensors(kernels, name, sizes):
     import transom
-    from transom.backends.ascend._toolchain import calls, verify
     from transom.conformance import cases
+    from transom.conformance.ascend import calls, verify
 
     op = transom.ops()[name]
     with calls.implementations([name]) as impls:
@@ -153,8 +153,8 @@ def test_odd_sizes_stay_inside_their_tensors(kernels, name, sizes):
 
 def test_a_wrong_result_is_caught(kernels, monkeypatch):
     import transom
-    from transom.backends.ascend._toolchain import calls, kept, verify
     from transom.conformance import cases
+    from transom.conformance.ascend import calls, kept, verify
 
     op = transom.ops()["grouped_gemm"]
     run = verify.run

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import transom
+from transom.conformance.models import tiny
 from transom.errors import SlowPath
-from transom.models import tiny
 
 SHARE = 1e-4
 """The largest difference of logits allowed, as a share of the range of the unpatched ones."""

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 
 import transom
-from transom.models import tiny
+from transom.conformance.models import tiny
 
 CASES = (("gpt_oss", "all_reduce"), ("qwen3_moe", "all_to_all"), ("deepseek_v4", "auto"))
 

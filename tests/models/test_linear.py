@@ -10,7 +10,8 @@ from agreement import prompt
 from torch import nn
 
 import transom
-from transom.models import linear, tiny
+from transom.conformance.models import tiny
+from transom.models import linear
 
 pytestmark = pytest.mark.skipif(
     transom.backends()["native"] is not None, reason=str(transom.backends()["native"])

@@ -16,8 +16,8 @@ from agreement import EXPERTS_ONLY, SPARSE, greedy, nothing_slow, pieces, prompt
 from torch import nn
 
 import transom
+from transom.conformance.models import tiny
 from transom.errors import NotSupported, SlowPath
-from transom.models import tiny
 from transom.models.experts import find_gate
 
 FAMILIES = [*SPARSE, *EXPERTS_ONLY]

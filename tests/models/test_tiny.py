@@ -9,7 +9,7 @@ import pytest
 import torch
 from agreement import greedy, prompt
 
-from transom.models import tiny
+from transom.conformance.models import tiny
 
 
 def test_the_builtin_model_has_every_kind_of_layer() -> None:

@@ -140,7 +140,7 @@ def test_pinned_and_pageable_tables_have_plans_of_their_own(monkeypatch):
 
 ASK_TRITON = """
 import importlib, sys, torch, transom
-kit = importlib.import_module("transom.backends.triton.compile")
+kit = importlib.import_module("transom.conformance.compiled.compile")
 roads = importlib.import_module("transom.backends.triton._launch")
 sys.path.insert(0, sys.argv[1])
 from test_table_in_host_memory import LOOKUPS, values

@@ -9,7 +9,7 @@ import json
 import torch
 
 import transom
-from transom.models import tiny
+from transom.conformance.models import tiny
 
 IDS = torch.randint(2, 97, (2, 19), generator=torch.Generator().manual_seed(1))
 

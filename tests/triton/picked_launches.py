@@ -10,7 +10,7 @@ import transom
 
 
 def module(name):
-    return importlib.import_module(f"transom.backends.triton.{name}")
+    return importlib.import_module(f"transom.conformance.compiled.{name}")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +52,7 @@ def test_one_target_of_each_vendor_is_compiled_in_full(on_sm_86):
 
 
 def test_figures_are_kept_for_one_source_one_target_and_one_set_of_constants(on_sm_86):
-    kept = module("_figures").Kept()
+    kept = module("figures").Kept()
     first, second = (launch for _, launch, _, _ in on_sm_86[:2])
     key = kept.key(first, "sm_86", module("compile").identity(first))
     assert key != kept.key(first, "sm_89", module("compile").identity(first))
@@ -60,7 +60,7 @@ def test_figures_are_kept_for_one_source_one_target_and_one_set_of_constants(on_
     kept.put(key, {"registers": 7})
     with kept.path.open("a") as file:
         file.write('{"key": "cut')  # as a process leaves it that is ended while it writes
-    assert module("_figures").Kept().get(key) == {"registers": 7}
+    assert module("figures").Kept().get(key) == {"registers": 7}
 
 
 def test_cache_rows_compile_beside_keys_of_float16(monkeypatch, tmp_path):

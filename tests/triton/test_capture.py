@@ -15,7 +15,7 @@ WATCHED = """
 import importlib, torch, transom
 from torch.utils._python_dispatch import TorchDispatchMode
 
-kit = importlib.import_module("transom.backends.triton.compile")
+kit = importlib.import_module("transom.conformance.compiled.compile")
 roads = importlib.import_module("transom.backends.triton._launch")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item",
          "repeat_interleave.Tensor")

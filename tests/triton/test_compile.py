@@ -24,7 +24,7 @@ TARGETS = os.environ.get("TRANSOM_TEST_TARGETS", "sm_86,sm_90,gfx942")
 
 
 def module(name):
-    return importlib.import_module(f"transom.backends.triton.{name}")
+    return importlib.import_module(f"transom.conformance.compiled.{name}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,7 @@ PEAKS = Peaks("cpu", 100.0, 10.0, 1)
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The built-in model is a much smaller one, and peaks are given."""
-    from transom.models import tiny
+    from transom.conformance.models import tiny
 
     def builtin(*, seed=0, dtype=torch.float32):
         model = tiny.tiny_model("deepseek_v4", seed=seed, vocab_size=258)
@@ -183,7 +183,7 @@ def test_a_long_text_is_cut(tiny, capsys, tmp_path):
 def test_a_checkpoint_folder_with_its_tokenizer(tiny, capsys, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from transom.models.tiny import tiny_model
+    from transom.conformance.models.tiny import tiny_model
 
     folder = tmp_path / "mixtral"
     tiny_model("mixtral").save_pretrained(folder)

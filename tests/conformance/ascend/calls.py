@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 import transom
-from transom.backends.triton import compile as triton
+from transom.backends import triton
 from transom.backends.triton._launch import Launch, record
 from transom.op import Impl, Op
+
+from .. import cases
+from ..compiled.compile import offered
 
 SOME, MANY, WIDE = 5, 24, 128
 """Sizes of a shrunk example: of leading dims, of those that vary from call to call, of others."""
@@ -26,14 +29,14 @@ def implementations(names: list[str] | None = None) -> Iterator[dict[str, Impl]]
     """The Triton implementation of each operator that has one, registered within the block whether
     or not a device is here."""
     every, hidden = transom.ops(), {}
-    for name in triton.offered():
+    for name in offered():
         kept = every[name].impls.get("triton")
         if kept is not None and kept.unavailable:  # what stands there without a device
             hidden[name] = every[name].impls.pop("triton")
         if name in _KNOWN:
             every[name].impls["triton"] = _KNOWN[name]
-    for name in triton.offered():
-        importlib.import_module(f"{triton.__package__}.{every[name].path.replace('/', '.')}")
+    for name in offered():
+        importlib.import_module(f"{triton.__name__}.{every[name].path.replace('/', '.')}")
     found = {name: op.impls["triton"] for name, op in every.items() if "triton" in op.impls}
     _KNOWN.update(found)
     try:
@@ -50,7 +53,6 @@ _KNOWN: dict[str, Impl] = {}
 def small(op: Op[..., Any], drawn: int = 0) -> Iterator[Any]:
     """Calls of the conformance kit: the small examples in three dtypes, sizes 0 and 1, all
     examples shrunk, and `drawn` more with other layouts, formats and numbers."""
-    cases = importlib.import_module("transom.conformance.cases")
     few = [e for e in op.examples if cases._elements(op, e) <= cases.LARGEST] or op.examples[:1]
     made: dict[str, Any] = {}
     for example in few:
@@ -75,7 +77,6 @@ def small(op: Op[..., Any], drawn: int = 0) -> Iterator[Any]:
 def _shrunk(op: Op[..., Any], example: dict[str, Any]) -> Any:
     """The example with its sizes cut to some that can be executed, so that the kernels' ways for
     sizes which tiles divide are taken; None if the declaration refuses that."""
-    cases = importlib.import_module("transom.conformance.cases")
     sizes = {
         name: min(size, MANY if name in op.varying else WIDE)
         for name, size in example.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import io
 import math
@@ -13,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import machine, units
-from .console import Refusal, out, steps, table, write, write_json
+from transom.cli import machine, units
+from transom.cli.console import Refusal, out, steps, table, write, write_json
 
 
 def compiled(
@@ -29,7 +28,8 @@ def compiled(
     """Compile, print a line a kernel, and say what is wrong; 0 if nothing is."""
     if importlib.util.find_spec("triton") is None:
         raise Refusal("triton is not installed; pip install 'transom[triton]'")
-    kit = importlib.import_module("transom.backends.triton.compile")
+    from . import compile as kit
+
     try:
         targets = kit.targets(target)
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import threading
 import time
@@ -13,9 +12,10 @@ from typing import Any
 
 import transom
 from transom.backends.triton import _launch
-from transom.backends.triton import compile as triton
 from transom.op import Impl, Op
 
+from .. import checks, tolerance
+from ..compiled import compile as triton
 from . import calls, kept
 from .chips import TARGETS, Plan, compile_for
 from .environment import PINS, Environment
@@ -174,8 +174,6 @@ def ran(
 ) -> Iterator[Ran | Refused]:
     """L1 and L2: the call with the tiles of each chip, where these or the lowered programs differ
     from the chips' before."""
-    checks = importlib.import_module("transom.conformance.checks")
-    tolerance = importlib.import_module("transom.conformance.tolerance")
     seen: set[str] = set()
     for chip in targets:
         if (why := calls.refused(op, impl, case.values, chip)) is not None:

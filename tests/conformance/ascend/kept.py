@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 from pathlib import Path
 from typing import Any
 
+from transom import kernels
+from transom.backends import triton
 from transom.config import cache_folder
 from transom.op import Op
 
@@ -47,14 +48,13 @@ def _place(op: Op[..., Any], call: str, launches: str) -> Path:
 @functools.cache
 def _sources(path: str) -> str:
     """A digest of the files that decide what an operator of this path computes here."""
-    triton = Path(importlib.import_module("transom.backends.triton").__file__ or "").parent
-    kernels = Path(importlib.import_module("transom.kernels").__file__ or "").parent
-    conformance = Path(importlib.import_module("transom.conformance").__file__ or "").parent
+    launched, meant = (Path(room.__file__ or "").parent for room in (triton, kernels))
+    drawn = Path(__file__).parents[1]
     family = path.partition("/")[0]
-    files = [kernels / f"{path}.py", *(conformance / f"{n}.py" for n in ("cases", "checks"))]
+    files = [meant / f"{path}.py", *(drawn / f"{n}.py" for n in ("cases", "checks"))]
     files += (Path(__file__).with_name(name) for name in OURS)
-    files += (triton / name for name in SHARED)
-    for folder in (triton / family, triton / "moe"):
+    files += (launched / name for name in SHARED)
+    for folder in (launched / family, launched / "moe"):
         files += sorted(p for p in folder.iterdir() if p.suffix == ".py")
     digest = hashlib.sha256()
     for file in files:

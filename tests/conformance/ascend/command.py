@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .console import Refusal, out, steps, table, write, write_json
-from .report import template
+from transom.cli.console import Refusal, out, steps, table, write, write_json
+from transom.cli.report import template
 
 
 def verify(
@@ -31,16 +30,15 @@ def verify(
     Each call costs compiles, so a fifth of `examples` is drawn beyond the fixed calls."""
     if importlib.util.find_spec("triton") is None:
         raise Refusal("triton is not installed; the kernels are its; pip install transom[triton]")
-    tools = "transom.backends.ascend._toolchain"
-    environments = importlib.import_module(f"{tools}.environment")
-    work = importlib.import_module(f"{tools}.verify")
-    contract = importlib.import_module(f"{tools}.contract")
+    from . import contract, tiles
+    from . import environment as environments
+    from . import verify as work
+
     with steps() as progress:
         try:
             progress.start("the vendor's compilers, in an environment of their own")
             environment = environments.ready()
             if fit:
-                tiles = importlib.import_module(f"{tools}.tiles")
                 progress.start("the largest tiles that fit")
                 tiles.refit(environment, names, every=not quick, workers=jobs, tell=_tell)
             progress.start("kernels on Ascend", 100)

@@ -28,16 +28,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import transom
+from transom.backends import triton
+from transom.backends.triton._choice import ARCHITECTURES, Tile
 from transom.dtypes import QUANTIZED
 from transom.op import Op
 from transom.selection import reasons
 from transom.weights import checked_group, grid_size, weight_from
 
-from ._choice import ARCHITECTURES, Tile
-from ._figures import Kept, leading, picked, summary
+from .figures import Kept, leading, picked, summary
 
 if TYPE_CHECKING:
-    from ._launch import Launch
+    from transom.backends.triton._launch import Launch
 
 SHARED = {
     "sm_80": 163,
@@ -119,8 +120,8 @@ class Outcome:
 
 
 def offered() -> list[str]:
-    """The operators that this backend has kernels for."""
-    here = Path(__file__).parent
+    """The operators that the backend has kernels for."""
+    here = Path(triton.__file__).parent
     return [name for name, op in transom.ops().items() if (here / f"{op.path}.py").exists()]
 
 
@@ -271,7 +272,7 @@ def launches(
 ) -> Iterator[tuple[str, Launch, str, bool]]:
     """(target, launch, call, Compiled.chosen) of every kernel that differs, of the calls (in words,
     values) that are `taken`."""
-    from ._launch import record
+    from transom.backends.triton._launch import record
 
     function = implementation(op)
     for target in wanted:
@@ -318,7 +319,7 @@ def identity(launch: Launch) -> str:
 
 def implementation(op: Op[..., Any]) -> Callable[..., Any]:
     """The operator's host function, whether or not this machine has a device for it."""
-    importlib.import_module(f"{__package__}.{op.path.replace('/', '.')}")
+    importlib.import_module(f"{triton.__name__}.{op.path.replace('/', '.')}")
     return op.impls["triton"].function
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import transom
 from transom.backends.triton import _choice
-from transom.backends.triton import compile as triton
 from transom.backends.triton._choice import Tile
 from transom.backends.triton._launch import record
 from transom.op import Op
 
+from ..compiled import compile as triton
 from . import calls
 from .chips import TARGETS
 from .environment import Environment

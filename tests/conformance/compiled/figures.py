@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from transom import config
 
 if TYPE_CHECKING:
-    from ._launch import Launch
+    from transom.backends.triton._launch import Launch
+
     from .compile import Compiled
 
 LEADING = {"sm_": "sm_90", "gfx": "gfx942"}
