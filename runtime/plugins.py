@@ -3,9 +3,10 @@ them.
 
 A backend is a folder of transom.backends with `probe() -> str | None` (None: usable here; else the
 sentence why not) and DEVICES, the device types it can serve. Its implementation of `moe/route` is
-imported from `moe/route.py` below it. A plugin is an entry point of the group `transom.plugins`: a
-callable that takes the package `transom` and registers implementations with public names only. What
-fails to load becomes a reason, never an import error.
+imported from `moe/route.py` below it, unless the backend's own `offered(op)` says what registers it
+(None: it has none). A plugin is an entry point of the group `transom.plugins`: a callable that
+takes the package `transom` and registers implementations with public names only. What fails to load
+becomes a reason, never an import error.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import pkgutil
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 from . import config
@@ -39,6 +40,8 @@ class Backend:
     name: str
     devices: tuple[str, ...]
     unavailable: str | None
+    offered: Callable[[Op[..., Any]], Callable[[], Any] | None]
+    """What registers its implementations of an operator; None if it has none."""
 
 
 @dataclass
@@ -76,13 +79,15 @@ def backends() -> dict[str, Backend]:
         if not found.ispkg:
             continue
         devices: tuple[str, ...] = ()
+        files = functools.partial(_file_of, found.name)
         try:
             module = importlib.import_module(f"{package.__name__}.{found.name}")
             devices = tuple(module.DEVICES)
-            out[found.name] = Backend(found.name, devices, module.probe())
+            offered = getattr(module, "offered", files)
+            out[found.name] = Backend(found.name, devices, module.probe(), offered)
         except (Exception, SystemExit) as error:  # whatever it is, the other backends are there
             reason = f"failed to load: {_text(error)}"
-            out[found.name] = Backend(found.name, devices, reason)
+            out[found.name] = Backend(found.name, devices, reason, files)
             _warn(f"backend {found.name} {reason}")
     return out
 
@@ -148,25 +153,32 @@ def load(op: Op[..., Any], device: str) -> None:
 
 
 def _load_backend(op: Op[..., Any], backend: Backend) -> None:
-    module = f"transom.backends.{backend.name}.{op.path.replace('/', '.')}"
-    try:
-        if importlib.util.find_spec(module) is None:
-            return
-    except ModuleNotFoundError:  # the backend has no folder for this family
+    register = backend.offered(op)
+    if register is None:
         return
     reason = backend.unavailable
     if reason is None:
         try:
             with _all_or_nothing():
-                importlib.import_module(module)
+                register()
             return
         except (Exception, SystemExit) as error:
-            reason = f"{module} failed to import: {_text(error)}"
+            reason = f"{op.path} failed to load: {_text(error)}"
             _warn(f"backend {backend.name}: {reason}")
     if backend.name not in op.impls:
         op.add(
             Impl(op.name, backend.name, backend.name, _never, tier="portable", unavailable=reason)
         )
+
+
+def _file_of(backend: str, op: Op[..., Any]) -> Callable[[], Any] | None:
+    """What imports a backend's file of an operator; None if it has none. Nothing is imported to
+    find it: a backend that is broken has its files."""
+    folders = importlib.import_module("transom.backends").__path__
+    if not any(Path(folder, backend, f"{op.path}.py").exists() for folder in folders):
+        return None
+    module = f"transom.backends.{backend}.{op.path.replace('/', '.')}"
+    return functools.partial(importlib.import_module, module)
 
 
 @contextlib.contextmanager

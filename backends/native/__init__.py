@@ -7,15 +7,25 @@ Weights are packed only where TRANSOM_PACKED_MB gives memory for it: the form is
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import transom
 from transom import config
 from transom.abi import Library, open_library, plugin
+from transom.abi.library import Entry
 from transom.abi.weight_forms import Budget
 from transom.errors import PluginError
+from transom.op import Op
 
 DEVICES = ("cpu",)
+
+FAMILIES = ("attention", "engram", "mhc", "moe")
+"""Folders of kernels in csrc/cpu."""
+
+WITHOUT = ("attention/cache_rows",)
+"""What they have no kernels for."""
 
 
 @functools.cache
@@ -36,12 +46,21 @@ def _budget() -> Budget:
     return Budget(config.at_most(config.PACKED))
 
 
-def register(op: str) -> None:
-    """Offer the library's implementation of `op` to the registry."""
-    for entry in library().entries:
-        if entry.op == op:
-            backend = __name__.rpartition(".")[2]
-            plugin.register(library(), entry, backend, _budget())
+def offered(op: Op[..., Any]) -> Callable[[], None] | None:
+    """What registers the library's implementations of an operator; None if it has none.
+
+    Without the library, whose table would say, these are the operators of FAMILIES but for those
+    WITHOUT a kernel: what they miss is then said.
+    """
+    if probe() is not None:
+        return _register if op.family in FAMILIES and op.path not in WITHOUT else None
+    entries = [entry for entry in library().entries if entry.op == op.name]
+    return functools.partial(_register, *entries) if entries else None
+
+
+def _register(*entries: Entry) -> None:
+    for entry in entries:
+        plugin.register(library(), entry, __name__.rpartition(".")[2], _budget())
 
 
 def probe() -> str | None:

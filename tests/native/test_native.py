@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import transom
 from transom.abi import open_library
+from transom.backends import native
 
 REASON = transom.backends()["native"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -243,6 +245,23 @@ def test_the_threads_of_torch_are_used():
         """
     )
     assert out.split() == ["2"]
+
+
+def test_the_library_offers_what_csrc_has_a_file_of():
+    root = Path(__file__).parents[2]
+    families = [
+        p.name for p in (root / "kernels").iterdir() if (root / "csrc/cpu" / p.name).is_dir()
+    ]
+    files = {p.stem for f in families for p in (root / "csrc/cpu" / f).glob("[!_]*.cpp")}
+    assert {entry.op for entry in library().entries} == files
+    with_files = {op.name for op in transom.ops().values() if native.offered(op) is not None}
+    assert with_files == files
+
+
+def test_without_the_library_each_operator_that_it_has_says_so(monkeypatch):
+    has = {op.path for op in transom.ops().values() if native.offered(op) is not None}
+    monkeypatch.setattr(native, "probe", lambda: "there is none")
+    assert {op.path for op in transom.ops().values() if native.offered(op) is not None} == has
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "neon"])

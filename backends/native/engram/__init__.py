@@ -1,1 +1,0 @@
-"""Engram in C++: hash, row gather, gate and short convolution."""

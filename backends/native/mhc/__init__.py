@@ -1,1 +1,0 @@
-"""Hyper-connections in C++."""
