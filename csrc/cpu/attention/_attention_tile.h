@@ -64,7 +64,7 @@ inline void gather(const transom_tensor *t, int64_t origin, int64_t step, const 
   for (int64_t i = 0; i < count; i++) {
     const int64_t first = origin + list[i] * step;
     if (t->dtype_code == TRANSOM_UINT)
-      decode_row(t, first, tile + i * stride);
+      decode_cache_row(t, first, tile + i * stride);
     else
       read_row(t, first, t->strides[last], t->shape[last], tile + i * stride);
   }
@@ -82,11 +82,11 @@ inline void pack_heads(const transom_tensor *q, int64_t first, int64_t heads, fl
   for (int64_t h = 0; h < heads; h += kPanel) {
     const int64_t start = first + h * row, columns = min_of(kPanel, heads - h);
     if (q->dtype_bits == 32)
-      pack(static_cast<const float *>(q->data) + start, row, along, columns, D, panels);
+      write_panel(static_cast<const float *>(q->data) + start, row, along, columns, D, panels);
     else if (q->dtype_code == TRANSOM_BFLOAT)
-      pack(static_cast<const bf16 *>(q->data) + start, row, along, columns, D, panels);
+      write_panel(static_cast<const bf16 *>(q->data) + start, row, along, columns, D, panels);
     else
-      pack(static_cast<const f16 *>(q->data) + start, row, along, columns, D, panels);
+      write_panel(static_cast<const f16 *>(q->data) + start, row, along, columns, D, panels);
     panels += D * kPanel;
   }
 }
@@ -160,10 +160,10 @@ inline void add_up(int64_t heads, float scale, const float *values, int64_t valu
     weigh(scores, count, scale, out.largest + h, out.mass + h);
     for (int64_t j = 0; j < count; j += kWidth)
       for (int64_t i = 0; i < kPanel; i += 4) {
-        vf turned[4];
-        turn(scores + j * kPanel + i, kPanel, turned);
+        vf four[4];
+        transpose(scores + j * kPanel + i, kPanel, four);
         for (int64_t r = 0; r < 4; r++)
-          store(scratch.weights + (h + i + r) * kKeys + j, turned[r]);
+          store(scratch.weights + (h + i + r) * kKeys + j, four[r]);
       }
   }
   for (int64_t d = 0; d < value_dim; d += kPanel)

@@ -139,9 +139,9 @@ inline void mix(const float *factors, int64_t lanes, int64_t heads, const float 
                 int64_t sum_stride) {
   for (int64_t j = 0; j < count; j += kWidth)
     for (int64_t h = 0; h < lanes; h += 4) {
-      vf turned[4];
-      turn(factors + j * lanes + h, lanes, turned);
-      for (int64_t r = 0; r < 4; r++) store(weights + (h + r) * kKeys + j, turned[r]);
+      vf four[4];
+      transpose(factors + j * lanes + h, lanes, four);
+      for (int64_t r = 0; r < 4; r++) store(weights + (h + r) * kKeys + j, four[r]);
     }
   for (int64_t d = 0; d < width; d += kPanel)
     multiply_panel(heads, count, weights, kKeys, keys + d, stride, sums + d, sum_stride, true);

@@ -104,11 +104,11 @@ void pack_keys(const Work *work, int64_t b, int64_t n, int64_t d, int64_t depth,
   const int64_t at = b * k->strides[0] + n * k->strides[1] + d * k->strides[2];
   const int64_t keys = min_of(kPanel, work->N - n), row = k->strides[1], along = k->strides[2];
   if (k->dtype_bits == 32)
-    pack(static_cast<const float *>(k->data) + at, row, along, keys, depth, panel);
+    write_panel(static_cast<const float *>(k->data) + at, row, along, keys, depth, panel);
   else if (k->dtype_code == TRANSOM_BFLOAT)
-    pack(static_cast<const bf16 *>(k->data) + at, row, along, keys, depth, panel);
+    write_panel(static_cast<const bf16 *>(k->data) + at, row, along, keys, depth, panel);
   else
-    pack(static_cast<const f16 *>(k->data) + at, row, along, keys, depth, panel);
+    write_panel(static_cast<const f16 *>(k->data) + at, row, along, keys, depth, panel);
 }
 
 /* Offers the scores of the keys n .. n + kPanel, those before `seen`, to the query's list. */

@@ -15,21 +15,18 @@ class Arena {
   template <class T>
   T *take(int64_t count) {
     char *start = memory_ == nullptr ? nullptr : memory_ + bytes_;
-    /* Sizes that 64 bits cannot count add up to more than any host has. */
-    uint64_t bytes;
-    if (__builtin_mul_overflow(static_cast<uint64_t>(count), sizeof(T), &bytes) ||
-        bytes > kMost - kAlignment)
-      bytes = kMost - kAlignment;
-    bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    if (bytes_ > kMost) bytes_ = kMost;
+    /* More than any host has stays more, and is refused there; it must not wrap round to less. */
+    constexpr uint64_t kMost = uint64_t{1} << 56;
+    const uint64_t bytes = static_cast<uint64_t>(count) <= kMost / sizeof(T)
+                               ? static_cast<uint64_t>(count) * sizeof(T)
+                               : kMost;
+    bytes_ += (bytes + 63) & ~uint64_t{63};
     return reinterpret_cast<T *>(start);
   }
 
   uint64_t bytes() const { return bytes_; }
 
  private:
-  static constexpr uint64_t kAlignment = 64, kMost = uint64_t{1} << 62;
-
   char *memory_;
   uint64_t bytes_ = 0;
 };

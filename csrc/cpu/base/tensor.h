@@ -98,27 +98,18 @@ inline void read_row(const transom_tensor *t, int64_t first, int64_t stride, int
     read_numbers(static_cast<const f16 *>(t->data) + first, stride, n, to);
 }
 
+/* A parameter [n] of any float dtype as float32, with zeros up to the next multiple of the width. */
+inline void read_parameter(const transom_tensor *t, int64_t n, float *to) {
+  if (t->dtype_bits != 64) return read_row(t, 0, t->strides[0], n, to);
+  for (int64_t i = 0; i < n; i++) to[i] = number(t, i * t->strides[0]);
+  for (int64_t i = n; i < (n + kWidth - 1) / kWidth * kWidth; i++) to[i] = 0.0f;
+}
+
 /* True for a tensor of a dtype that kernels read; else the reason is written. */
 inline bool readable(const transom_tensor *t, const char *name, transom_status *status) {
   if (kind(t) >= 0) return true;
   snprintf(status->message, sizeof status->message,
            "%s is float64; supported: float32, bfloat16, float16", name);
-  return false;
-}
-
-/* True if `x` is of a dtype that kernels read and the weight at `weight`, if it is quantised, has
- * rows in one piece; else the reason is written. */
-inline bool fits(const transom_call *call, int x, const char *x_name, int weight,
-                 const char *weight_name, transom_status *status) {
-  const transom_tensor *w = tensor(call, weight);
-  if (!readable(tensor(call, x), x_name, status)) return false;
-  if (call->args[weight + 3].tag != TRANSOM_VALUE_STRING || w->shape[2] <= 1 ||
-      w->strides[2] == 1)
-    return true;
-  snprintf(status->message, sizeof status->message,
-           "%s has values with a last dim of stride %lld; supported: 1; store each row's values "
-           "in one piece",
-           weight_name, static_cast<long long>(w->strides[2]));
   return false;
 }
 

@@ -33,6 +33,8 @@ typedef float vf __attribute__((vector_size(4 * kWidth)));
 typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t vu __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t vs __attribute__((vector_size(2 * kWidth)));
+typedef int16_t vh __attribute__((vector_size(2 * kWidth)));
+typedef int8_t vb __attribute__((vector_size(kWidth)));
 typedef float v4 __attribute__((vector_size(16)));
 
 /* Numbers of 16 bits as memory holds them. */
@@ -93,6 +95,27 @@ inline vf widen<f16>(vs s) {
   const vu infinite = bits_as<vu>((u & 0x7c00u) == 0x7c00u);
   magnitude = (infinite & (((u & 0x3ffu) << 13) | 0x7f800000u)) | (~infinite & magnitude);
   return bits_as<vf>(magnitude | ((u & 0x8000u) << 16));
+#endif
+}
+
+/* Bytes with their signs in more bits: gcc 12 widens by halves what one instruction does. */
+inline vh widen_bytes(vb bytes) {
+#if defined(__AVX512F__)
+  return bits_as<vh>(_mm256_cvtepi8_epi16(bits_as<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return bits_as<vh>(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(bits_as<long long>(bytes))));
+#else
+  return __builtin_convertvector(bytes, vh);
+#endif
+}
+
+inline vi widen_to_32(vb bytes) {
+#if defined(__AVX512F__)
+  return bits_as<vi>(_mm512_maskz_cvtepi8_epi32(0xffff, bits_as<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return bits_as<vi>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits_as<long long>(bytes))));
+#else
+  return __builtin_convertvector(bytes, vi);
 #endif
 }
 
@@ -187,8 +210,8 @@ inline uint16_t to_f16(float x) {
   return static_cast<uint16_t>(sign | h);
 }
 
-/* The low halves. */
-inline vs narrow(vu x) {
+/* The low 16 bits. */
+inline vs low_bits(vu x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   /* Every element is below 2^16 here; the compiler, which cannot know, would mask them first. */
   const __m256i both = bits_as<__m256i>(x);
@@ -204,7 +227,7 @@ inline vs narrow(vu x) {
 inline vs to_bf16(vf x) {
   const vu u = bits_as<vu>(x), number = bits_as<vu>(x == x);
   const vu half = (0x7fffu + ((u >> 16) & 1u)) & number;
-  return narrow(((u + half) | (~number & 0x400000u)) >> 16);
+  return low_bits(((u + half) | (~number & 0x400000u)) >> 16);
 }
 
 inline vs to_f16(vf x) {
@@ -225,7 +248,7 @@ inline vs to_f16(vf x) {
   vu h = size < 0x38800000 ? tiny : normal;
   h = size >= 0x477ff000 ? vu{} + 0x7c00u : h;
   h = size > 0x7f800000 ? 0x7e00u | ((u >> 13) & 0x1ffu) : h;
-  return narrow(sign | h);
+  return low_bits(sign | h);
 #endif
 }
 

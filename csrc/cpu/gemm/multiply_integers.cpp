@@ -1,9 +1,9 @@
-/* multiply() with rows in fixed point (integers.h) and a weight of 4 or 8 bits.
+/* multiply() with rows quantised to 16 bits (integers.h) and a weight of 4 or 8 bits.
  *
- * Up to three rows: memory is the limit. Eight columns at a time are read as stored; products of
+ * With up to three rows memory is the limit. Eight columns at a time are read as stored; products of
  * bytes are added in 16 bits, a block at a time in 32, and the sums of eight columns are brought
- * into one vector. More rows: a piece of the weight becomes a panel of pairs of 16-bit numbers in
- * L1, and pairs of x are multiplied with it. */
+ * into one vector. With more rows a chunk of the weight becomes a panel of pairs of 16-bit numbers
+ * in L1, and pairs of x are multiplied with it. */
 #include "integers.h"
 
 namespace transom::TRANSOM_LEVEL {
@@ -15,7 +15,9 @@ namespace {
 /* Columns side by side in a vector, and in a panel. */
 constexpr int kEight = 8, kSixteen = 16;
 /* Blocks whose scales are read at a time, and numbers along k of a panel. */
-constexpr int64_t kBlocks = 64, kPiece = 256;
+constexpr int64_t kBlocks = 64, kChunk = 256;
+
+typedef int32_t Eight __attribute__((vector_size(32)));
 
 /* Scales of eight columns for eight blocks, E8M0 each: to[b * stride + i] from column i. */
 inline void eight_e8m0(const uint8_t *const columns[kEight], int64_t at, float *to,
@@ -34,12 +36,7 @@ inline void eight_e8m0(const uint8_t *const columns[kEight], int64_t at, float *
   for (int i = 0; i < kEight; i++) {
     const __m128i both = pairs[i / 2];
     const __m256i byte = _mm256_cvtepu8_epi32(i % 2 == 0 ? both : _mm_srli_si128(both, 8));
-    /* 0 is the subnormal 2^-127, 255 is NaN */
-    const __m256i number =
-        _mm256_max_epi32(_mm256_slli_epi32(byte, 23), _mm256_set1_epi32(1 << 22));
-    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(byte, _mm256_set1_epi32(255)),
-                                         _mm256_set1_epi32(1 << 22));
-    store_256(to + i * stride, _mm256_or_si256(number, nan));
+    store_256(to + i * stride, bits_as<__m256i>(e8m0_bits(bits_as<Eight>(byte))));
   }
 }
 
@@ -49,7 +46,7 @@ struct Grids {
   alignas(32) float scales[kBlocks * N];
   alignas(32) int32_t zeros[kBlocks * N];
 
-  void read(const Stored &w, const int64_t *columns, int64_t k, int64_t blocks, int64_t block) {
+  void read(const QuantizedMatrix &w, const int64_t *columns, int64_t k, int64_t blocks, int64_t block) {
     if (w.format == kInt4 && w.zeros == nullptr) memset(zeros, 0, sizeof zeros);
     int64_t done = 0;
     if (w.e8m0 && w.scale_along == 1 && w.block_columns == block) {
@@ -82,10 +79,10 @@ struct Grids {
   }
 };
 
+/* Twice the number plus kOffset, by code, in both halves. */
 inline __m256i mxfp4_table() {
-  /* twice the number plus kOffset, by code */
-  return _mm256_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0, 12, 13, 14, 15,
-                          16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  static constexpr DoubledE2m1<kOffset> table;
+  return _mm256_broadcastsi128_si256(load_128(table.values));
 }
 
 /* *sum += more, where it stands in the source: else gcc first loads and multiplies
@@ -103,8 +100,8 @@ inline void sum_halves(const __m256i v[kEight], __m256i *first, __m256i *second)
 }
 
 /* Adds what one block gives, of which `sum` are the products' sums, to eight columns. */
-template <StoredFormat format>
-inline __m256 add_block(__m256 out, __m256i sum, const FixedRow &x, int64_t at,
+template <WeightFormat format>
+inline __m256 add_block(__m256 out, __m256i sum, const QuantizedRow &x, int64_t at,
                         const Grids<kEight> &grids, int64_t block) {
   if constexpr (format != kInt8) {
     __m256i beside = _mm256_set1_epi32(x.sums[at]);
@@ -117,7 +114,7 @@ inline __m256 add_block(__m256 out, __m256i sum, const FixedRow &x, int64_t at,
 }
 
 /* 64 products along k of a row with a column, in 16 bits: by the high bytes, by the low ones. */
-template <StoredFormat format>
+template <WeightFormat format>
 inline void products(const uint8_t *codes, const int8_t *x, __m256i *high, __m256i *low) {
   const __m256i both = load_256(codes), mask = _mm256_set1_epi8(15);
   __m256i even = _mm256_and_si256(both, mask);
@@ -133,8 +130,8 @@ inline void products(const uint8_t *codes, const int8_t *x, __m256i *high, __m25
 }
 
 /* One row times eight columns, `blocks` blocks from `first` on. */
-template <StoredFormat format, int block>
-inline __m256 narrow_blocks(__m256 out, const FixedRow &x, const uint8_t *const columns[kEight],
+template <WeightFormat format, int block>
+inline __m256 few_row_blocks(__m256 out, const QuantizedRow &x, const uint8_t *const columns[kEight],
                             int64_t row, int64_t first, int64_t blocks,
                             const Grids<kEight> &grids) {
   constexpr int kStep = block < 64 && format != kInt8 ? 64 : block; /* of k */
@@ -183,8 +180,8 @@ inline __m256 narrow_blocks(__m256 out, const FixedRow &x, const uint8_t *const 
   return out;
 }
 
-template <StoredFormat format, int block>
-void narrow(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Stored &w,
+template <WeightFormat format, int block>
+void few_rows(int64_t rows, int64_t K, const float *x, int64_t x_stride, const QuantizedMatrix &w,
             int64_t first, int64_t columns, float *c, int64_t c_stride) {
   Grids<kEight> grids;
   for (int64_t n = 0; n < columns; n += kEight) {
@@ -200,8 +197,8 @@ void narrow(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Sto
       for (int64_t r = 0; r < rows; r++) {
         float *to = c + r * c_stride + n;
         const __m256 out = b > 0 ? _mm256_loadu_ps(to) : _mm256_setzero_ps();
-        _mm256_storeu_ps(to, narrow_blocks<format, block>(
-                                 out, fixed_row(x + r * x_stride, K, block), from, w.row, b,
+        _mm256_storeu_ps(to, few_row_blocks<format, block>(
+                                 out, quantized_row(x + r * x_stride, K, block), from, w.row, b,
                                  blocks, grids));
       }
     }
@@ -209,7 +206,7 @@ void narrow(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Sto
 }
 
 /* words[j]: the j-th 32 bits of each of eight columns. */
-inline void turn_words(const uint8_t *const columns[kEight], int64_t at, __m256i words[4]) {
+inline void transpose_words(const uint8_t *const columns[kEight], int64_t at, __m256i words[4]) {
   __m256i v[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
@@ -222,7 +219,7 @@ inline void turn_words(const uint8_t *const columns[kEight], int64_t at, __m256i
 }
 
 /* Pairs of numbers along k, from one word of each column to `to`, one after the other. */
-template <StoredFormat format>
+template <WeightFormat format>
 inline void unpack_word(__m256i word, __m256i zeros, int16_t *to) {
   constexpr int kStride = 2 * kSixteen;
   if constexpr (format == kInt8) {
@@ -252,8 +249,8 @@ inline void unpack_word(__m256i word, __m256i zeros, int16_t *to) {
 }
 
 /* panel[k / 2][i]: the pair of numbers at k of column i. */
-template <StoredFormat format>
-inline void pack(const uint8_t *const columns[kSixteen], const uint8_t *const next[kSixteen],
+template <WeightFormat format>
+inline void write_panel(const uint8_t *const columns[kSixteen], const uint8_t *const next[kSixteen],
                  int64_t k, int64_t K, int64_t block, const Grids<kSixteen> &grids,
                  int16_t *panel) {
   constexpr int kStep = format == kInt8 ? 16 : 32; /* of k in 16 bytes */
@@ -265,7 +262,7 @@ inline void pack(const uint8_t *const columns[kSixteen], const uint8_t *const ne
         zeros = load_256(grids.zeros + done / block * kSixteen + half * kEight);
         zeros = _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 16));
       }
-      turn_words(columns + half * kEight, at, words);
+      transpose_words(columns + half * kEight, at, words);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++)
         unpack_word<format>(words[j], zeros,
@@ -376,10 +373,10 @@ void tile(int64_t blocks, int64_t block, const float *x, int64_t x_stride, int64
   }
 }
 
-template <StoredFormat format>
-void wide(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stride,
-          const Stored &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
-  alignas(64) int16_t panel[kPiece * kSixteen];
+template <WeightFormat format>
+void many_rows(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stride,
+          const QuantizedMatrix &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
+  alignas(64) int16_t panel[kChunk * kSixteen];
   const bool pairs = has_pairs();
   Grids<kSixteen> grids;
   for (int64_t n = 0; n < columns; n += kSixteen) {
@@ -389,14 +386,14 @@ void wide(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stri
       number[i] = first + min_of(n + i, columns - 1);
       from[i] = w.values + number[i] * w.row;
     }
-    for (int64_t k = 0; k < K; k += kPiece) {
-      const int64_t piece = min_of(kPiece, K - k), blocks = piece / block;
-      const int64_t following = k + kPiece;
+    for (int64_t k = 0; k < K; k += kChunk) {
+      const int64_t length = min_of(kChunk, K - k), blocks = length / block;
+      const int64_t following = k + kChunk;
       for (int i = 0; i < kSixteen; i++)
         next[i] = following < K ? from[i] + (format == kInt8 ? following : following / 2)
                                 : from[i] + kSixteen * w.row;
       grids.read(w, number, k, blocks, block);
-      pack<format>(from, next, k, piece, block, grids, panel);
+      write_panel<format>(from, next, k, length, block, grids, panel);
       int64_t left = (rows + kTallest - 1) / kTallest;
       for (int64_t r = 0; left > 0; left--) {
         const int64_t here = (rows - r + left - 1) / left;
@@ -422,42 +419,42 @@ void wide(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stri
   }
 }
 
-template <StoredFormat format>
+template <WeightFormat format>
 void by_format(int64_t rows, int64_t K, int64_t block, const float *x, int64_t x_stride,
-               const Stored &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
+               const QuantizedMatrix &w, int64_t first, int64_t columns, float *c, int64_t c_stride) {
   if (rows > 3)
-    wide<format>(rows, K, block, x, x_stride, w, first, columns, c, c_stride);
+    many_rows<format>(rows, K, block, x, x_stride, w, first, columns, c, c_stride);
   else if (block == 32)
-    narrow<format, 32>(rows, K, x, x_stride, w, first, columns, c, c_stride);
+    few_rows<format, 32>(rows, K, x, x_stride, w, first, columns, c, c_stride);
   else if (block == 64)
-    narrow<format, 64>(rows, K, x, x_stride, w, first, columns, c, c_stride);
+    few_rows<format, 64>(rows, K, x, x_stride, w, first, columns, c, c_stride);
   else
-    narrow<format, 128>(rows, K, x, x_stride, w, first, columns, c, c_stride);
+    few_rows<format, 128>(rows, K, x, x_stride, w, first, columns, c, c_stride);
 }
 
 }  // namespace
 
-void fix_row(const Weight &w, int64_t K, float *x) {
-  if (w.fixed > 0) turn_row(w.stored.format, w.fixed, K, x);
+void quantize_row(const Weight &w, int64_t K, float *x) {
+  if (w.integer_block > 0) quantize_row(w.quantized.format, w.integer_block, K, x);
 }
 
 void multiply_integers(int64_t rows, int64_t K, const float *x, int64_t x_stride, const Weight &w,
                        int64_t first, int64_t columns, float *c, int64_t c_stride, int64_t l2) {
   Weight exact = w;
-  exact.fixed = 0;
+  exact.integer_block = 0;
   for (int64_t r = 0, end; r < rows; r = end) {
-    const bool turned = fixed_row(x + r * x_stride, K, w.fixed).turned;
+    const bool quantized = quantized_row(x + r * x_stride, K, w.integer_block).quantized;
     for (end = r + 1; end < rows; end++)
-      if (fixed_row(x + end * x_stride, K, w.fixed).turned != turned) break;
+      if (quantized_row(x + end * x_stride, K, w.integer_block).quantized != quantized) break;
     const float *from = x + r * x_stride;
     float *to = c + r * c_stride;
 #define TRANSOM_INTEGERS(format) \
-  by_format<format>(end - r, K, w.fixed, from, x_stride, w.stored, first, columns, to, c_stride)
-    if (!turned)
+  by_format<format>(end - r, K, w.integer_block, from, x_stride, w.quantized, first, columns, to, c_stride)
+    if (!quantized)
       multiply(end - r, K, from, x_stride, exact, first, columns, to, c_stride, l2);
-    else if (w.stored.format == kInt8)
+    else if (w.quantized.format == kInt8)
       TRANSOM_INTEGERS(kInt8);
-    else if (w.stored.format == kInt4)
+    else if (w.quantized.format == kInt4)
       TRANSOM_INTEGERS(kInt4);
     else
       TRANSOM_INTEGERS(kMxfp4);
@@ -467,8 +464,8 @@ void multiply_integers(int64_t rows, int64_t K, const float *x, int64_t x_stride
 
 #else
 
-/* fixed_block() is 0 here. */
-void fix_row(const Weight &, int64_t, float *) {}
+/* integer_block() is 0 here. */
+void quantize_row(const Weight &, int64_t, float *) {}
 
 void multiply_integers(int64_t, int64_t, const float *, int64_t, const Weight &, int64_t, int64_t,
                        float *, int64_t, int64_t) {}

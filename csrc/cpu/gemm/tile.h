@@ -1,17 +1,17 @@
 /* c[r][n] (+)= sum over k of a[r][k] * b[k][n], in float32: the one inner loop of matrix products.
  *
  * b is a panel: kPanel columns wide, row after row of k. A weight is stored the other way round
- * ([N,K], k running); pack() turns a piece of it while it is widened or decoded, into L1, where all
- * rows of a use it. With few rows of a memory is the limit and `narrow` turns it in registers, on
- * its way through.
+ * ([N,K], k running); write_panel() transposes a chunk of it while it is widened or decoded, into
+ * L1, where all rows of a use it. With few rows of a memory is the limit, and few_rows() transposes
+ * the weight in registers, on its way through.
  *
- * Every sum runs along k in rising order, one fused multiply-add after the other, in pieces of
+ * Every sum runs along k in rising order, one fused multiply-add after the other, in chunks of
  * kDepth whose totals are added in order. So an element has the same bits whatever the tile, the
- * number of rows beside it, or the threads: narrow and wide agree to the bit. Internal linkage, as
- * in vector.h. */
+ * number of rows beside it, or the threads, and by either way. */
 #pragma once
 
 #include "../base/tensor.h"
+#include "../base/transpose.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -28,8 +28,8 @@ constexpr int kPanel = kTileVectors * kWidth;
 /* Rows of a panel: 16 KiB with AVX2, half of the smallest L1. */
 constexpr int64_t kDepth = 256;
 
-/* Lines of the cache that are wanted next, fetched between multiplications so that reading and
- * multiplying overlap: every `step` along k, `count` of them `across` bytes apart, and `along`
+/* Lines of the cache that are wanted next. They are fetched between multiplications, so that reading
+ * and multiplying overlap: every `step` along k, `count` of them `across` bytes apart, and `along`
  * bytes further each time. */
 struct Ahead {
   const char *at;
@@ -68,12 +68,12 @@ inline void tile(int64_t K, const float *a, int64_t a_stride, const float *b, in
     }
 }
 
-/* Any number of rows of a times one panel of at most kDepth rows; c has room for kPanel columns.
- * b_stride: floats between rows of the panel, kPanel where pack() made it. */
+/* Any number of rows of a times one panel of at most kDepth rows; rows of c hold kPanel columns.
+ * b_stride: floats between rows of the panel, kPanel where write_panel() made it. */
 inline void multiply_panel(int64_t rows, int64_t K, const float *a, int64_t a_stride,
                            const float *b, int64_t b_stride, float *c, int64_t c_stride,
                            bool add, Ahead ahead = {}) {
-  /* Tiles of nearly equal height: 13 rows are 7 + 6, not 12 + 1. */
+  /* Tiles are of nearly equal height: 13 rows are 7 + 6, not 12 + 1. */
   int64_t left = (rows + kTileRows - 1) / kTileRows, wanted = ahead.count;
   for (; left > 0; left--) {
     const int64_t r = (rows + left - 1) / left;
@@ -99,118 +99,25 @@ inline void multiply_panel(int64_t rows, int64_t K, const float *a, int64_t a_st
   }
 }
 
-/* 16 bytes of each of kWidth rows: rows j, j + 4, ... in the quarters of the j-th of four calls.
- * Assembled in registers: pieces that go through memory would wait for their stores. */
-inline vf quarters(const char *p, int64_t bytes) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  /* The second half comes straight from memory: of two loads gcc 12 makes another shuffle. */
-  return bits_as<vf>(_mm256_loadu2_m128(reinterpret_cast<const float *>(p + 4 * bytes),
-                                        reinterpret_cast<const float *>(p)));
-#else
-  v4 some[kWidth / 4];
-#pragma GCC unroll 4
-  for (int g = 0; g < kWidth / 4; g++) memcpy(some + g, p + 4 * g * bytes, sizeof(v4));
-#if defined(__AVX512F__)
-  const auto low = __builtin_shufflevector(some[0], some[1], 0, 1, 2, 3, 4, 5, 6, 7);
-  const auto high = __builtin_shufflevector(some[2], some[3], 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  return some[0];
-#endif
-#endif
-}
-
-/* In each quarter: {a0, b0, a1, b1} and {a2, b2, a3, b3}; {a0, a1, b0, b1} and {a2, a3, b2, b3}. */
-#if defined(__AVX512F__)
-#define TRANSOM_QUARTERS(a, b, i, j, k, l)                                                  \
-  __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, \
-                          l + 8, i + 12, j + 12, k + 12, l + 12)
-#elif defined(__AVX2__)
-#define TRANSOM_QUARTERS(a, b, i, j, k, l) \
-  __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
-#else
-#define TRANSOM_QUARTERS(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#endif
-inline vf interleave_low(vf a, vf b) { return TRANSOM_QUARTERS(a, b, 0, kWidth, 1, kWidth + 1); }
-inline vf interleave_high(vf a, vf b) {
-  return TRANSOM_QUARTERS(a, b, 2, kWidth + 2, 3, kWidth + 3);
-}
-inline vf halves_low(vf a, vf b) { return TRANSOM_QUARTERS(a, b, 0, 1, kWidth, kWidth + 1); }
-inline vf halves_high(vf a, vf b) { return TRANSOM_QUARTERS(a, b, 2, 3, kWidth + 2, kWidth + 3); }
-#undef TRANSOM_QUARTERS
-
-/* words[j], element i: the j-th 32 bits of row i, rows `bytes` apart. */
-inline void turn_words(const char *p, int64_t bytes, vf words[4]) {
-  const vf a = quarters(p, bytes), b = quarters(p + bytes, bytes);
-  const vf c = quarters(p + 2 * bytes, bytes), d = quarters(p + 3 * bytes, bytes);
-  const vf ab = interleave_low(a, b), cd = interleave_low(c, d);
-  const vf a2 = interleave_high(a, b), c2 = interleave_high(c, d);
-  words[0] = halves_low(ab, cd), words[1] = halves_high(ab, cd);
-  words[2] = halves_low(a2, c2), words[3] = halves_high(a2, c2);
-}
-
-/* Neighbours along k that are turned together. */
-template <class Number>
-constexpr int kTurned = 16 / static_cast<int>(sizeof(Number));
-
-/* Pairs of 16-bit numbers as float32: the first ones of the pairs, and the second ones. */
-template <class Number>
-inline void widen_pairs(vf pairs, vf *first, vf *second);
-
-template <>
-inline void widen_pairs<bf16>(vf pairs, vf *first, vf *second) {
-  *first = bits_as<vf>(bits_as<vu>(pairs) << 16);
-  *second = bits_as<vf>(bits_as<vu>(pairs) & 0xffff0000u);
-}
-
-template <>
-inline void widen_pairs<f16>(vf pairs, vf *first, vf *second) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const vu both = bits_as<vu>(pairs), low = both & 0xffffu, high = both >> 16;
-  const __m256i apart = _mm256_permute4x64_epi64(
-      _mm256_packus_epi32(bits_as<__m256i>(low), bits_as<__m256i>(high)), 0xd8);
-  *first = bits_as<vf>(_mm256_cvtph_ps(_mm256_castsi256_si128(apart)));
-  *second = bits_as<vf>(_mm256_cvtph_ps(_mm256_extracti128_si256(apart, 1)));
-#else
-  *first = widen<f16>(__builtin_convertvector(bits_as<vu>(pairs), vs));
-  *second = widen<f16>(__builtin_convertvector(bits_as<vu>(pairs) >> 16, vs));
-#endif
-}
-
-/* turned[j], element i: w[i * stride + j] of kWidth rows, kTurned neighbours along k. */
-template <class Number>
-inline void turn(const Number *w, int64_t stride, vf turned[kTurned<Number>]) {
-  vf words[4];
-  turn_words(reinterpret_cast<const char *>(w), stride * static_cast<int64_t>(sizeof(Number)),
-             words);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    if constexpr (sizeof(Number) == 4)
-      turned[j] = words[j];
-    else
-      widen_pairs<Number>(words[j], turned + 2 * j, turned + 2 * j + 1);
-  }
-}
-
 /* Neighbours along k of one line of the cache. */
 template <class Number>
 constexpr int kLineOf = static_cast<int>(kLine / sizeof(Number));
 
 /* panel[k][i] = w[i * row + k * along] for `columns` rows of a weight, zeros up to kPanel. */
 template <class Number>
-inline void pack(const Number *w, int64_t row, int64_t along, int64_t columns, int64_t K,
+inline void write_panel(const Number *w, int64_t row, int64_t along, int64_t columns, int64_t K,
                  float *panel) {
   if (along == 1 && columns == kPanel) {
-    const int64_t whole = K - K % kTurned<Number>;
+    const int64_t whole = K - K % kNeighbours<Number>;
     for (int v = 0; v < kTileVectors; v++) {
       const Number *from = w + v * kWidth * row;
       float *to = panel + v * kWidth;
 #pragma GCC unroll 2
-      for (int64_t k = 0; k < whole; k += kTurned<Number>) {
-        vf turned[kTurned<Number>];
-        turn(from + k, row, turned);
+      for (int64_t k = 0; k < whole; k += kNeighbours<Number>) {
+        vf steps[kNeighbours<Number>];
+        transpose(from + k, row, steps);
 #pragma GCC unroll 8
-        for (int j = 0; j < kTurned<Number>; j++) store(to + (k + j) * kPanel, turned[j]);
+        for (int j = 0; j < kNeighbours<Number>; j++) store(to + (k + j) * kPanel, steps[j]);
       }
     }
     w += whole, panel += whole * kPanel, K -= whole;
@@ -233,15 +140,15 @@ inline void pack(const Number *w, int64_t row, int64_t along, int64_t columns, i
 /* How far before its use a line of each row is fetched, in bytes along the row. */
 constexpr int64_t kFetched = 256;
 
-/* R rows of a times G * kWidth whole rows of a weight with k running, turned in registers. The
+/* R rows of a times G * kWidth whole rows of a weight with k running, transposed in registers. The
  * prefetchers of a processor do not keep up with 16 rows: lines are fetched kFetched bytes before
  * their use, one or two between multiplications, since a burst of them waits for its own misses.
  * `left`: numbers of a row from w on; beyond them the rows at `following` come next. One sum waits
  * for its last addition, so that few rows of a want more groups at a time. */
 template <int R, int G, class Number>
-inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w, int64_t row,
+inline void few_rows(int64_t K, const float *a, int64_t a_stride, const Number *w, int64_t row,
                    float *c, int64_t c_stride, bool add, int64_t left, const Number *following) {
-  constexpr int64_t size = sizeof(Number), kWord = kTurned<Number> / 4;
+  constexpr int64_t size = sizeof(Number), kWord = kNeighbours<Number> / 4;
   vf sums[G][R] = {};
   const int64_t whole = K - K % kLineOf<Number>;
   for (int64_t line = 0; line < whole; line += kLineOf<Number>) {
@@ -252,23 +159,23 @@ inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w,
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++)
 #pragma GCC unroll 1 /* together, sums would not stay in registers */
-      for (int k = 0; k < kLineOf<Number>; k += kTurned<Number>) {
+      for (int k = 0; k < kLineOf<Number>; k += kNeighbours<Number>) {
         for (int i = 0; i < kWidth / 4; i++, next += row) __builtin_prefetch(next, 0, 3);
         vf words[4];
-        turn_words(reinterpret_cast<const char *>(w + g * kWidth * row + line + k), row * size,
+        transpose_words(reinterpret_cast<const char *>(w + g * kWidth * row + line + k), row * size,
                    words);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-          vf turned[kWord];
+          vf steps[kWord];
           if constexpr (kWord == 1)
-            turned[0] = words[i];
+            steps[0] = words[i];
           else
-            widen_pairs<Number>(words[i], turned, turned + 1);
+            widen_pairs<Number>(words[i], steps, steps + 1);
 #pragma GCC unroll 2
           for (int j = 0; j < kWord; j++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
-              sums[g][r] += all(a[r * a_stride + line + k + i * kWord + j]) * turned[j];
+              sums[g][r] += all(a[r * a_stride + line + k + i * kWord + j]) * steps[j];
         }
       }
   }
@@ -294,7 +201,7 @@ inline void narrow(int64_t K, const float *a, int64_t a_stride, const Number *w,
 constexpr int64_t kSweep = 512;
 
 /* R rows of a times rows of w along k, each with `columns` (a multiple of kWidth, at most kSweep)
- * numbers in one piece: few rows of a and a weight that is stored [K,N]. */
+ * numbers side by side: for few rows of a and a weight that is stored [K,N]. */
 template <int R, class Number>
 inline void sweep(int64_t K, const float *a, int64_t a_stride, const Number *w, int64_t along,
                   int64_t columns, float *c, int64_t c_stride, bool add) {

@@ -1,4 +1,4 @@
-/* The experts' activations on rows of float32. Internal linkage, as in vector.h. */
+/* The experts' activations on rows of float32. */
 #pragma once
 
 #include <math.h>

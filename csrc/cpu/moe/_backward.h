@@ -1,10 +1,9 @@
 /* What both gradients of moe_experts begin with: gate, up and h computed again, and the gradients
- * of gate and up of every row. Internal linkage, as in vector.h. */
+ * of gate and up of every row. */
 #pragma once
 
-#include "../base/parallel.h"
-#include "_routed.h"
 #include "_activations.h"
+#include "_routed.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -13,11 +12,16 @@ namespace {
 constexpr int64_t kTile = kMostColumns / 2;
 constexpr int64_t kUpAt = kTile + kPanel, kTileStride = 2 * kUpAt;
 
-/* Where the operators' arguments stand. */
+/* The numbers of the operators' arguments. */
 struct BackwardArguments {
   int dy, x, ids, weights, gate_up, down, gate_up_bias, activation, limit, interleaved, alpha;
   bool plain; /* a weight is one argument, not four */
 };
+
+/* Those of the kernel's operator. */
+#define BACKWARD_ARGUMENTS(plain)                                                           \
+  {ARG(DY),           ARG(X),          ARG(IDS),   ARG(WEIGHTS),     ARG(GATE_UP), ARG(DOWN), \
+   ARG(GATE_UP_BIAS), ARG(ACTIVATION), ARG(LIMIT), ARG(INTERLEAVED), ARG(ALPHA),   plain}
 
 struct Backward {
   const transom_call *call;
@@ -27,10 +31,9 @@ struct Backward {
   int64_t x_stride, h_stride, both_stride, dots, block, thread_floats, l2;
   Gated gated;
   bool interleaved;
-  int64_t tokens, part_rows; /* the most of a piece, and of a part of its rows */
+  int64_t tokens, part_rows; /* the most of a batch, and of a part of its rows */
   Routed routed;
-  int64_t from, to; /* the rows at hand */
-  Tasks tasks;
+  int64_t from, to; /* the rows of the part */
   float *threads;
   float *dboth; /* [row][2*I] in gate_up's order, times the routing weight */
   float *h;     /* [row][I], or null */
@@ -71,8 +74,8 @@ inline void size_threads(Backward *work) {
       up_to(work->block * (2 * work->x_stride + kTileStride + kUpAt) + 4 * kTileStride, 16);
 }
 
-inline void activations_backward(void *context, int32_t thread) {
-  Backward *work = static_cast<Backward *>(context);
+template <class Take>
+inline void activations_backward(const Backward *work, Take take, int32_t thread) {
   const Routed &routed = work->routed;
   const transom_tensor *x = work->x, *dy = work->dy, *b = work->gate_up_bias;
   float *rows = work->threads + thread * work->thread_floats;
@@ -82,25 +85,23 @@ inline void activations_backward(void *context, int32_t thread) {
   float *bias = dtile + work->block * kUpAt, *dgate = bias + kTileStride;
   float *dup = dgate + kTileStride, *activated = dup + kTileStride;
   const bool interleaved = work->interleaved;
-  int64_t held = -1; /* the first of the rows at hand */
-  Walk walk(work->from);
-  Task task;
-  while (take(&work->tasks, &walk, [&](int64_t e) { return routed.ends[e]; }, &task)) {
-    for (int64_t r = 0; r < task.rows && held != task.row; r++) {
+  int64_t loaded = -1; /* the first of the rows in `rows` and `drows` */
+  for (Task task; take(&task);) {
+    for (int64_t r = 0; r < task.rows && loaded != task.row; r++) {
       const int64_t token = routed.first + routed.token(task.row + r);
       read_row(x, token * x->strides[0], x->strides[1], work->D, rows + r * work->x_stride);
       read_row(dy, token * dy->strides[0], dy->strides[1], work->D, drows + r * work->x_stride);
     }
-    held = task.row;
+    loaded = task.row;
     const Weight gate_up = expert_weight(*work, work->at.gate_up, task.e);
-    const auto columns_into = [&](int64_t first, int64_t columns, int64_t place) {
-      multiply(task.rows, work->D, rows, work->x_stride, gate_up, first, columns, tile + place,
+    const auto columns_into = [&](int64_t first, int64_t columns, int64_t to) {
+      multiply(task.rows, work->D, rows, work->x_stride, gate_up, first, columns, tile + to,
                kTileStride, work->l2);
       if (b == nullptr)
-        memset(bias + place, 0, static_cast<size_t>(up_to(columns, kWidth)) * sizeof(float));
+        memset(bias + to, 0, static_cast<size_t>(up_to(columns, kWidth)) * sizeof(float));
       else
         read_row(b, task.e * b->strides[0] + first * b->strides[1], b->strides[1], columns,
-                 bias + place);
+                 bias + to);
     };
     if (interleaved) {
       columns_into(2 * task.column, 2 * task.columns, 0);
@@ -137,7 +138,7 @@ inline void activations_backward(void *context, int32_t thread) {
         memcpy(work->h + (task.row + r - work->from) * work->h_stride + task.column, activated,
                bytes);
       if (work->dot == nullptr) continue;
-      /* Pieces of a fixed size: slices of columns depend on the threads. */
+      /* In parts of one size, since slices of columns depend on the threads. */
       float *dot = work->dot + (task.row + r - work->from) * work->dots + task.column / kPanel;
       for (int64_t c = 0; c < task.columns; c += kPanel) {
         float total = 0.0f;
@@ -150,18 +151,17 @@ inline void activations_backward(void *context, int32_t thread) {
 }
 
 /* The first round of tasks for the rows from .. to; the threads that it was worth. */
-inline int32_t run_activations_backward(Backward *work) {
+inline int32_t run_activations_backward(const Backward *work) {
+  const auto ends = [&](int64_t e) { return work->routed.ends[e]; };
   const double products = static_cast<double>((work->to - work->from) * work->D);
   const int32_t threads =
       threads_for(3.0 * products * static_cast<double>(work->I), work->call->threads);
   int64_t stop = work->from;
-  const int64_t blocks =
-      count_blocks(work->routed.E, work->to, work->block,
-                   [&](int64_t e) { return work->routed.ends[e]; }, &stop);
+  const int64_t blocks = count_blocks(work->routed.E, work->to, work->block, ends, &stop);
   const int64_t columns = columns_at_once(work->I, blocks, threads, kTile);
-  work->tasks = {work->routed.E, work->to, work->I, work->block, columns, 0};
-  if (blocks > 0 && work->I > 0) parallel(threads, activations_backward, work);
-  work->tasks.next = 0;
+  if (blocks > 0 && work->I > 0)
+    product_tasks(threads, {work->routed.E, work->to, work->I, work->block, columns}, work->from,
+                  ends, [&](auto take, int32_t thread) { activations_backward(work, take, thread); });
   return threads;
 }
 

@@ -1,5 +1,4 @@
-/* The scores of routing, of vectors of logits: the same bits for equal logits wherever they stand.
- * Internal linkage, as in vector.h. */
+/* The scores of routing, of vectors of logits: the same bits for equal logits wherever they stand. */
 #pragma once
 
 #include "../base/tensor.h"

@@ -1,9 +1,8 @@
-/* Rows sorted by expert, cut into tasks that threads take from one counter. Internal linkage, as in
- * vector.h. */
+/* Products of rows sorted by expert, cut into tasks that threads take from one counter. */
 #pragma once
 
-#include "../base/parallel.h"
-#include "../weights/weight.h"
+#include "../base/kernel.h"
+#include "../gemm/multiply.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -16,39 +15,58 @@ struct Task {
 };
 
 /* The tasks of one product over all experts. */
-struct Tasks {
-  int64_t E, M;
-  int64_t N;
+struct ProductTasks {
+  int64_t E, M, N;
   int64_t rows, columns; /* the most of a task */
-  int64_t next;          /* taken by fetch-and-add */
 };
 
-/* Where a thread stands: its tasks come in rising order, so it walks along the experts once. */
-struct Walk {
-  int64_t e = -1, start, stop, first = 0, tasks = 0, blocks = 0;
-  explicit Walk(int64_t from = 0) : start(from), stop(from) {}
-};
+/* Where a thread stands among the tasks. Their numbers come in rising order, so that it walks along
+ * the experts once. */
+class Walk {
+ public:
+  explicit Walk(const ProductTasks &tasks, int64_t from = 0)
+      : tasks_(tasks), start_(from), stop_(from) {}
 
-/* The next task for this thread, if there is one. ends(e): where the rows of expert e end. */
-template <class Ends>
-inline bool take(Tasks *tasks, Walk *walk, Ends ends, Task *task) {
-  const int64_t number = __atomic_fetch_add(&tasks->next, 1, __ATOMIC_RELAXED);
-  while (number >= walk->first + walk->tasks) {
-    if (++walk->e >= tasks->E) return false;
-    walk->first += walk->tasks;
-    walk->start = walk->stop;
-    walk->stop = max_of(walk->start, min_of(ends(walk->e), tasks->M));
-    walk->blocks = ceil_of(walk->stop - walk->start, tasks->rows);
-    walk->tasks = walk->blocks * ceil_of(tasks->N, tasks->columns);
+  /* The task of a number, if there is one. ends(e): where the rows of expert e end. */
+  template <class Ends>
+  bool find(int64_t number, Ends ends, Task *task) {
+    while (number >= first_ + count_) {
+      if (++e_ >= tasks_.E) return false;
+      first_ += count_;
+      start_ = stop_;
+      stop_ = max_of(start_, min_of(ends(e_), tasks_.M));
+      blocks_ = ceil_of(stop_ - start_, tasks_.rows);
+      count_ = blocks_ * ceil_of(tasks_.N, tasks_.columns);
+    }
+    /* Blocks of rows after one another for the same columns: the weight is then still in a cache. */
+    const int64_t at = number - first_;
+    task->e = e_;
+    task->row = start_ + at % blocks_ * tasks_.rows;
+    task->rows = min_of(tasks_.rows, stop_ - task->row);
+    task->column = at / blocks_ * tasks_.columns;
+    task->columns = min_of(tasks_.columns, tasks_.N - task->column);
+    return true;
   }
-  /* Blocks of rows after one another for the same columns: the weight is then still in a cache. */
-  const int64_t at = number - walk->first;
-  task->e = walk->e;
-  task->row = walk->start + at % walk->blocks * tasks->rows;
-  task->rows = min_of(tasks->rows, walk->stop - task->row);
-  task->column = at / walk->blocks * tasks->columns;
-  task->columns = min_of(tasks->columns, tasks->N - task->column);
-  return true;
+
+ private:
+  const ProductTasks tasks_;
+  int64_t e_ = -1, start_, stop_, first_ = 0, count_ = 0, blocks_ = 0; /* of expert e_ */
+};
+
+/* f(take, thread) on up to `threads` threads, of which take(&task) gives each its tasks in rising
+ * order, false after the last one. */
+template <class Ends, class F>
+inline void product_tasks(int32_t threads, const ProductTasks &tasks, int64_t from, Ends ends,
+                          F f) {
+  Counter counter(INT64_MAX);
+  on_threads(threads, [&](int32_t thread) {
+    Walk walk(tasks, from);
+    const auto take = [&](Task *task) {
+      int64_t number;
+      return counter.take(&number) && walk.find(number, ends, task);
+    };
+    f(take, thread);
+  });
 }
 
 /* Blocks of rows over all experts; *stop: where their rows begin, then where they end. */
@@ -63,8 +81,8 @@ inline int64_t count_blocks(int64_t E, int64_t M, int64_t rows, Ends ends, int64
   return blocks;
 }
 
-/* Rows of x in one task: enough to pay for turning the weight, and a piece of kDepth of each stays
- * in L2 whatever their length. */
+/* Rows of x in one task: enough to pay for transposing the weight, and a chunk of kDepth of each
+ * stays in L2 whatever their length. */
 constexpr int64_t kMostRows = 128;
 /* Columns of one task, and floats between the rows of its products. */
 constexpr int64_t kMostColumns = 256;

@@ -2,15 +2,18 @@
 #include "_grouped.h"
 
 namespace transom::TRANSOM_LEVEL {
+
+TRANSOM_KERNEL(grouped_gemm, supports, workspace, run)
+
 namespace {
 
 Grouped describe(const transom_call *call) {
-  return grouped_from(call, TRANSOM_GROUPED_GEMM_X, TRANSOM_GROUPED_GEMM_WEIGHT,
-                      TRANSOM_GROUPED_GEMM_OFFSETS, false);
+  return grouped_from(call, ARG(X), ARG(WEIGHT), ARG(OFFSETS), false);
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  return fits(call, TRANSOM_GROUPED_GEMM_X, "x", TRANSOM_GROUPED_GEMM_WEIGHT, "weight", status);
+  return readable(tensor(call, ARG(X)), "x", status) &&
+         weight_fits(call, ARG(WEIGHT), "weight", status);
 }
 
 uint64_t workspace(const transom_call *call) { return grouped_workspace(describe(call)); }
@@ -18,9 +21,4 @@ uint64_t workspace(const transom_call *call) { return grouped_workspace(describe
 int32_t run(const transom_call *call, transom_status *) { return run_grouped(describe(call)); }
 
 }  // namespace
-
-extern const transom_impl grouped_gemm = {
-    sizeof(transom_impl), TRANSOM_TUNED, "grouped_gemm", "native", TRANSOM_GROUPED_GEMM_HASH,
-    TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

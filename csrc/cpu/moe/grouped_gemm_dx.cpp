@@ -3,16 +3,18 @@
 #include "_grouped.h"
 
 namespace transom::TRANSOM_LEVEL {
+
+TRANSOM_KERNEL(grouped_gemm_dx, supports, workspace, run)
+
 namespace {
 
 Grouped describe(const transom_call *call) {
-  return grouped_from(call, TRANSOM_GROUPED_GEMM_DX_DY, TRANSOM_GROUPED_GEMM_DX_WEIGHT,
-                      TRANSOM_GROUPED_GEMM_DX_OFFSETS, true);
+  return grouped_from(call, ARG(DY), ARG(WEIGHT), ARG(OFFSETS), true);
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
-  return fits(call, TRANSOM_GROUPED_GEMM_DX_DY, "dy", TRANSOM_GROUPED_GEMM_DX_WEIGHT, "weight",
-              status);
+  return readable(tensor(call, ARG(DY)), "dy", status) &&
+         weight_fits(call, ARG(WEIGHT), "weight", status);
 }
 
 uint64_t workspace(const transom_call *call) { return grouped_workspace(describe(call)); }
@@ -20,9 +22,4 @@ uint64_t workspace(const transom_call *call) { return grouped_workspace(describe
 int32_t run(const transom_call *call, transom_status *) { return run_grouped(describe(call)); }
 
 }  // namespace
-
-extern const transom_impl grouped_gemm_dx = {
-    sizeof(transom_impl), TRANSOM_TUNED, "grouped_gemm_dx", "native",
-    TRANSOM_GROUPED_GEMM_DX_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

@@ -1,17 +1,17 @@
 /* route: scores of a token's logits, the k largest of them + bias, and their weights.
  *
  * A task is some tokens, a token at a time in L1: the scores in vectors, then k times the largest
- * key that is left and its first place. Bound by arithmetic, an exponential or two a logit. Keys are
- * float32 and comparisons exact, so ties are ties: a chosen key becomes NaN, which no comparison
- * finds again, and a NaN key was -inf before. */
-#include "../base/parallel.h"
-#include "../base/tensor.h"
+ * key that is left and its first position. It is bound by arithmetic, an exponential or two a logit.
+ * Keys are float32 and comparisons exact, so ties are ties: a chosen key becomes NaN, which no
+ * comparison finds again, and a NaN key was -inf before. */
+#include "../base/kernel.h"
 #include "_scores.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_ROUTE_##name
+TRANSOM_KERNEL(route, supports, workspace, run)
+
+namespace {
 
 constexpr int64_t kTokens = 16; /* of a task */
 
@@ -24,41 +24,57 @@ struct Work {
   int64_t T, E, k, groups, top_groups;
   int64_t row; /* floats of a row of the workspace */
   int32_t threads;
-  int64_t next; /* task, by fetch-and-add */
 };
 
-/* Rows of a thread: scores, keys, bias, groups' keys, chosen scores, validity, segments. */
-constexpr int64_t kOfThread = 7;
+/* The workspace of a thread, whose arrays have an element for each expert, or each that is chosen. */
+struct RouteWorkspace {
+  float *scores, *keys, *bias, *group_keys, *chosen;
+  bool *valid;
+  float *largest; /* of each segment */
+};
 
 Work describe(const transom_call *call) {
   Work work = {};
   work.call = call;
-  work.logits = tensor(call, ARGUMENT(LOGITS));
-  work.bias = tensor(call, ARGUMENT(BIAS));
-  work.preset = tensor(call, ARGUMENT(PRESET));
-  work.mask = tensor(call, ARGUMENT(MASK));
-  work.score = score_from(call->args[ARGUMENT(SCORE)].string);
-  work.renormalize = call->args[ARGUMENT(RENORMALIZE)].i != 0;
-  work.scale = static_cast<float>(call->args[ARGUMENT(SCALE)].f);
+  work.logits = tensor(call, ARG(LOGITS));
+  work.bias = tensor(call, ARG(BIAS));
+  work.preset = tensor(call, ARG(PRESET));
+  work.mask = tensor(call, ARG(MASK));
+  work.score = score_from(call->args[ARG(SCORE)].string);
+  work.renormalize = call->args[ARG(RENORMALIZE)].i != 0;
+  work.scale = static_cast<float>(call->args[ARG(SCALE)].f);
   work.T = work.logits->shape[0], work.E = work.logits->shape[1];
-  work.k = call->args[ARGUMENT(K)].i;
-  work.groups = call->args[ARGUMENT(GROUPS)].i;
-  work.top_groups = call->args[ARGUMENT(TOP_GROUPS)].i;
+  work.k = call->args[ARG(K)].i;
+  work.groups = call->args[ARG(GROUPS)].i;
+  work.top_groups = call->args[ARG(TOP_GROUPS)].i;
   work.row = up_to(max_of(work.E, work.k), 16) + 16;
   const double each = static_cast<double>(work.E) * (24.0 + static_cast<double>(work.k));
   work.threads = threads_for(static_cast<double>(work.T) * each, call->threads);
   return work;
 }
 
-/* Keys in segments, and the largest key of each: to take one is to search two segments. */
+RouteWorkspace lay_out(const Work &work, Arena &arena) {
+  RouteWorkspace own = {};
+  own.scores = arena.take<float>(work.row), own.keys = arena.take<float>(work.row);
+  own.bias = arena.take<float>(work.row), own.group_keys = arena.take<float>(work.row);
+  own.chosen = arena.take<float>(work.row), own.valid = arena.take<bool>(work.row);
+  own.largest = arena.take<float>(work.row);
+  return own;
+}
+
+int64_t thread_bytes(const Work &work) {
+  return bytes_of([&](Arena &arena) { lay_out(work, arena); });
+}
+
+/* Keys stand in segments, whose largest keys are known: to take one is to search two segments. */
 constexpr int64_t kSegment = 64;
 
-void fill_tops(const float *key, int64_t n, float *tops) {
+void find_largest(const float *key, int64_t n, float *tops) {
   for (int64_t i = 0; i < n; i += kSegment)
     tops[i / kSegment] = largest(key + i, min_of(kSegment, n - i));
 }
 
-/* The first place of the largest of n keys, which becomes NaN. */
+/* The first position of the largest of n keys, which becomes NaN. */
 int64_t take_largest(float *key, int64_t n, float *tops) {
   const int64_t segments = (n + kSegment - 1) / kSegment;
   float most = tops[0];
@@ -100,8 +116,9 @@ float of_group(const float *key, int64_t n, bool two) {
 }
 
 /* The ids of the k largest of the scores s + bias. */
-void select(const Work *work, const float *s, const float *bias, float *key, float *best,
-            float *tops, int32_t *ids) {
+void select(const Work *work, const RouteWorkspace &own, const float *bias, int32_t *ids) {
+  const float *s = own.scores;
+  float *key = own.keys, *best = own.group_keys, *tops = own.largest;
   const int64_t E = work->E, members = E / work->groups;
   const vf low = all(-__builtin_inff());
   for (int64_t i = 0; i < E; i += kWidth) {
@@ -114,17 +131,17 @@ void select(const Work *work, const float *s, const float *bias, float *key, flo
       best[g] = of_group(key + g * members, members, bias != nullptr);
     for (int64_t g = work->groups; g < up_to(work->groups, kWidth); g++)
       best[g] = __builtin_nanf("");
-    fill_tops(best, work->groups, tops);
+    find_largest(best, work->groups, tops);
     for (int64_t i = 0; i < work->top_groups; i++) take_largest(best, work->groups, tops);
     for (int64_t g = 0; g < work->groups; g++)
       if (best[g] == best[g]) /* not taken */
         for (int64_t i = 0; i < members; i++) key[g * members + i] = -__builtin_inff();
   }
-  fill_tops(key, E, tops);
+  find_largest(key, E, tops);
   for (int64_t i = 0; i < work->k; i++) ids[i] = static_cast<int32_t>(take_largest(key, E, tops));
 }
 
-void route_token(const Work *work, int64_t t, float *rows, const float *bias) {
+void route_token(const Work *work, int64_t t, const RouteWorkspace &own, const float *bias) {
   const int64_t E = work->E, k = work->k;
   const transom_tensor *logits = work->logits, *preset = work->preset;
   int32_t *ids = static_cast<int32_t *>(work->call->outs[0]->data) + t * k;
@@ -134,9 +151,8 @@ void route_token(const Work *work, int64_t t, float *rows, const float *bias) {
     for (int64_t i = 0; i < k; i++) ids[i] = -1, weights[i] = 0.0f;
     return;
   }
-  float *s = rows, *key = rows + work->row, *best = rows + 3 * work->row;
-  float *chosen = rows + 4 * work->row;
-  bool *valid = reinterpret_cast<bool *>(rows + 5 * work->row);
+  float *s = own.scores, *chosen = own.chosen;
+  bool *valid = own.valid;
   const int64_t start = t * logits->strides[0], stride = logits->strides[1];
   /* A preset needs the logits of its experts only, but for the softmax over all. */
   const bool everything = preset == nullptr || work->score == kSoftmax;
@@ -149,7 +165,7 @@ void route_token(const Work *work, int64_t t, float *rows, const float *bias) {
       for (int64_t i = 0; i < E; i += kWidth) store(s + i, score_of(work->score, load(s + i)));
   }
   if (preset == nullptr) {
-    select(work, s, bias, key, best, rows + 6 * work->row, ids);
+    select(work, own, bias, ids);
   } else {
     for (int64_t i = 0; i < k; i++) {
       const int64_t id = integer(preset, t * preset->strides[0] + i * preset->strides[1]);
@@ -176,43 +192,30 @@ void route_token(const Work *work, int64_t t, float *rows, const float *bias) {
   for (int64_t i = 0; i < k; i++) weights[i] = valid[i] ? chosen[i] / total * work->scale : 0.0f;
 }
 
-void route_tasks(void *context, int32_t thread) {
-  Work *work = static_cast<Work *>(context);
-  float *rows = static_cast<float *>(work->call->workspace) + thread * kOfThread * work->row;
-  const transom_tensor *given = work->bias;
-  float *bias = nullptr;
-  if (given != nullptr) {
-    bias = rows + 2 * work->row;
-    for (int64_t i = 0; i < up_to(work->E, kWidth); i++)
-      bias[i] = i < work->E ? number(given, i * given->strides[0]) : 0.0f;
-  }
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * kTokens;
-    if (first >= work->T) return;
-    for (int64_t t = first; t < min_of(first + kTokens, work->T); t++)
-      route_token(work, t, rows, bias);
-  }
-}
-
 int32_t supports(const transom_call *call, transom_status *status) {
-  return readable(tensor(call, ARGUMENT(LOGITS)), "logits", status);
+  return readable(tensor(call, ARG(LOGITS)), "logits", status);
 }
 
 uint64_t workspace(const transom_call *call) {
   const Work work = describe(call);
-  return static_cast<uint64_t>(work.threads * kOfThread * work.row) * sizeof(float);
+  return static_cast<uint64_t>(work.threads * thread_bytes(work));
 }
 
 int32_t run(const transom_call *call, transom_status *) {
-  Work work = describe(call);
-  parallel(work.threads, route_tasks, &work);
+  const Work work = describe(call);
+  const transom_tensor *bias = work.bias;
+  const int64_t bytes = thread_bytes(work);
+  Counter counter((work.T + kTokens - 1) / kTokens);
+  on_threads(work.threads, [&](int32_t thread) {
+    Arena arena(static_cast<char *>(call->workspace) + thread * bytes);
+    const RouteWorkspace own = lay_out(work, arena);
+    if (bias != nullptr) read_parameter(bias, work.E, own.bias);
+    for (int64_t task; counter.take(&task);)
+      for (int64_t t = task * kTokens; t < min_of((task + 1) * kTokens, work.T); t++)
+        route_token(&work, t, own, bias != nullptr ? own.bias : nullptr);
+  });
   return 0;
 }
 
 }  // namespace
-
-extern const transom_impl route = {
-    sizeof(transom_impl), TRANSOM_TUNED, "route", "native", TRANSOM_ROUTE_HASH,
-    TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

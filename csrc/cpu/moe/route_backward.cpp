@@ -1,15 +1,15 @@
 /* route_backward: the gradient of the weights, through the scores of the chosen experts.
  *
  * A task is some tokens. Only the chosen logits have a gradient, but for the softmax over all: a row
- * of zeros is written, and k numbers into it. Bound by the memory of dlogits. */
-#include "../base/parallel.h"
-#include "../base/tensor.h"
+ * of zeros is written, and k numbers into it. It is bound by the memory of dlogits. */
+#include "../base/kernel.h"
 #include "_scores.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_ROUTE_BACKWARD_##name
+TRANSOM_KERNEL(route_backward, supports, workspace, run)
+
+namespace {
 
 constexpr int64_t kTokens = 16; /* of a task */
 
@@ -22,22 +22,38 @@ struct Work {
   int64_t T, E, k;
   int64_t row; /* floats of a row of the workspace */
   int32_t threads;
-  int64_t next; /* task, by fetch-and-add */
 };
 
-/* Rows of a thread: logits or scores, gradients by expert; chosen logits, scores, gradients,
- * ids, validity. */
-constexpr int64_t kOfThread = 7;
+/* The workspace of a thread: by expert, the softmax and gradients; of those that are chosen, logits,
+ * scores, gradients, ids and validity. */
+struct RouteWorkspace {
+  float *scores, *gradients, *logits, *chosen, *chosen_gradients;
+  int32_t *ids;
+  bool *valid;
+};
+
+RouteWorkspace lay_out(const Work &work, Arena &arena) {
+  RouteWorkspace own = {};
+  own.scores = arena.take<float>(work.row), own.gradients = arena.take<float>(work.row);
+  own.logits = arena.take<float>(work.row), own.chosen = arena.take<float>(work.row);
+  own.chosen_gradients = arena.take<float>(work.row);
+  own.ids = arena.take<int32_t>(work.row), own.valid = arena.take<bool>(work.row);
+  return own;
+}
+
+int64_t thread_bytes(const Work &work) {
+  return bytes_of([&](Arena &arena) { lay_out(work, arena); });
+}
 
 Work describe(const transom_call *call) {
   Work work = {};
   work.call = call;
-  work.dweights = tensor(call, ARGUMENT(DWEIGHTS));
-  work.logits = tensor(call, ARGUMENT(LOGITS));
-  work.ids = tensor(call, ARGUMENT(IDS));
-  work.score = score_from(call->args[ARGUMENT(SCORE)].string);
-  work.renormalize = call->args[ARGUMENT(RENORMALIZE)].i != 0;
-  work.scale = static_cast<float>(call->args[ARGUMENT(SCALE)].f);
+  work.dweights = tensor(call, ARG(DWEIGHTS));
+  work.logits = tensor(call, ARG(LOGITS));
+  work.ids = tensor(call, ARG(IDS));
+  work.score = score_from(call->args[ARG(SCORE)].string);
+  work.renormalize = call->args[ARG(RENORMALIZE)].i != 0;
+  work.scale = static_cast<float>(call->args[ARG(SCALE)].f);
   work.T = work.logits->shape[0], work.E = work.logits->shape[1], work.k = work.ids->shape[1];
   work.row = up_to(max_of(work.E, work.k), 16) + 16;
   const double each = static_cast<double>(work.E) * (work.score == kSoftmax ? 24.0 : 4.0);
@@ -45,14 +61,14 @@ Work describe(const transom_call *call) {
   return work;
 }
 
-void token(const Work *work, int64_t t, float *rows) {
+void token(const Work *work, int64_t t, const RouteWorkspace &own) {
   const int64_t E = work->E, k = work->k;
   const transom_tensor *logits = work->logits, *ids = work->ids, *dw = work->dweights;
   const transom_tensor *out = work->call->outs[0];
-  float *s = rows, *full = rows + work->row, *z = rows + 2 * work->row;
-  float *chosen = rows + 3 * work->row, *grad = rows + 4 * work->row;
-  int32_t *id = reinterpret_cast<int32_t *>(rows + 5 * work->row);
-  bool *valid = reinterpret_cast<bool *>(rows + 6 * work->row);
+  float *s = own.scores, *full = own.gradients, *z = own.logits;
+  float *chosen = own.chosen, *grad = own.chosen_gradients;
+  int32_t *id = own.ids;
+  bool *valid = own.valid;
   bool some = false;
   for (int64_t i = 0; i < k; i++) {
     const int64_t given = integer(ids, t * ids->strides[0] + i * ids->strides[1]);
@@ -114,35 +130,26 @@ void token(const Work *work, int64_t t, float *rows) {
   });
 }
 
-void tasks(void *context, int32_t thread) {
-  Work *work = static_cast<Work *>(context);
-  float *rows = static_cast<float *>(work->call->workspace) + thread * kOfThread * work->row;
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * kTokens;
-    if (first >= work->T) return;
-    for (int64_t t = first; t < min_of(first + kTokens, work->T); t++) token(work, t, rows);
-  }
-}
-
 int32_t supports(const transom_call *call, transom_status *status) {
-  return readable(tensor(call, ARGUMENT(LOGITS)), "logits", status);
+  return readable(tensor(call, ARG(LOGITS)), "logits", status);
 }
 
 uint64_t workspace(const transom_call *call) {
   const Work work = describe(call);
-  return static_cast<uint64_t>(work.threads * kOfThread * work.row) * sizeof(float);
+  return static_cast<uint64_t>(work.threads * thread_bytes(work));
 }
 
 int32_t run(const transom_call *call, transom_status *) {
-  Work work = describe(call);
-  parallel(work.threads, tasks, &work);
+  const Work work = describe(call);
+  const int64_t bytes = thread_bytes(work);
+  tasks(work.threads, (work.T + kTokens - 1) / kTokens, [&](int64_t task, int32_t thread) {
+    Arena arena(static_cast<char *>(call->workspace) + thread * bytes);
+    const RouteWorkspace own = lay_out(work, arena);
+    for (int64_t t = task * kTokens; t < min_of((task + 1) * kTokens, work.T); t++)
+      token(&work, t, own);
+  });
   return 0;
 }
 
 }  // namespace
-
-extern const transom_impl route_backward = {
-    sizeof(transom_impl), TRANSOM_TUNED, "route_backward", "native",
-    TRANSOM_ROUTE_BACKWARD_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

@@ -1,22 +1,20 @@
 /* A weight in panels: a copy of it in the order in which multiplications want its numbers.
  *
- * Few rows of x read a panel from its beginning to its end, with nothing to turn on the way; more
- * rows widen pieces of it into L1. Numbers keep the width that they are stored in. (float32, which
- * has nothing to widen, would gain too little for a second copy of it.) kSteps neighbours along k
- * of a column stand side by side, then the same of the next column, kPanel of them, then the next
- * kSteps of k: how many is what widens for the least. Beyond the last column and the last k stand
- * zeros. Products have the same bits as those of the weight as it is stored. Internal linkage, as
- * in vector.h. */
+ * Few rows of x read a panel from its beginning to its end, with nothing to transpose on the way;
+ * more rows widen chunks of it into L1. Numbers keep the width that they are stored in. (float32,
+ * which has nothing to widen, would gain too little for a second copy of it.) kSteps neighbours
+ * along k of a column stand side by side, then the same of the next column, kPanel of them, then the
+ * next kSteps of k; kSteps is what widens for the least. Beyond the last column and the last k stand
+ * zeros. Products have the same bits as those of the weight as it is stored. */
 #pragma once
 
 #include "panels.h"
-#include "../weights/decode.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
-/* How a format's panels are made of `Unit`s, as wide as its numbers. decode(): kSteps times one
- * row of a panel as float32. */
+/* How a format's panels are made of `Unit`s, as wide as its numbers; decode() gives kSteps rows of a
+ * panel as float32. */
 struct F16Panels {
   typedef f16 Unit;
   static constexpr int kSteps = 1;
@@ -30,7 +28,7 @@ struct F16Panels {
   }
 };
 
-/* Pairs become float32 by a shift and a mask; alone they would want a shuffle too. */
+/* Pairs become float32 by a shift and a mask; single numbers would want a shuffle too. */
 struct Bf16Panels {
   typedef bf16 Unit;
   static constexpr int kSteps = 2;
@@ -45,7 +43,7 @@ struct Bf16Panels {
   }
 };
 
-/* E4M3 without NaN, of blocks whose scales fit (decode.h says what for). */
+/* E4M3 without NaN, in blocks whose scales a float16 of 2^-8 the value leaves in float32. */
 struct Fp8Panels {
   typedef uint8_t Unit;
   static constexpr bool kScaled = true;
@@ -60,11 +58,10 @@ struct Fp8Panels {
                                                            vf out[kSteps][kTileVectors]) {
     static_assert(kTileVectors == 2);
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
-    const __m256i kept = _mm256_set1_epi16(-0x4080);
-    /* The signed low byte times 128: in one operation what would be a shift up and one down. */
+    /* As e4m3_as_f16() of the low bytes shifted up, but that the signed byte times 128 is one
+     * operation, where a shift up and one down are two. */
     const __m256i low = _mm256_maddubs_epi16(_mm256_set1_epi16(128), pairs);
-    __m256i halves[kSteps] = {_mm256_and_si256(low, kept),
-                              _mm256_and_si256(_mm256_srai_epi16(pairs, 1), kept)};
+    __m256i halves[kSteps] = {_mm256_and_si256(low, _mm256_set1_epi16(-0x4080)), as_f16(pairs)};
     asm("" : "+m"(halves));
 #pragma GCC unroll 2
     for (int s = 0; s < kSteps; s++)
@@ -108,15 +105,33 @@ inline int64_t matrix_bytes(int64_t N, int64_t K) {
 /* Bytes before the panels: by matrix, whether its panels hold all of it. */
 inline int64_t flag_bytes(int64_t E) { return up_to(E, kLine); }
 
+/* K of a weight whose values stand in a tensor [E,N,K], or in one of bytes. */
+inline int64_t depth(const Weight &w, const transom_tensor *values) {
+  return w.kind >= 0 ? values->shape[2] : w.quantized.columns;
+}
+
+/* use(format) with the panels that a weight would have, if it would have some. */
+template <class Use>
+inline void with_panels_of(const Weight &w, Use use) {
+  if (w.kind == 1) {
+    use(Bf16Panels());
+  } else if (w.kind == 2) {
+    use(F16Panels());
+  } else if (w.kind < 0 && w.quantized.format == kFp8 &&
+             w.quantized.block_columns % Fp8Panels::kSteps == 0) { /* of which all have one scale */
+    use(Fp8Panels());
+  }
+}
+
 /* How far before its use a line of a panel is fetched, in bytes. */
 constexpr int64_t kSoon = 4096;
 
 template <class Format>
-struct Panels {
+struct WeightPanels {
   const Weight &w;
   int64_t K, bytes; /* of a panel */
 
-  Panels(const Weight &weight, int64_t k) : w(weight), K(k), bytes(panel_bytes<Format>(k)) {}
+  WeightPanels(const Weight &weight, int64_t k) : w(weight), K(k), bytes(panel_bytes<Format>(k)) {}
 
   /* Row k of the panel that begins with column n. */
   const char *at(int64_t n, int64_t k) const {
@@ -126,7 +141,7 @@ struct Panels {
   /* Where another block begins, or `to`. */
   int64_t block_end(int64_t k, int64_t to) const {
     if constexpr (!Format::kScaled) return to;
-    const Stored &s = w.stored;
+    const QuantizedMatrix &s = w.quantized;
     return s.block_columns == 0 ? to : min_of(to, (s.grid_column(k) + 1) * s.block_columns);
   }
 
@@ -134,20 +149,20 @@ struct Panels {
   void scales(int64_t n, int64_t k, float *to) const {
     if constexpr (Format::kScaled) {
       const int64_t last = min_of(n + kPanel, w.columns) - 1;
-      if (w.stored.grid_row(n) == w.stored.grid_row(last)) {
-        const vf scale = all(w.stored.scale(n, k) * Fp8::kFactor);
+      if (w.quantized.grid_row(n) == w.quantized.grid_row(last)) {
+        const vf scale = all(w.quantized.scale(n, k) * Fp8::kFactor);
         for (int64_t i = 0; i < kPanel; i += kWidth) store(to + i, scale);
       } else {
         for (int64_t i = 0; i < kPanel; i++)
-          to[i] = w.stored.scale(min_of(n + i, last), k) * Fp8::kFactor;
+          to[i] = w.quantized.scale(min_of(n + i, last), k) * Fp8::kFactor;
       }
     }
   }
 
-  /* What multiply_panels() asks for. */
-  void pack(int64_t n, int64_t, int64_t k, int64_t piece, float *panel) const {
+  /* As multiply_panels() asks for it. */
+  void write_panel(int64_t n, int64_t, int64_t k, int64_t length, float *panel) const {
     alignas(64) float factors[kPanel];
-    const int64_t to = k + piece;
+    const int64_t to = k + length;
     while (k < to) {
       const int64_t stop = block_end(k, to);
       scales(n, k, factors);
@@ -176,8 +191,8 @@ struct Panels {
   /* R rows of x times G panels from column n on, side by side, for k..to. A sum waits for its last
    * addition, so that few rows want several panels. */
   template <int R, int G>
-  void narrow(int64_t n, int64_t k, int64_t to, const float *a, int64_t a_stride, float *c,
-              int64_t c_stride, bool add) const {
+  void few_rows(int64_t n, int64_t k, int64_t to, const float *a, int64_t a_stride, float *c,
+                int64_t c_stride, bool add) const {
     constexpr int64_t kSteps = Format::kSteps;
     constexpr int64_t kGroups = kLine > kGroup<Format> ? kLine / kGroup<Format> : 1; /* at a time */
     alignas(64) float factors[G][kPanel];
@@ -239,10 +254,10 @@ struct Panels {
 
 /* multiply() by the panels, from a column on with which one begins. */
 template <class Format>
-inline void multiply_packed(const Weight &weight, int64_t rows, int64_t K, const float *x,
-                            int64_t x_stride, int64_t first, int64_t columns, float *c,
-                            int64_t c_stride, int64_t l2) {
-  const Panels<Format> w(weight, K);
+inline void multiply_weight_panels(const Weight &weight, int64_t rows, int64_t K, const float *x,
+                                   int64_t x_stride, int64_t first, int64_t columns, float *c,
+                                   int64_t c_stride, int64_t l2) {
+  const WeightPanels<Format> w(weight, K);
   if (rows > kTileRows) {
     multiply_panels(w, rows, K, x, x_stride, first, columns, c, c_stride, l2);
     return;
@@ -251,7 +266,7 @@ inline void multiply_packed(const Weight &weight, int64_t rows, int64_t K, const
   const auto columns_by = [&]<int R, int G>() __attribute__((always_inline)) {
     for (; n + (G - 1) * kPanel < columns; n += G * kPanel)
       for (int64_t k = 0; k < K; k += kDepth)
-        w.template narrow<R, G>(first + n, k, min_of(k + kDepth, K), x + k, x_stride, c + n,
+        w.template few_rows<R, G>(first + n, k, min_of(k + kDepth, K), x + k, x_stride, c + n,
                                 c_stride, k > 0);
   };
   switch (rows) {

@@ -1,22 +1,23 @@
-/* One row of x times rows of E4M3 as they are stored, with AVX2. Internal linkage, as in vector.h.
+/* One row of x times rows of E4M3 as they are stored, with AVX2.
  *
- * Bytes of 16 rows are turned in three rounds of interleaving: then each half of a vector holds
+ * Bytes of 16 rows are transposed in three rounds of interleaving: then each half of a vector holds
  * number k of eight rows, and k + 1. As float16 of 2^-8 the value they are converted on their way
  * from memory, one operation where registers would take three. */
 #pragma once
 
 #include "../weights/weight.h"
+#include "tile.h"
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
-/* turned[j]: numbers 2 * j and 2 * j + 1 of rows 0..7 in its first half, of rows 8..15 in its
- * second; rows `bytes` apart. */
-inline __attribute__((always_inline)) void turn_bytes(const uint8_t *p, int64_t bytes,
-                                                      __m256i turned[8], __m256i *largest,
-                                                      __m256i *most) {
+/* out[j]: numbers 2 * j and 2 * j + 1 of rows 0..7 in its first half, of rows 8..15 in its second;
+ * rows `bytes` apart. */
+inline __attribute__((always_inline)) void transpose_bytes(const uint8_t *p, int64_t bytes,
+                                                           __m256i out[8], __m256i *largest,
+                                                           __m256i *most) {
   __m256i row[8], pair[8], four[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
@@ -41,34 +42,39 @@ inline __attribute__((always_inline)) void turn_bytes(const uint8_t *p, int64_t 
     }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    turned[2 * i] = _mm256_unpacklo_epi8(four[i], four[4 + i]);
-    turned[2 * i + 1] = _mm256_unpackhi_epi8(four[i], four[4 + i]);
+    out[2 * i] = _mm256_unpacklo_epi8(four[i], four[4 + i]);
+    out[2 * i + 1] = _mm256_unpackhi_epi8(four[i], four[4 + i]);
   }
 }
 
-/* The sums of G vectors of rows n, n + gap, ... over k..k+piece, times their scales; false, and no
+inline __m256i as_f16(__m256i codes) {
+  typedef int16_t Halves __attribute__((vector_size(32)));
+  return bits_as<__m256i>(e4m3_as_f16(bits_as<Halves>(codes)));
+}
+
+/* The sums of G vectors of rows n, n + gap, ... over k..k+length, times their scales; false, and no
  * sums, where there is a NaN, or a scale or a block that this does not take. What comes next is
- * fetched meanwhile, as narrow() of tile.h does. */
+ * fetched meanwhile, as few_rows() of tile.h does. */
 template <int G>
-inline bool narrow_e4m3(const Stored &w, int64_t n, int64_t gap, int64_t following, int64_t k,
-                        int64_t piece, int64_t K, const float *a, vf sums[G]) {
+inline bool few_rows_e4m3(const QuantizedMatrix &w, int64_t n, int64_t gap, int64_t following,
+                          int64_t k, int64_t length, int64_t K, const float *a, vf sums[G]) {
   constexpr int64_t kRun = 16, kLanes = G * kWidth;
   static_assert(kLanes % 16 == 0);
-  if (piece % kRun != 0 || w.block_columns % kRun != 0) return false;
+  if (length % kRun != 0 || w.block_columns % kRun != 0) return false;
   const int64_t bytes = gap * w.row;
   __m256i largest = _mm256_set1_epi8(-128), most = _mm256_setzero_si256();
   alignas(64) float scales[kLanes];
   alignas(64) __m256i halves[16];
   int64_t block = -1;
   for (int g = 0; g < G; g++) sums[g] = vf{};
-  for (int64_t i = k; i < k + piece; i += kRun) {
+  for (int64_t i = k; i < k + length; i += kRun) {
     if (const int64_t column = w.grid_column(i); column != block) {
       block = column;
       bool fits = true;
       for (int64_t l = 0; l < kLanes; l++) {
         const float scale = w.scale(n + l * gap, i);
         fits = fits && scale < 0x1p100f && scale > -0x1p100f;
-        scales[l] = scale * 256.0f;
+        scales[l] = scale * kOfE4m3AsF16;
       }
       if (!fits) return false;
     }
@@ -80,15 +86,14 @@ inline bool narrow_e4m3(const Stored &w, int64_t n, int64_t gap, int64_t followi
 #pragma GCC unroll 2
     for (int u = 0; u < G / 2; u++) {
       for (int l = 0; l < 4; l++, next += bytes) __builtin_prefetch(next, 0, 3);
-      __m256i turned[8];
-      turn_bytes(w.values + (n + u * 16 * gap) * w.row + i, bytes, turned, &largest, &most);
-      const __m256i none = _mm256_setzero_si256(), kept = _mm256_set1_epi16(-0x4080);
+      __m256i columns[8];
+      transpose_bytes(w.values + (n + u * 16 * gap) * w.row + i, bytes, columns, &largest, &most);
+      const __m256i none = _mm256_setzero_si256();
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) {
-        halves[2 * j] = _mm256_and_si256(
-            _mm256_srai_epi16(_mm256_unpacklo_epi8(none, turned[j]), 1), kept);
-        halves[2 * j + 1] = _mm256_and_si256(
-            _mm256_srai_epi16(_mm256_unpackhi_epi8(none, turned[j]), 1), kept);
+        /* The codes in the high bytes of 16 bits. */
+        halves[2 * j] = as_f16(_mm256_unpacklo_epi8(none, columns[j]));
+        halves[2 * j + 1] = as_f16(_mm256_unpackhi_epi8(none, columns[j]));
       }
       const vf left = load(scales + u * 16), right = load(scales + u * 16 + 8);
       const __m128i *from = reinterpret_cast<const __m128i *>(halves);
