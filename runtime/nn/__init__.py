@@ -24,11 +24,12 @@ from .attention import (
 )
 from .attention_cache import AttentionCache
 from .attention_parts import IndexShape, RMSNorm
-from .engram import Engram, EngramCache, EngramHash, engram_hashes, token_map_checksum
-from .engram_hash import build_token_map
+from .engram import Engram, EngramCache
+from .engram_hash import EngramHash, engram_hashes
 from .hyper_connection import HyperConnection, HyperConnectionHead, to_streams
 from .moe import MoE
 from .rotary import Angles, Rotary, Yarn
+from .token_map import build_token_map, token_map_checksum
 
 __all__ = [
     "Angles",

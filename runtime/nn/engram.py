@@ -17,7 +17,8 @@ import transom
 
 from ..dtypes import accumulator
 from ..weights import QuantizedWeight, Weight, advise_huge_pages, weight_args, weight_from
-from .engram_hash import EngramHash, build_token_map, engram_hashes, token_map_checksum
+from .engram_hash import EngramHash, engram_hashes
+from .token_map import build_token_map, token_map_checksum
 
 __all__ = [
     "Engram",
@@ -84,8 +85,8 @@ class Engram(nn.Module):
                      `advise_huge_pages`
 
     The convolution starts at zero, so that a new "demo" block adds g*value alone.  Raises
-    ValueError for a table or a token map that does not fit: a wrong tokenizer would rehash
-    everything in silence.
+    ValueError for a table that does not fit, and for a token map whose length, checksum or number
+    of compressed ids is not the expected one: a wrong tokenizer would rehash everything in silence.
 
     *Source:* Engram, arXiv 2601.07372; DeepSeek-V4.1-Flash.
     """
@@ -130,7 +131,7 @@ class Engram(nn.Module):
         self.conv_dilation = self.ngram if conv_dilation is None else conv_dilation
         for name in ("multipliers", "moduli", "offsets"):
             self.register_buffer(name, getattr(hashed, name).to(device), persistent=False)
-        self.pad, self.checksum = self._take_map(token_map, checksum, pad, device)
+        self.pad, self.checksum = self._take_map(token_map, checksum, hashed.ids, pad, device)
         made: dict[str, Any] = dict(device=device, dtype=dtype)
         width = hashed.moduli.numel() * column
         self.table = _weight("table", (hashed.rows, column), table, made, huge_pages)
@@ -150,11 +151,18 @@ class Engram(nn.Module):
         self,
         token_map: Tensor | None,
         checksum: int | None,
+        ids: int | None,
         pad: int,
         device: torch.device | str | None,
     ) -> tuple[int, int | None]:
         """Register the map; (the pad id after compression, the map's checksum)."""
         if token_map is None:
+            if ids is not None and ids < self.vocab:
+                raise ValueError(
+                    f"Engram: the hashes were drawn for {ids} ids, and without a token_map"
+                    f" {self.vocab} raw ids are hashed; give the token_map, or draw the hashes for"
+                    " as many ids"
+                )
             self.register_buffer("token_map", None)
             return pad, None
         if tuple(token_map.shape) != (self.vocab,):
@@ -171,6 +179,12 @@ class Engram(nn.Module):
         seen = token_map_checksum(token_map)
         if checksum is not None and seen != checksum:
             raise ValueError(_other_map(seen, checksum))
+        count = int(token_map.max()) + 1 if token_map.numel() else 0
+        if ids is not None and count != ids:
+            raise ValueError(
+                f"Engram: token_map has {count} compressed ids; the hashes were drawn for {ids};"
+                " use the tokenizer that the table was trained with"
+            )
         self.register_buffer("token_map", token_map.to(device, torch.int32))
         return int(token_map[pad]), seen
 

@@ -1,14 +1,11 @@
-"""The numbers of an Engram table: which ids count as one, which primes and multipliers address it.
+"""The numbers that address an Engram table: its primes, multipliers and offsets.
 
-They appear nowhere in a checkpoint: a config and a tokenizer give them, and a wrong tokenizer
-rehashes everything in silence. So they are built here, on the CPU, and compared by checksum.
+They appear nowhere in a checkpoint: a config gives them, together with the number of ids that the
+tokenizer's compression leaves (see token_map.py). So they are built here, on the CPU.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,18 +16,18 @@ from torch import Tensor
 INT64_MAX = 2**63 - 1
 LAYER_STRIDE = 10007
 """How far the seeds of two neighbouring layers lie apart (the demo's number)."""
-REPLACEMENT = "\ufffd"
-"""What a tokenizer decodes to where a token is no whole character."""
 
 
 @dataclass(frozen=True)
 class EngramHash:
-    """What addresses one layer's table: int64 tensors for `hashed_embedding`, and its row count."""
+    """What addresses one layer's table: int64 tensors for `hashed_embedding`, its row count, and
+    how many ids the multipliers were drawn for (None: not known)."""
 
     multipliers: Tensor
     moduli: Tensor
     offsets: Tensor
     rows: int
+    ids: int | None = None
 
 
 def engram_hashes(
@@ -79,46 +76,13 @@ def engram_hashes(
         sizes = torch.tensor(moduli, dtype=torch.int64)
         ends = sizes.flatten().cumsum(0)
         out[layer] = EngramHash(
-            torch.from_numpy(2 * draws + 1), sizes, ends - sizes.flatten(), int(ends[-1])
+            torch.from_numpy(2 * draws + 1),
+            sizes,
+            ends - sizes.flatten(),
+            int(ends[-1]),
+            compressed_vocab,
         )
     return out
-
-
-def token_map_checksum(token_map: Tensor) -> int:
-    """CRC-32 of a token compression table as little-endian int32: it tells tokenizers apart."""
-    return zlib.crc32(token_map.detach().cpu().numpy().astype("<i4").tobytes())
-
-
-def build_token_map(decoded: Sequence[str], pieces: Sequence[str]) -> Tensor:
-    """int32 [vocab], raw id -> compressed id: ids alike but for case, accents, space become one.
-
-    decoded  the text that each id decodes to by itself
-    pieces   the token of each id as the vocabulary spells it; stands in where the text is no whole
-             character
-
-    A text is brought to NFKC, then NFD without combining marks, lower case, runs of space, tab and
-    line ends made one space, and trimmed (a text that is one space keeps it); if nothing is left it
-    stays as it was. Compressed ids count up in the order of first appearance.
-    *Source:* Engram, arXiv 2601.07372, section 3 and its demo code.
-    """
-    if len(decoded) != len(pieces):
-        raise ValueError(
-            f"build_token_map: decoded has {len(decoded)} texts, pieces has {len(pieces)};"
-            " expected one of each for each id"
-        )
-    numbers: dict[str, int] = {}
-    keys = (
-        piece if REPLACEMENT in text else _folded(text) or text
-        for text, piece in zip(decoded, pieces, strict=True)
-    )
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int32)
-
-
-def _folded(text: str) -> str:
-    marks = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
-    bare = "".join(c for c in marks if unicodedata.category(c) != "Mn").lower()
-    single = re.sub(r"[ \t\r\n]+", " ", bare)
-    return single if single == " " else single.strip()
 
 
 def _is_prime(n: int) -> bool:
