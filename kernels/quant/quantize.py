@@ -24,8 +24,9 @@ def quantize(
     weight        [..., N, K], any float dtype, on any device; K even for int4 and mxfp4.
     format        "int8" | "int4" | "fp8" | "mxfp4".
     group         (rows, columns) of a block, or an int g: (g, g) for fp8, (1, g) for the others;
-                  0 is the whole extent. None: int8 a scale a row, int4 (1, 128), fp8 (128, 128),
-                  mxfp4 (1, 32). int8 and int4 take (1, columns), fp8 any block, mxfp4 only its own.
+                  0 or -1 is the whole extent. None: int8 a scale a row, int4 (1, 128), fp8
+                  (128, 128), mxfp4 (1, 32). int8 and int4 take (1, columns), fp8 any block, mxfp4
+                  only its own.
     scale_format  fp8: "f32" (default) or "e8m0", powers of two that never clip. The other formats
                   have one each: int8 and int4 "f32", mxfp4 "e8m0".
     Returns a QuantizedWeight, new memory; no gradient flows through it. Rounding is to nearest,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import shown
 from .codes import pack_nibbles, unpack_words
 from .layout import dtype_and_shape
 
@@ -42,42 +43,59 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group: int | No
 
     qweight int32 [..., K, N/8] and qzeros int32 [..., K/group, N/8]: nibble i of a word is
     output channel (0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight. scales float16, bfloat16 or float32
-    [..., K/group, N]. `group` None is K divided by the rows of `scales`.
+    [..., K/group, N]. `group` None is K divided by the rows of `scales`, -1 or 0 all of K.
     """
     order = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds channel 0, 1, 2, ...
     _need_words("from_awq", qweight=qweight, qzeros=qzeros)
+    _need_matrices("from_awq", qweight=qweight, qzeros=qzeros, scales=scales)
     codes, zeros = unpack_words(qweight, order), unpack_words(qzeros, order)
     return _from_groups("from_awq", codes, zeros, scales, group)
 
 
 def from_gptq(
     qweight: Tensor,
-    qzeros: Tensor,
+    qzeros: Tensor | None,
     scales: Tensor,
     *,
     g_idx: Tensor | None = None,
     group: int | None = None,
+    gptq_v2: bool = False,
+    minus_one: str = "word",
 ) -> Read:
-    """GPTQ (v1): w[k, n] = (q - (z + 1)) * s, as the weight [..., N, K] in groups along K.
+    """GPTQ of 4 bits: w[k, n] = (q - z) * s, as the weight [..., N, K] in groups along K.
 
-    qweight int32 [..., K/8, N]: nibble i of a word is input channel i of its eight. qzeros
-    int32 [..., K/group, N/8], natural order, stored minus one. scales float16, bfloat16 or
-    float32 [..., K/group, N]. A `g_idx` that reorders the input channels (desc_act) raises
-    ValueError.
+    qweight    int32 [..., K/8, N]: nibble i of a word is input channel i of its eight
+    qzeros     int32 [..., K/group, N/8], natural order; None or without elements: symmetric, z = 8
+    scales     float16, bfloat16 or float32 [..., K/group, N]
+    g_idx      the group of each input channel [K]. None, without elements, or all 0: channels in
+               order; one that reorders the channels (desc_act) raises ValueError
+    group      None is K divided by the rows of `scales`, -1 or 0 all of K
+    gptq_v2    False: a zero point is stored minus one (checkpoint_format "gptq"); True: as it is
+    minus_one  how the writer took the one off. "word": 0x11111111 off each word, with borrows
+               (GPTQModel); "nibble": one off each nibble by itself, 0 becoming 15. Both store the
+               same word unless it holds a zero point of 0 below its highest nibble.
+
+    A zero point comes back as the writer had it, 0..15. (AutoGPTQ's own packing set all nibbles
+    above a zero point of 0 as well: such words are spoiled in the file.)
     """
     order = (0, 1, 2, 3, 4, 5, 6, 7)
+    if minus_one not in ("word", "nibble"):
+        raise ValueError(f"from_gptq: minus_one is {shown(minus_one)}; expected 'word' or 'nibble'")
     _need_words("from_gptq", qweight=qweight, qzeros=qzeros)
+    _need_matrices("from_gptq", qweight=qweight, scales=scales)
     codes = unpack_words(qweight.transpose(-1, -2), order).transpose(-1, -2)
-    zeros = unpack_words(qzeros, order) + 1
-    if g_idx is not None:
-        k = codes.shape[-2]
-        size = group or -(-k // max(scales.shape[-2], 1))
-        expected = torch.div(torch.arange(k, device=g_idx.device), size, rounding_mode="floor")
-        if not torch.equal(g_idx.long(), expected.expand_as(g_idx)):
-            raise ValueError(
-                "from_gptq: g_idx reorders the input channels (desc_act); expected channels in "
-                "order; requantise with desc_act=False"
-            )
+    if qzeros is None or qzeros.numel() == 0:
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device=scales.device)
+    else:
+        _need_matrices("from_gptq", qzeros=qzeros)
+        if gptq_v2:
+            zeros = unpack_words(qzeros, order)
+        elif minus_one == "word":
+            zeros = unpack_words(qzeros + 0x11111111, order)  # int32 wraps, as the writer's did
+        else:
+            zeros = (unpack_words(qzeros, order) + 1) & 15
+    if g_idx is not None and g_idx.numel():
+        _need_order(g_idx, codes.shape[-2], scales.shape[-2], group)
     return _from_groups("from_gptq", codes, zeros, scales, group)
 
 
@@ -134,11 +152,36 @@ def _from_groups(op: str, codes: Tensor, zeros: Tensor, scales: Tensor, group: i
     )
 
 
-def _need_words(op: str, **tensors: Tensor) -> None:
+def _need_order(g_idx: Tensor, k: int, groups: int, group: int | None) -> None:
+    """Raise ValueError if g_idx names anything but groups of neighbouring channels, in order."""
+    if g_idx.shape[-1] != k:
+        raise ValueError(
+            f"from_gptq: g_idx has shape {list(g_idx.shape)}; expected [{k}], one group for each"
+            " input channel"
+        )
+    size = k if group in (-1, 0) else group or -(-k // max(groups, 1))
+    in_order = torch.div(torch.arange(k, device=g_idx.device), size, rounding_mode="floor")
+    # Writers that don't reorder leave the buffer that they allocated, all 0, as often as not.
+    if bool(g_idx.any()) and not torch.equal(g_idx.long(), in_order.expand_as(g_idx)):
+        raise ValueError(
+            "from_gptq: g_idx reorders the input channels (desc_act); expected channels in "
+            "order; requantise with desc_act=False"
+        )
+
+
+def _need_words(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.int32:
+        if tensor is not None and tensor.dtype != torch.int32:
             raise TypeError(
                 f"{op}: {name} is {dtype_and_shape(tensor)}; expected int32 words of 8 nibbles"
+            )
+
+
+def _need_matrices(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"{op}: {name} is {dtype_and_shape(tensor)}; expected at least two dimensions"
             )
 
 

@@ -44,7 +44,8 @@ def checked_group(
     format: str, group: int | tuple[int, int] | None, caller: str = "QuantizedWeight"
 ) -> tuple[int, int]:
     """(rows, columns) of `group` for `format`: an int is (group, group) for fp8, whose blocks are
-    square, and (1, group) for the others; None is the format's default.
+    square, and (1, group) for the others; None is the format's default. A size of -1, as
+    configurations write it, is 0 here: the whole extent.
 
     Raises ValueError if there is no such format or the format has no such group, TypeError for
     what is neither an int nor two.
@@ -59,8 +60,11 @@ def checked_group(
         rows, columns = group
     else:
         raise TypeError(f"{caller}: group is {group!r}; expected an int or (rows, columns)")
-    if rows < 0 or columns < 0:
-        raise ValueError(f"{caller}: group is {group}; expected sizes >= 0 (0: the whole extent)")
+    if rows < -1 or columns < -1:
+        raise ValueError(
+            f"{caller}: group is {group}; expected sizes >= 1, or 0 or -1 for the whole extent"
+        )
+    rows, columns = max(rows, 0), max(columns, 0)
     if format == "mxfp4" and (rows, columns) != (1, 32):
         raise ValueError(f"{caller}: group is {rows}x{columns}; mxfp4 has one scale for each 1x32")
     return rows, columns

@@ -35,15 +35,15 @@ class QuantizedWeight(nn.Module):
             model never rounds a payload.
     scales  [..., ceil(N/rows), ceil(K/columns)], float32, or uint8 E8M0 of value 2^(byte-127),
             where 255 is NaN. int8 and int4 take float32, mxfp4 takes E8M0, fp8 takes either.
-    zeros   uint8, shape of `scales`, int4 only: value = nibble - zero. GPTQ's zero points reach 16.
+    zeros   uint8, shape of `scales`, int4 only: value = nibble - zero.
 
     Constructing takes tensors as checkpoints hold them and converts no value: float8_e4m3fn,
     float8_e8m0fnu, float4_e2m1fn_x2 and (for packed formats) int8 payloads are viewed as bytes;
     float16 and bfloat16 scales are widened to float32, which is exact. `group` is (rows, columns)
-    or an int g: (g, g) for fp8, (1, g) for the others; 0 is the whole extent; None is int8 (1, 0),
-    int4 (1, 128), fp8 (128, 128), mxfp4 (1, 32). `scale_format` ("f32" or "e8m0") states what the
-    caller believes the scales to be; a contradiction raises. With float32 arithmetic that flushes
-    subnormals to zero, a scale of byte 0 (2^-127) reads as 0.
+    or an int g: (g, g) for fp8, (1, g) for the others; 0 or -1 is the whole extent; None is int8
+    (1, 0), int4 (1, 128), fp8 (128, 128), mxfp4 (1, 32). `scale_format` ("f32" or "e8m0") states
+    what the caller believes the scales to be; a contradiction raises. With float32 arithmetic that
+    flushes subnormals to zero, a scale of byte 0 (2^-127) reads as 0.
 
     Raises ValueError for unknown formats, groups and shapes that disagree, TypeError for dtypes.
     Source: OCP Microscaling Formats 1.0 (E2M1, E8M0); OCP 8-bit floating point 1.0 (E4M3).
@@ -260,14 +260,26 @@ class QuantizedWeight(nn.Module):
     def from_gptq(
         cls,
         qweight: Tensor,
-        qzeros: Tensor,
+        qzeros: Tensor | None,
         scales: Tensor,
         *,
         g_idx: Tensor | None = None,
         group: int | None = None,
+        gptq_v2: bool = False,
+        minus_one: str = "word",
     ) -> QuantizedWeight:
         """See checkpoints.from_gptq."""
-        return cls._read(checkpoints.from_gptq(qweight, qzeros, scales, g_idx=g_idx, group=group))
+        return cls._read(
+            checkpoints.from_gptq(
+                qweight,
+                qzeros,
+                scales,
+                g_idx=g_idx,
+                group=group,
+                gptq_v2=gptq_v2,
+                minus_one=minus_one,
+            )
+        )
 
     @classmethod
     def _read(cls, found: checkpoints.Read) -> QuantizedWeight:

@@ -71,10 +71,18 @@ def test_groups_of_another_kind_raise_one_line(format, group):
     assert str(error.value) == f"quantize: group is {group!r}; expected an int or (rows, columns)"
 
 
-@pytest.mark.parametrize("group", [-1, (-1, 4), (4, -1)])
+@pytest.mark.parametrize("group", [-2, (-2, 4), (4, -9)])
 def test_negative_groups_raise_one_line(group):
-    with pytest.raises(ValueError, match=r"^quantize: group is .*; expected sizes >= 0 \(0: the "):
+    with pytest.raises(
+        ValueError, match=r"^quantize: group is .*; expected sizes >= 1, or 0 or -1"
+    ):
         quantize(torch.ones(4, 64), "fp8", group=group)
+
+
+@pytest.mark.parametrize("one, other", [(-1, 0), ((-1, 4), (0, 4)), ((4, -1), (4, 0))])
+def test_a_group_of_minus_one_is_the_whole_extent(one, other):
+    w = torch.arange(256.0).view(4, 64)
+    assert quantize(w, "fp8", group=one).spec == quantize(w, "fp8", group=other).spec
 
 
 def test_bad_weights_raise_one_line():

@@ -322,8 +322,8 @@ def test_edge_17_float_scales_where_e8m0_is_expected_raise(rng):
         ),
         (
             ValueError,
-            r"group is \(-1, 4\); expected sizes >= 0",
-            lambda v, s: QuantizedWeight("fp8", v, s, group=(-1, 4)),
+            r"group is \(-2, 4\); expected sizes >= 1, or 0 or -1 for the whole extent",
+            lambda v, s: QuantizedWeight("fp8", v, s, group=(-2, 4)),
         ),
         (
             ValueError,
@@ -400,21 +400,113 @@ def test_awq_is_repacked_value_for_value(rng):
     np.testing.assert_array_equal(w.dequantize().numpy(), exact.T)
 
 
-def test_gptq_zero_points_are_stored_minus_one(rng):
-    k, n, group = 64, 16, 32
-    q, z = rng.integers(0, 16, (k, n)), rng.integers(0, 16, (k // group, n))
-    z[0, 0] = 15  # a zero point of 16
-    s = rng.uniform(0.01, 1, (k // group, n)).astype(np.float16)
-    qweight = words(q.T.reshape(n, -1, 8)).T
-    qzeros = words(z.reshape(k // group, -1, 8))
-    index = torch.arange(k) // group
-    w = QuantizedWeight.from_gptq(qweight, qzeros, torch.from_numpy(s), g_idx=index)
-    exact = (q - (np.repeat(z, group, 0) + 1)) * np.repeat(s, group, 0).astype(np.float64)
-    np.testing.assert_array_equal(w.dequantize().numpy(), exact.T)
-    with pytest.raises(ValueError, match="g_idx reorders the input channels"):
-        QuantizedWeight.from_gptq(qweight, qzeros, torch.from_numpy(s), g_idx=index.flip(0))
-    with pytest.raises(TypeError, match=r"from_gptq: qzeros is int64 \[2, 2\]; expected int32"):
-        QuantizedWeight.from_gptq(qweight, qzeros.long(), torch.from_numpy(s))
+GPTQ_WRITERS = {
+    "word": (lambda z: words(z) - 0x11111111, {}),
+    "nibble": (lambda z: words((z - 1) % 16), {"minus_one": "nibble"}),
+    "v2": (words, {"gptq_v2": True}),
+}
+
+
+def gptq(
+    rng: np.random.Generator, z: np.ndarray, k: int
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """qweight and scales of a random weight [N, K] of these zero points [groups, N], and its
+    values."""
+    groups, n = z.shape
+    q = rng.integers(0, 16, (k, n))
+    s = rng.uniform(0.01, 1, z.shape).astype(np.float16)
+    exact = (q - np.repeat(z, k // groups, 0)) * np.repeat(s, k // groups, 0).astype(np.float64)
+    return words(q.T.reshape(n, -1, 8)).T, torch.from_numpy(s), exact.T
+
+
+@pytest.mark.parametrize("writer", GPTQ_WRITERS)
+def test_gptq_zero_points_come_back_as_their_writer_had_them(rng, writer):
+    stored, reader = GPTQ_WRITERS[writer]
+    z = rng.permutation(np.repeat(np.arange(16), 12)).reshape(4, 48)
+    z[0, :8], z[1, :8], z[2, 7] = 0, [0, 1, 0, 15, 0, 0, 1, 0], 0
+    qweight, scales, exact = gptq(rng, z, 64)
+    w = QuantizedWeight.from_gptq(qweight, stored(z.reshape(4, -1, 8)), scales, **reader)
+    assert torch.equal(w.zeros, torch.from_numpy(z.T.astype(np.uint8)))
+    np.testing.assert_array_equal(w.dequantize().numpy(), exact)
+
+
+def test_gptq_the_two_ways_of_taking_one_off_agree_unless_a_zero_point_is_0(rng):
+    z = rng.integers(1, 16, (4, 16))
+    z[:, [7, 15]] = 0  # the highest nibble of a word, which nothing borrows from
+    stored = [GPTQ_WRITERS[way][0](z.reshape(4, -1, 8)) for way in ("word", "nibble")]
+    assert torch.equal(*stored)
+
+
+@pytest.mark.parametrize("qzeros", [None, torch.empty(0, dtype=torch.int32)])
+def test_gptq_without_zero_points_is_symmetric(rng, qzeros):
+    qweight, scales, exact = gptq(rng, np.full((2, 16), 8), 64)
+    w = QuantizedWeight.from_gptq(qweight, qzeros, scales)
+    np.testing.assert_array_equal(w.dequantize().numpy(), exact)
+
+
+@pytest.mark.parametrize("index", ["in order", "empty", "zero"])
+def test_gptq_an_index_that_reorders_nothing_is_none(rng, index):
+    z = rng.integers(0, 16, (2, 16))
+    qweight, scales, exact = gptq(rng, z, 64)
+    g_idx = {
+        "in order": torch.arange(64) // 32,
+        "empty": torch.empty(0, dtype=torch.int32),
+        "zero": torch.zeros(64, dtype=torch.int32),
+    }[index]
+    w = QuantizedWeight.from_gptq(
+        qweight, words(z.reshape(2, -1, 8)), scales, g_idx=g_idx, gptq_v2=True
+    )
+    np.testing.assert_array_equal(w.dequantize().numpy(), exact)
+
+
+@pytest.mark.parametrize("whole", [-1, 0, None, 64])
+def test_a_group_of_minus_one_is_the_whole_extent(rng, whole):
+    z = rng.integers(0, 16, (1, 16))
+    qweight, scales, exact = gptq(rng, z, 64)
+    g_idx = torch.zeros(64, dtype=torch.int32)
+    w = QuantizedWeight.from_gptq(
+        qweight, words(z.reshape(1, -1, 8)), scales, g_idx=g_idx, group=whole, gptq_v2=True
+    )
+    np.testing.assert_array_equal(w.dequantize().numpy(), exact)
+    awq = torch.zeros(64, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    assert QuantizedWeight.from_awq(*awq, scales, group=whole).dequantize().eq(0).all()
+    direct = QuantizedWeight(
+        "int4", w.values, w.scales, w.zeros, group=64 if whole is None else whole
+    )
+    assert torch.equal(direct.dequantize(), w.dequantize())
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (
+            dict(g_idx=torch.arange(64).flip(0) // 32),
+            ValueError,
+            "g_idx reorders the input channels",
+        ),
+        (dict(g_idx=torch.zeros(63)), ValueError, r"g_idx has shape \[63\]; expected \[64\]"),
+        (dict(minus_one="byte"), ValueError, "minus_one is 'byte'; expected 'word' or 'nibble'"),
+        (
+            dict(qzeros=torch.zeros(2, 2, dtype=torch.int64)),
+            TypeError,
+            r"qzeros is int64 \[2, 2\]; expected int32 words",
+        ),
+        (
+            dict(qzeros=torch.zeros(2, dtype=torch.int32)),
+            ValueError,
+            r"qzeros is int32 \[2\]; expected at least two dimensions",
+        ),
+        (dict(scales=torch.zeros(16)), ValueError, r"scales is float32 \[16\]; expected at least"),
+    ],
+)
+def test_gptq_bad_parts_raise_one_line(change, error, text):
+    call = dict(
+        qweight=torch.zeros(8, 16, dtype=torch.int32),
+        qzeros=torch.zeros(2, 2, dtype=torch.int32),
+        scales=torch.ones(2, 16),
+    )
+    with pytest.raises(error, match=f"^from_gptq: {text}"):
+        QuantizedWeight.from_gptq(**{**call, **change})
 
 
 # Codes
