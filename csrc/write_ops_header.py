@@ -12,6 +12,7 @@ from pathlib import Path
 import transom
 from transom.abi import arguments, schema, schema_hash
 from transom.op import Op
+from transom.registry import OPS, RENAMED
 
 HEADERS = Path(__file__).parent / "include" / "transom_ops.h"
 ARGUMENTS = Path(__file__).parent / "cpu" / "base" / "arguments.h"
@@ -52,11 +53,17 @@ TRANSOM_EXPORT const transom_plugin *transom_plugin_v1(const transom_host *host,
 }
 #endif
 """
+FORMER = """\
+/* Former names of operators: until version 0.2 sources that have them compile, and libraries that
+ * have them load. */
+"""
 
 
 def header() -> str:
     """The whole text."""
-    return "\n".join([HEAD, *(block(op) for op in declared()), "#endif /* TRANSOM_OPS_H */\n"])
+    former = [block(OPS[name], old) for old, name in RENAMED.items()]
+    blocks = [*(block(op) for op in declared()), FORMER, *former]
+    return "\n".join([HEAD, *blocks, "#endif /* TRANSOM_OPS_H */\n"])
 
 
 def declared() -> list[Op]:
@@ -64,13 +71,13 @@ def declared() -> list[Op]:
     return [op for op in transom.ops().values() if op.path]
 
 
-def block(op: Op) -> str:
-    """The lines of one operator."""
-    prefix = f"TRANSOM_{op.name.upper()}"
+def block(op: Op, name: str = "") -> str:
+    """The lines of one operator, or of a former name of it."""
+    prefix = f"TRANSOM_{(name or op.name).upper()}"
     names = [f"{prefix}_{name.upper()}" for name, _ in arguments(op)]
     lines = [
-        *comment(schema(op)),
-        f"#define {prefix}_HASH UINT64_C(0x{schema_hash(op):016x})",
+        *comment(schema(op, name)),
+        f"#define {prefix}_HASH UINT64_C(0x{schema_hash(op, name):016x})",
         "enum {",
         *(f"  {name}," for name in names),
         f"  {prefix}_N_ARGS",

@@ -15,6 +15,7 @@ if __name__ != "transom":
 import gc
 import importlib
 import pkgutil
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import backends as _backends  # noqa: F401 -  # before the function of that name, which then stands for it
@@ -27,6 +28,7 @@ from .op import Impl, Op, Weight
 from .plugins import plugins
 from .record import Call, record
 from .registry import OPS as _OPS
+from .registry import RENAMED as _RENAMED
 from .selection import Explanation, use
 from .tune import tune
 from .weights import QuantizedWeight
@@ -89,6 +91,10 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name in _OPS:
         return _OPS[name]
+    if name in _RENAMED:
+        text = f"transom.{name} is named {_RENAMED[name]}; the former name goes with version 0.2"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return _OPS[_RENAMED[name]]
     if name in _LAZY:
         module = importlib.import_module(_LAZY[name] or f"transom.{name}")
         return getattr(module, name) if _LAZY[name] else module

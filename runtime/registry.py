@@ -1,12 +1,10 @@
-"""The registry: every declared operator by name, and who registers implementations now.
+"""The registry: every declared operator by name.
 
 Plans of calls are made from what is registered: whatever changes that calls forget_plans().
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from .op import Op
@@ -14,7 +12,13 @@ from .op import Op
 OPS: dict[str, Op[..., Any]] = {}
 """Every declared operator by name."""
 
-_registrant: str | None = None
+RENAMED = {
+    "grouped_gemm_dx": "grouped_gemm_backward_x",
+    "grouped_gemm_dw": "grouped_gemm_backward_weight",
+    "hashed_embedding_row_gradient": "hashed_embedding_backward_rows",
+    "moe_experts_weight_backward": "moe_experts_backward_experts",
+}
+"""Former names of operators, understood until version 0.2."""
 
 
 def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
@@ -22,7 +26,8 @@ def lookup(which: str | Op[..., Any]) -> Op[..., Any]:
     is."""
     if isinstance(which, Op):
         return which
-    found = OPS.get(which.rpartition("/")[2])
+    name = which.rpartition("/")[2]
+    found = OPS.get(RENAMED.get(name, name))
     if found is None:
         raise ValueError(f"{which}: is not an operator; expected one of {', '.join(sorted(OPS))}")
     return found
@@ -41,28 +46,3 @@ def forget_plans() -> None:
     """Drop every plan: implementations, plugins or measured choices have changed."""
     for op in OPS.values():
         op.engine.forget_plans()
-
-
-@contextlib.contextmanager
-def registering(plugin: str) -> Iterator[None]:
-    """Within the block, what is registered belongs to this plugin."""
-    global _registrant
-    before, _registrant = _registrant, plugin
-    try:
-        yield
-    finally:
-        _registrant = before
-
-
-def registrant() -> str | None:
-    """The plugin whose register() is running."""
-    return _registrant
-
-
-def backend_of(module: str) -> str:
-    """The backend that a module's implementations belong to: its folder in transom.backends, or its
-    plugin."""
-    parts = module.split(".")
-    if parts[:2] == ["transom", "backends"] and len(parts) > 2:
-        return parts[2]
-    return _registrant or parts[0]

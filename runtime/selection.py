@@ -18,7 +18,7 @@ from .abi import extension
 from .facts import Facts
 from .op import Impl, Op
 from .plugins import backends, load
-from .registry import lookup
+from .registry import RENAMED, lookup
 
 TIERS = ("reference", "composite", "portable", "tuned")
 """Worst to best: NumPy, only on request; the meaning in torch; a real kernel; a kernel made for the
@@ -161,5 +161,6 @@ def _parse_use(text: str) -> Choice:
     out = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, impl = part.partition("=")
-        out.append((name.strip(), impl.strip()) if equals else ("*", name.strip()))
+        name, impl = name.strip(), impl.strip()
+        out.append((RENAMED.get(name, name), impl) if equals else ("*", name))
     return tuple(out)

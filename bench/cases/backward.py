@@ -12,18 +12,11 @@ from transom.registry import OPS
 
 from . import PLAIN, Case, Draw, Inputs
 
-_OF = {
-    "grouped_gemm": ("grouped_gemm_dx", "grouped_gemm_dw"),
-    "moe_experts": ("moe_experts_backward", "moe_experts_weight_backward"),
-    "hashed_embedding": ("hashed_embedding_backward", "hashed_embedding_row_gradient"),
-}
-"""Where they aren't called <op>_backward alone."""
-
 
 def of_backward(case: Case) -> Iterator[Case]:
     """The cases of the operators that differentiate this one; quantised weights have none."""
-    for name in _OF.get(case.op, (f"{case.op}_backward",)):
-        if name in OPS and case.format == PLAIN and dtypes.parse(case.dtype).is_floating_point:
+    for name in [name for name in OPS if name.startswith(f"{case.op}_backward")]:
+        if case.format == PLAIN and dtypes.parse(case.dtype).is_floating_point:
             yield Case(
                 name,
                 case.model,

@@ -209,30 +209,30 @@ enum {
   TRANSOM_GROUPED_GEMM_N_ARGS
 };
 
-/* grouped_gemm_dw(Tensor dy, Tensor x, Tensor offsets, Tensor weight); dy[M,N], x[M,K],
- * offsets[E], weight[E,N,K] -> dw[E,N,K]; dy: float; x: dy; offsets: index; weight: dy | f32;
- * dw: weight */
-#define TRANSOM_GROUPED_GEMM_DW_HASH UINT64_C(0xc70f5261911756d7)
+/* grouped_gemm_backward_weight(Tensor dy, Tensor x, Tensor offsets, Tensor weight); dy[M,N],
+ * x[M,K], offsets[E], weight[E,N,K] -> dw[E,N,K]; dy: float; x: dy; offsets: index; weight: dy
+ * | f32; dw: weight */
+#define TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_HASH UINT64_C(0xa8a6fa1e5859d5f2)
 enum {
-  TRANSOM_GROUPED_GEMM_DW_DY,
-  TRANSOM_GROUPED_GEMM_DW_X,
-  TRANSOM_GROUPED_GEMM_DW_OFFSETS,
-  TRANSOM_GROUPED_GEMM_DW_WEIGHT,
-  TRANSOM_GROUPED_GEMM_DW_N_ARGS
+  TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_DY,
+  TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_X,
+  TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_OFFSETS,
+  TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_WEIGHT,
+  TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_N_ARGS
 };
 
-/* grouped_gemm_dx(Tensor dy, Weight weight, Tensor? weight_scales, Tensor? weight_zeros, str?
- * weight_spec, Tensor offsets); dy[M,N], weight[E,N,K], offsets[E] -> dx[M,K]; dy: float;
- * weight: dy | f32 | quant; offsets: index; dx: dy */
-#define TRANSOM_GROUPED_GEMM_DX_HASH UINT64_C(0x738937d3706d0e88)
+/* grouped_gemm_backward_x(Tensor dy, Weight weight, Tensor? weight_scales, Tensor?
+ * weight_zeros, str? weight_spec, Tensor offsets); dy[M,N], weight[E,N,K], offsets[E] ->
+ * dx[M,K]; dy: float; weight: dy | f32 | quant; offsets: index; dx: dy */
+#define TRANSOM_GROUPED_GEMM_BACKWARD_X_HASH UINT64_C(0x54b96c4cdfef88b1)
 enum {
-  TRANSOM_GROUPED_GEMM_DX_DY,
-  TRANSOM_GROUPED_GEMM_DX_WEIGHT,
-  TRANSOM_GROUPED_GEMM_DX_WEIGHT_SCALES,
-  TRANSOM_GROUPED_GEMM_DX_WEIGHT_ZEROS,
-  TRANSOM_GROUPED_GEMM_DX_WEIGHT_SPEC,
-  TRANSOM_GROUPED_GEMM_DX_OFFSETS,
-  TRANSOM_GROUPED_GEMM_DX_N_ARGS
+  TRANSOM_GROUPED_GEMM_BACKWARD_X_DY,
+  TRANSOM_GROUPED_GEMM_BACKWARD_X_WEIGHT,
+  TRANSOM_GROUPED_GEMM_BACKWARD_X_WEIGHT_SCALES,
+  TRANSOM_GROUPED_GEMM_BACKWARD_X_WEIGHT_ZEROS,
+  TRANSOM_GROUPED_GEMM_BACKWARD_X_WEIGHT_SPEC,
+  TRANSOM_GROUPED_GEMM_BACKWARD_X_OFFSETS,
+  TRANSOM_GROUPED_GEMM_BACKWARD_X_N_ARGS
 };
 
 /* hashed_embedding(Tensor tokens, Weight table, Tensor? table_scales, Tensor? table_zeros, str?
@@ -276,6 +276,27 @@ enum {
   TRANSOM_HASHED_EMBEDDING_BACKWARD_BLOCKED,
   TRANSOM_HASHED_EMBEDDING_BACKWARD_SHARD,
   TRANSOM_HASHED_EMBEDDING_BACKWARD_N_ARGS
+};
+
+/* hashed_embedding_backward_rows(Tensor dy, Tensor tokens, Tensor multipliers, Tensor moduli,
+ * Tensor offsets, int pad, int rows, Tensor? lookback, Tensor? blocked, int[] shard);
+ * dy[B,S,(n-1)*h,d], tokens[B,S], multipliers[n], moduli[n-1,h], offsets[(n-1)*h],
+ * lookback?[B,n-1], blocked?[B,S] -> ids[B*S*(n-1)*h], gradients[B*S*(n-1)*h,d]; tokens: index;
+ * multipliers: i64; moduli: index; offsets: index; lookback: index; blocked: bool; dy: float;
+ * ids: i64; gradients: dy */
+#define TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_HASH UINT64_C(0x89f1413921faa7f7)
+enum {
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_DY,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_TOKENS,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_MULTIPLIERS,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_MODULI,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_OFFSETS,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_PAD,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_ROWS,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_LOOKBACK,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_BLOCKED,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_SHARD,
+  TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_N_ARGS
 };
 
 /* hashed_embedding_out(Tensor tokens, Weight table, Tensor? table_scales, Tensor? table_zeros,
@@ -324,27 +345,6 @@ enum {
   TRANSOM_HASHED_EMBEDDING_POOLED_SHARD,
   TRANSOM_HASHED_EMBEDDING_POOLED_MEAN,
   TRANSOM_HASHED_EMBEDDING_POOLED_N_ARGS
-};
-
-/* hashed_embedding_row_gradient(Tensor dy, Tensor tokens, Tensor multipliers, Tensor moduli,
- * Tensor offsets, int pad, int rows, Tensor? lookback, Tensor? blocked, int[] shard);
- * dy[B,S,(n-1)*h,d], tokens[B,S], multipliers[n], moduli[n-1,h], offsets[(n-1)*h],
- * lookback?[B,n-1], blocked?[B,S] -> ids[B*S*(n-1)*h], gradients[B*S*(n-1)*h,d]; tokens: index;
- * multipliers: i64; moduli: index; offsets: index; lookback: index; blocked: bool; dy: float;
- * ids: i64; gradients: dy */
-#define TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_HASH UINT64_C(0x3fd683d4d4ac50f1)
-enum {
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_DY,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_TOKENS,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_MULTIPLIERS,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_MODULI,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_OFFSETS,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_PAD,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_ROWS,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_LOOKBACK,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_BLOCKED,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_SHARD,
-  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_N_ARGS
 };
 
 /* lightning_indexer(Tensor q, Tensor k, Tensor weights, int top_k, Tensor visible); q[B,S,H,D],
@@ -545,27 +545,27 @@ enum {
   TRANSOM_MOE_EXPERTS_BACKWARD_N_ARGS
 };
 
-/* moe_experts_weight_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor gate_up,
+/* moe_experts_backward_experts(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor gate_up,
  * Tensor down, Tensor? gate_up_bias, str activation, float? limit, str weight_position, bool
  * interleaved, float alpha); dy[T,D], x[T,D], ids[T,K], weights[T,K], gate_up[E,2*I,D],
  * down[E,D,I], gate_up_bias?[E,2*I] -> dgate_up[E,2*I,D], ddown[E,D,I]; dy: float; x: dy; ids:
  * index; weights: float; gate_up, down: dy | f32; gate_up_bias: dy | f32; dgate_up: gate_up;
  * ddown: down */
-#define TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_HASH UINT64_C(0x414a45cf281d628d)
+#define TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_HASH UINT64_C(0x17c81c524676ea89)
 enum {
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_DY,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_X,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_IDS,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_WEIGHTS,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_GATE_UP,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_DOWN,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_GATE_UP_BIAS,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_ACTIVATION,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_LIMIT,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_WEIGHT_POSITION,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_INTERLEAVED,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_ALPHA,
-  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_N_ARGS
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_DY,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_X,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_IDS,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_WEIGHTS,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_GATE_UP,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_DOWN,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_GATE_UP_BIAS,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_ACTIVATION,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_LIMIT,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_WEIGHT_POSITION,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_INTERLEAVED,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_ALPHA,
+  TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_N_ARGS
 };
 
 /* ngram_hash(Tensor tokens, Tensor multipliers, Tensor moduli, Tensor? offsets, int pad,
@@ -793,6 +793,79 @@ enum {
 enum {
   TRANSOM_UNPACK_CACHE_ROWS_ROWS,
   TRANSOM_UNPACK_CACHE_ROWS_N_ARGS
+};
+
+/* Former names of operators: until version 0.2 sources that have them compile, and libraries that
+ * have them load. */
+
+/* grouped_gemm_dx(Tensor dy, Weight weight, Tensor? weight_scales, Tensor? weight_zeros, str?
+ * weight_spec, Tensor offsets); dy[M,N], weight[E,N,K], offsets[E] -> dx[M,K]; dy: float;
+ * weight: dy | f32 | quant; offsets: index; dx: dy */
+#define TRANSOM_GROUPED_GEMM_DX_HASH UINT64_C(0x738937d3706d0e88)
+enum {
+  TRANSOM_GROUPED_GEMM_DX_DY,
+  TRANSOM_GROUPED_GEMM_DX_WEIGHT,
+  TRANSOM_GROUPED_GEMM_DX_WEIGHT_SCALES,
+  TRANSOM_GROUPED_GEMM_DX_WEIGHT_ZEROS,
+  TRANSOM_GROUPED_GEMM_DX_WEIGHT_SPEC,
+  TRANSOM_GROUPED_GEMM_DX_OFFSETS,
+  TRANSOM_GROUPED_GEMM_DX_N_ARGS
+};
+
+/* grouped_gemm_dw(Tensor dy, Tensor x, Tensor offsets, Tensor weight); dy[M,N], x[M,K],
+ * offsets[E], weight[E,N,K] -> dw[E,N,K]; dy: float; x: dy; offsets: index; weight: dy | f32;
+ * dw: weight */
+#define TRANSOM_GROUPED_GEMM_DW_HASH UINT64_C(0xc70f5261911756d7)
+enum {
+  TRANSOM_GROUPED_GEMM_DW_DY,
+  TRANSOM_GROUPED_GEMM_DW_X,
+  TRANSOM_GROUPED_GEMM_DW_OFFSETS,
+  TRANSOM_GROUPED_GEMM_DW_WEIGHT,
+  TRANSOM_GROUPED_GEMM_DW_N_ARGS
+};
+
+/* hashed_embedding_row_gradient(Tensor dy, Tensor tokens, Tensor multipliers, Tensor moduli,
+ * Tensor offsets, int pad, int rows, Tensor? lookback, Tensor? blocked, int[] shard);
+ * dy[B,S,(n-1)*h,d], tokens[B,S], multipliers[n], moduli[n-1,h], offsets[(n-1)*h],
+ * lookback?[B,n-1], blocked?[B,S] -> ids[B*S*(n-1)*h], gradients[B*S*(n-1)*h,d]; tokens: index;
+ * multipliers: i64; moduli: index; offsets: index; lookback: index; blocked: bool; dy: float;
+ * ids: i64; gradients: dy */
+#define TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_HASH UINT64_C(0x3fd683d4d4ac50f1)
+enum {
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_DY,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_TOKENS,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_MULTIPLIERS,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_MODULI,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_OFFSETS,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_PAD,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_ROWS,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_LOOKBACK,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_BLOCKED,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_SHARD,
+  TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_N_ARGS
+};
+
+/* moe_experts_weight_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor gate_up,
+ * Tensor down, Tensor? gate_up_bias, str activation, float? limit, str weight_position, bool
+ * interleaved, float alpha); dy[T,D], x[T,D], ids[T,K], weights[T,K], gate_up[E,2*I,D],
+ * down[E,D,I], gate_up_bias?[E,2*I] -> dgate_up[E,2*I,D], ddown[E,D,I]; dy: float; x: dy; ids:
+ * index; weights: float; gate_up, down: dy | f32; gate_up_bias: dy | f32; dgate_up: gate_up;
+ * ddown: down */
+#define TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_HASH UINT64_C(0x414a45cf281d628d)
+enum {
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_DY,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_X,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_IDS,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_WEIGHTS,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_GATE_UP,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_DOWN,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_GATE_UP_BIAS,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_ACTIVATION,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_LIMIT,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_WEIGHT_POSITION,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_INTERLEAVED,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_ALPHA,
+  TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_N_ARGS
 };
 
 #endif /* TRANSOM_OPS_H */

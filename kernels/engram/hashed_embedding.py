@@ -249,7 +249,7 @@ def hashed_embedding_backward(
     accumulate="B*S",
     examples=[{**{k: v for k, v in e.items() if k != "V"}, "rows": e["V"]} for e in EXAMPLES],
 )
-def hashed_embedding_row_gradient(
+def hashed_embedding_backward_rows(
     dy: Tensor,
     tokens: Tensor,
     *,
@@ -345,7 +345,7 @@ class _SparseGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         tokens, multipliers, moduli, offsets, lookback, blocked = ctx.saved_tensors
-        ids, gradients = hashed_embedding_row_gradient(
+        ids, gradients = hashed_embedding_backward_rows(
             dy.unflatten(-1, (moduli.numel(), ctx.table[1])),
             tokens,
             multipliers=multipliers,
@@ -411,7 +411,7 @@ def _(dy, tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, sh
     return dtable
 
 
-@hashed_embedding_row_gradient.reference
+@hashed_embedding_backward_rows.reference
 def _(dy, tokens, multipliers, moduli, offsets, pad, rows, lookback, blocked, shard):
     local = hash_reference(tokens, multipliers, moduli, offsets, pad, lookback, blocked)
     local = local - (shard[0] if shard else 0)
@@ -479,7 +479,7 @@ for _op in (hashed_embedding, hashed_embedding_out):
     _op.check(lookup_rules)
     _op.check_values(row_rules)
     _op.sample(sample_lookup)
-for _op in (hashed_embedding_backward, hashed_embedding_row_gradient):
+for _op in (hashed_embedding_backward, hashed_embedding_backward_rows):
     _op.check(_gradient_rules)
     _op.check_values(_gradient_row_rules)
     _op.sample(sample_lookup)

@@ -163,8 +163,8 @@ grouped_gemm.sample(_sample_offsets)
 @grouped_gemm.gradient(save="x weight offsets")
 def _(saved: Any, dy: Tensor) -> dict[str, Tensor | None]:
     return {
-        "x": grouped_gemm_dx(dy, saved.weight, saved.offsets) if saved.needs("x") else None,
-        "weight": grouped_gemm_dw(dy, saved.x, saved.offsets, saved.weight)
+        "x": grouped_gemm_backward_x(dy, saved.weight, saved.offsets) if saved.needs("x") else None,
+        "weight": grouped_gemm_backward_weight(dy, saved.x, saved.offsets, saved.weight)
         if saved.needs("weight")
         else None,
     }
@@ -177,7 +177,7 @@ def _(saved: Any, dy: Tensor) -> dict[str, Tensor | None]:
     accumulate="N",
     examples=[dict(M=24, K=32, N=48, E=4), dict(M=512, K=2048, N=1536, E=32)],
 )
-def grouped_gemm_dx(dy: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
+def grouped_gemm_backward_x(dy: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
     """dx[r] = dy[r] @ weight[e], e the first expert with offsets[e] > r: the gradient of
     `grouped_gemm` in x.
 
@@ -199,7 +199,7 @@ def grouped_gemm_dx(dy: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
     return dx
 
 
-@grouped_gemm_dx.reference
+@grouped_gemm_backward_x.reference
 def _(dy: np.ndarray, weight: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     dx = np.zeros((dy.shape[0], weight.shape[2]))
     start = 0
@@ -209,10 +209,10 @@ def _(dy: np.ndarray, weight: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return dx
 
 
-grouped_gemm_dx.check_values(_offsets_fault)
+grouped_gemm_backward_x.check_values(_offsets_fault)
 
 
-grouped_gemm_dx.sample(_sample_offsets)
+grouped_gemm_backward_x.sample(_sample_offsets)
 
 
 @op(
@@ -223,7 +223,7 @@ grouped_gemm_dx.sample(_sample_offsets)
     accumulate="M",
     examples=[dict(M=24, K=32, N=48, E=4), dict(M=512, K=2048, N=1536, E=32)],
 )
-def grouped_gemm_dw(dy: Tensor, x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+def grouped_gemm_backward_weight(dy: Tensor, x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """dw[e] = sum over the rows r of expert e of outer(dy[r], x[r]): the gradient of `grouped_gemm`
     in weight.
 
@@ -258,7 +258,7 @@ def gradient_steps(
         yield start, min(N, start + step)
 
 
-@grouped_gemm_dw.reference
+@grouped_gemm_backward_weight.reference
 def _(dy: np.ndarray, x: np.ndarray, offsets: np.ndarray, weight: np.ndarray) -> np.ndarray:
     dw = np.zeros(weight.shape)
     start = 0
@@ -268,7 +268,7 @@ def _(dy: np.ndarray, x: np.ndarray, offsets: np.ndarray, weight: np.ndarray) ->
     return dw
 
 
-grouped_gemm_dw.check_values(_offsets_fault)
+grouped_gemm_backward_weight.check_values(_offsets_fault)
 
 
-grouped_gemm_dw.sample(_sample_offsets)
+grouped_gemm_backward_weight.sample(_sample_offsets)

@@ -242,7 +242,7 @@ def _(saved: Any, dy: Tensor) -> dict[str, Tensor | None]:
         for (name, bias), gradient in zip(biases.items(), dbiases, strict=True):
             out[name] = None if bias is None else gradient.to(bias.dtype)
     if saved.needs("gate_up") or saved.needs("down"):
-        out["gate_up"], out["down"] = moe_experts_weight_backward(
+        out["gate_up"], out["down"] = moe_experts_backward_experts(
             *call, gate_up_bias=saved.gate_up_bias, **form
         )
     return out
@@ -400,7 +400,7 @@ moe_experts_backward.sample(_sample)
     accumulate="T*K + D + I",
     examples=_EXAMPLES,
 )
-def moe_experts_weight_backward(
+def moe_experts_backward_experts(
     dy: Tensor,
     x: Tensor,
     ids: Tensor,
@@ -457,7 +457,7 @@ def _store(totals: dict[int, tuple[Tensor, Tensor]], dgate_up: Tensor, ddown: Te
     totals.clear()
 
 
-@moe_experts_weight_backward.reference
+@moe_experts_backward_experts.reference
 def _(
     dy: np.ndarray,
     x: np.ndarray,
@@ -481,6 +481,6 @@ def _(
     return dgate_up, ddown
 
 
-moe_experts_weight_backward.check(_fault)
-moe_experts_weight_backward.check_values(_ids_fault)
-moe_experts_weight_backward.sample(_sample)
+moe_experts_backward_experts.check(_fault)
+moe_experts_backward_experts.check_values(_ids_fault)
+moe_experts_backward_experts.sample(_sample)

@@ -54,16 +54,17 @@ def arguments(op: Op[..., Any]) -> list[tuple[str, str]]:
     return out
 
 
-def schema(op: Op[..., Any]) -> str:
-    """What a compiled implementation relies on: arguments in order with types, shapes, dtypes."""
+def schema(op: Op[..., Any], name: str = "") -> str:
+    """What a compiled implementation relies on: arguments in order with types, shapes, dtypes;
+    under a former name of the operator, if one is given."""
     listed = ", ".join(f"{kind} {name}" for name, kind in arguments(op))
-    text = f"{op.name}({listed}); {op.shapes_text}; {op.dtypes_text}"
+    text = f"{name or op.name}({listed}); {op.shapes_text}; {op.dtypes_text}"
     return " ".join([*text.split(), *(f"; writes {name}" for name in op.mutates)])
 
 
-def schema_hash(op: Op[..., Any]) -> int:
+def schema_hash(op: Op[..., Any], name: str = "") -> int:
     """64 bits of the SHA-256 of `schema`."""
-    return int.from_bytes(hashlib.sha256(schema(op).encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(schema(op, name).encode()).digest()[:8], "big")
 
 
 @dataclass(frozen=True)

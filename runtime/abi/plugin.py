@@ -19,7 +19,7 @@ from .. import config
 from ..errors import NotSupported, PluginError
 from ..facts import Facts
 from ..op import Impl, Op, kind_of, registrant
-from ..registry import OPS
+from ..registry import OPS, RENAMED
 from ..requires import Requirement, device
 from ..weights import QuantizedWeight
 from ..weights.layout import addressed, assumed, contiguous
@@ -49,7 +49,10 @@ class CPlugin:
         self.library = library.open_library(path)
         self.refused: dict[str, str] = {}
         """By 'operator/implementation': why it cannot be used."""
+        offered = {(entry.op, entry.name) for entry in self.library.entries}
         for entry in self.library.entries:
+            if (RENAMED.get(entry.op), entry.name) in offered:
+                continue  # the library serves this version and the one before
             reason = register(self.library, entry)
             if reason is not None:
                 self.refused[f"{entry.op}/{entry.name}"] = reason
@@ -83,10 +86,11 @@ def register(
 ) -> str | None:
     """Add one entry of a library to its operator; None, or the sentence why it cannot be used.
 
-    An entry for another schema is added as unavailable. Registering twice does nothing. `budget`
-    bounds the packed forms of its weights; None is no limit.
+    An entry for another schema is added as unavailable; one under the operator's former name is
+    compared under that. Registering twice does nothing. `budget` bounds the packed forms of its
+    weights; None is no limit.
     """
-    op = OPS.get(entry.op)
+    op = OPS.get(RENAMED.get(entry.op, entry.op))
     if op is None:
         return f"this transom has no operator {entry.op!r}; upgrade transom"
     known = op.impls.get(entry.name)
@@ -95,10 +99,11 @@ def register(
             return known.unavailable
         return f"{op.name} has an implementation {entry.name!r}; expected a name of its own"
     mismatch = None
-    if entry.schema_hash != library.schema_hash(op):
+    declared = library.schema_hash(op, entry.op)
+    if entry.schema_hash != declared:
         mismatch = (
             f"plugin {lib.vendor} {lib.version} was compiled for {op.name} as "
-            f"{entry.schema_hash:016x}; this transom declares {library.schema_hash(op):016x}; "
+            f"{entry.schema_hash:016x}; this transom declares {declared:016x}; "
             "compile it with this transom's headers"
         )
     function = CFunction(op, entry, lib, budget)

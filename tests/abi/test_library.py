@@ -84,6 +84,37 @@ def test_another_schema_hash_refuses_that_implementation_only(build, gemm):
     assert calls[0].impl != "toy"
 
 
+FORMER = """
+#include "transom_ops.h"
+static int32_t run(const transom_call *c, transom_status *s) {{ (void)c; (void)s; return 0; }}
+static const transom_impl impls[] = {{
+    {{sizeof(transom_impl), 1, "grouped_gemm_dx", "toy", {hash}, 0, 0, 0, 0, run}},
+    {{sizeof(transom_impl), 1, "grouped_gemm_backward_weight", "toy",
+      TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_HASH, 0, 0, 0, 0, run}},
+    {{sizeof(transom_impl), 1, "grouped_gemm_dw", "toy", 7, 0, 0, 0, 0, run}}}};
+static const transom_impl *const listed[] = {{&impls[0], &impls[1], &impls[2]}};
+static const transom_plugin plugin = {{
+    sizeof(transom_plugin), 1, 0, "v", "1", "cpu", 3, 0, listed, 0}};
+const transom_plugin *transom_plugin_v1(const transom_host *host, transom_status *status) {{
+  (void)host; (void)status;
+  return &plugin;
+}}
+"""
+
+
+def test_a_library_that_names_operators_as_they_were_named_serves_them(build):
+    """The present name, where the library has both, is the one that counts."""
+    plugin = transom.CPlugin(build(source=FORMER.format(hash="TRANSOM_GROUPED_GEMM_DX_HASH")))
+    assert plugin.refused == {}
+    for name in ("grouped_gemm_backward_x", "grouped_gemm_backward_weight"):
+        assert transom.ops()[name].impls["toy"].unavailable is None
+
+
+def test_another_schema_under_a_former_name_is_refused(build):
+    plugin = transom.CPlugin(build(source=FORMER.format(hash="7")))
+    assert "compiled for grouped_gemm_backward_x as" in plugin.refused["grouped_gemm_dx/toy"]
+
+
 def test_a_larger_entry_of_a_later_minor_is_read_as_far_as_we_know_it(build, gemm):
     transom.CPlugin(build("TOY_IMPL_SIZE=(sizeof(transom_impl)+64)"))
     with transom.use(grouped_gemm="toy"):

@@ -20,7 +20,7 @@ CHIP = "ascend950pr_9589"
 CALLS = [
     ("grouped_gemm", "moe.grouped_gemm", dict(M=24, K=40, N=48, E=4), "bfloat16"),
     ("grouped_gemm", "moe.grouped_gemm", dict(M=7, K=40, N=48, E=1), "float32"),
-    ("grouped_gemm_dx", "moe.grouped_gemm", dict(M=24, K=40, N=48, E=4), "float16"),
+    ("grouped_gemm_backward_x", "moe.grouped_gemm", dict(M=24, K=40, N=48, E=4), "float16"),
     ("moe_experts", "moe.moe_experts", dict(T=6, D=40, I=20, E=4, K=2), "float32"),
     ("route", "moe.route", dict(T=6, E=16, k=4, score="softmax"), "float32"),
     ("route", "moe.route", dict(T=6, E=16, k=4, score="softmax", renormalize=False), "bfloat16"),

@@ -129,7 +129,7 @@ def test_an_operator_runs_whole(kernels):
         # no multiple of any tile, and rows gathered from the last ones of x
         ("moe_experts", dict(T=6, D=40, I=24)),
         ("moe_experts", dict(T=6, D=37, I=19)),
-        ("moe_experts_weight_backward", dict(T=6, D=37, I=19)),
+        ("moe_experts_backward_experts", dict(T=6, D=37, I=19)),
         ("short_conv", dict(C=7)),
         ("engram_gate", dict(D=150)),
         ("engram_gate_backward", dict(D=5000, T=(1,))),

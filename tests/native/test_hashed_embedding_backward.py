@@ -8,7 +8,7 @@ import torch
 import transom
 from transom.kernels.engram.hashed_embedding import (
     hashed_embedding_backward,
-    hashed_embedding_row_gradient,
+    hashed_embedding_backward_rows,
 )
 
 REASON = transom.backends()["native"]
@@ -43,8 +43,8 @@ def agree(dy, tokens, hashed):
     got = run(hashed_embedding_backward, dy, tokens, **hashed)
     want = run(hashed_embedding_backward, dy, tokens, impl="composite", **hashed)
     assert torch.equal(got, want)
-    ids, gradients = run(hashed_embedding_row_gradient, dy, tokens, **hashed)
-    expected = run(hashed_embedding_row_gradient, dy, tokens, impl="composite", **hashed)
+    ids, gradients = run(hashed_embedding_backward_rows, dy, tokens, **hashed)
+    expected = run(hashed_embedding_backward_rows, dy, tokens, impl="composite", **hashed)
     assert torch.equal(ids, expected[0]) and torch.equal(gradients, expected[1])
 
 
@@ -88,7 +88,7 @@ def test_the_same_bits_at_any_number_of_threads(S):
         found.append(
             (
                 run(hashed_embedding_backward, dy, tokens, **hashed),
-                *run(hashed_embedding_row_gradient, dy, tokens, **hashed),
+                *run(hashed_embedding_backward_rows, dy, tokens, **hashed),
             )
         )
     torch.set_num_threads(before)

@@ -68,19 +68,22 @@ def test_gradients_of_grouped_gemm_at_the_borders_of_blocks(dtype, N, K):
     offsets = torch.tensor([1, 300, 300, 520])
     for weight in (w, transposed(w)):
         args = dy, weight, offsets
-        close(run("grouped_gemm_dx", *args), run("grouped_gemm_dx", *args, impl="reference"))
+        close(
+            run("grouped_gemm_backward_x", *args),
+            run("grouped_gemm_backward_x", *args, impl="reference"),
+        )
     args = dy.t().contiguous().t(), torch.cat([x, x], 1)[:, :K], offsets, w
-    (got,) = run("grouped_gemm_dw", *args)
-    close((got,), run("grouped_gemm_dw", *args, impl="reference"), 4)
+    (got,) = run("grouped_gemm_backward_weight", *args)
+    close((got,), run("grouped_gemm_backward_weight", *args, impl="reference"), 4)
     assert (got[2] == 0).all()
 
 
 def test_a_gradient_in_another_dtype_than_the_rows():
     dy, x, w = gemm(40, 33, 47, 2, torch.bfloat16)
     args = dy, x, torch.tensor([20, 40]), w.float()
-    (got,) = run("grouped_gemm_dw", *args)
+    (got,) = run("grouped_gemm_backward_weight", *args)
     assert got.dtype == torch.float32
-    close((got,), run("grouped_gemm_dw", *args, impl="reference"))
+    close((got,), run("grouped_gemm_backward_weight", *args, impl="reference"))
 
 
 @pytest.mark.parametrize("spec", ["int8", "int4", "fp8", "mxfp4"])
@@ -91,8 +94,8 @@ def test_dx_of_a_quantised_weight_is_that_of_the_dequantised_one(spec, N, K):
     plain = weight.dequantize()
     for ends in ([1, 4], [20, 50]):
         offsets = torch.tensor(ends)
-        got = run("grouped_gemm_dx", dy, weight, offsets)
-        assert same(got, run("grouped_gemm_dx", dy, plain, offsets))
+        got = run("grouped_gemm_backward_x", dy, weight, offsets)
+        assert same(got, run("grouped_gemm_backward_x", dy, plain, offsets))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"])
@@ -101,8 +104,8 @@ def test_dx_of_a_quantised_weight_is_that_of_the_dequantised_one(spec, N, K):
 def test_gradients_of_the_experts(activation, interleaved, T, D, width):
     args, form = experts(T, D, width, 5, 3)
     form |= dict(activation=activation, limit=0.9, interleaved=interleaved)
-    want = run("moe_experts_weight_backward", *args, impl="reference", **form)
-    close(run("moe_experts_weight_backward", *args, **form), want, 20)
+    want = run("moe_experts_backward_experts", *args, impl="reference", **form)
+    close(run("moe_experts_backward_experts", *args, **form), want, 20)
     form["down_bias"] = torch.randn(5, D, generator=torch.Generator().manual_seed(1))
     want = run("moe_experts_backward", *args, impl="reference", **form)
     close(run("moe_experts_backward", *args, **form), want, 20)
@@ -110,7 +113,7 @@ def test_gradients_of_the_experts(activation, interleaved, T, D, width):
     close(run("moe_experts_backward", *turned, **form), want, 20)
 
 
-@pytest.mark.parametrize("op", ["moe_experts_backward", "moe_experts_weight_backward"])
+@pytest.mark.parametrize("op", ["moe_experts_backward", "moe_experts_backward_experts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("megabytes", ["0.05", "0.3", "1"])
 def test_parts_and_threads_give_the_same_bits(monkeypatch, threads, op, dtype, megabytes):
@@ -136,7 +139,7 @@ def test_what_lies_behind_empty_slots_reaches_no_gradient():
     x[3] = dy[3] = float("nan")
     weights[3] = float("inf")
     gate_up[3] = down[3] = float("nan")
-    for op in ("moe_experts_backward", "moe_experts_weight_backward"):
+    for op in ("moe_experts_backward", "moe_experts_backward_experts"):
         assert all(torch.isfinite(g).all() for g in run(op, *args, **form))
     dx, dweights, *_ = run("moe_experts_backward", *args, **form)
     assert (dx[3] == 0).all()
@@ -156,11 +159,11 @@ def test_no_rows_give_gradients_of_zero():
     args, form = experts(0, 40, 30, 4, 2)
     dx, dweights, *biases = run("moe_experts_backward", *args, **form)
     assert (dx.shape, dweights.shape) == ((0, 40), (0, 2))
-    grads = [*biases, *run("moe_experts_weight_backward", *args, **form)]
+    grads = [*biases, *run("moe_experts_backward_experts", *args, **form)]
     dy, x, w = gemm(0, 33, 47, 3, torch.bfloat16)
     offsets = torch.zeros(3, dtype=torch.int64)
-    assert run("grouped_gemm_dx", dy, w, offsets)[0].shape == (0, 47)
-    grads += run("grouped_gemm_dw", dy, x, offsets, w)
+    assert run("grouped_gemm_backward_x", dy, w, offsets)[0].shape == (0, 47)
+    grads += run("grouped_gemm_backward_weight", dy, x, offsets, w)
     assert all(g.numel() > 0 and (g == 0).all() for g in grads)
 
 

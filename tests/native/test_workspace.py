@@ -45,9 +45,9 @@ def order_of_slots(d):
 
 GROWING = {
     "hashed_embedding_backward": row_of_a_table,
-    "hashed_embedding_row_gradient": row_of_a_table,
+    "hashed_embedding_backward_rows": row_of_a_table,
     "lightning_indexer_kl_backward": sums_of_indexer_keys,
-    "moe_experts_weight_backward": order_of_slots,
+    "moe_experts_backward_experts": order_of_slots,
     "sparse_attention_backward": sums_of_keys,
 }
 """Gradients that keep something for each row: how many bytes."""

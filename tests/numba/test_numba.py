@@ -190,7 +190,7 @@ CALLS |= {
     "sparse_attention_backward": attended,
     "hashed_embedding_pooled": lookup,
     "hashed_embedding_backward": looked_up,
-    "hashed_embedding_row_gradient": looked_up,
+    "hashed_embedding_backward_rows": looked_up,
     "route_backward": gates,
     "sinkhorn_backward": lambda d: (
         (drawn(24)[0](70, 4, 4), drawn(13)[0](70, 4, 4).to(d)),

@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import transom
 from transom import grouped_gemm
-from transom.kernels.moe.grouped_gemm import ROW_TILE, grouped_gemm_dw, grouped_gemm_dx
+from transom.kernels.moe.grouped_gemm import (
+    ROW_TILE,
+    grouped_gemm_backward_weight,
+    grouped_gemm_backward_x,
+)
 
 LIMIT = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -154,12 +158,12 @@ def test_the_workspace_changes_no_value(rng, monkeypatch):
 def test_edge_19_a_row_has_the_same_bits_alone_and_among_many(rng, deterministic):
     x, weight = randn(rng, 200, 96), randn(rng, 2, 70, 96)
     many = grouped_gemm(x, weight, torch.tensor([130, 200]))
-    back = grouped_gemm_dx(many, weight, torch.tensor([130, 200]))
+    back = grouped_gemm_backward_x(many, weight, torch.tensor([130, 200]))
     for row in (0, 1, ROW_TILE - 1, ROW_TILE, 77, 129, 130, 199):
         ends = torch.tensor([1, 1] if row < 130 else [0, 1])
         alone = grouped_gemm(x[row : row + 1], weight, ends)
         assert torch.equal(alone[0], many[row])
-        assert torch.equal(grouped_gemm_dx(alone, weight, ends)[0], back[row])
+        assert torch.equal(grouped_gemm_backward_x(alone, weight, ends)[0], back[row])
 
 
 def test_gradients_in_float64(rng):
@@ -179,7 +183,11 @@ def test_gradients_equal_autograd_of_the_loop(rng, dtype):
     with transom.record() as calls:
         grouped_gemm(*mine, torch.tensor(ends)).backward(dy)
     by_loop(*exact, ends).backward(dy.double())
-    assert {c.op for c in calls} == {"grouped_gemm", "grouped_gemm_dx", "grouped_gemm_dw"}
+    assert {c.op for c in calls} == {
+        "grouped_gemm",
+        "grouped_gemm_backward_x",
+        "grouped_gemm_backward_weight",
+    }
     for a, b in zip(mine, exact, strict=True):
         assert a.grad.dtype == dtype
         assert error(a.grad, b.grad) <= LIMIT[dtype]
@@ -243,7 +251,7 @@ def test_bad_shapes_and_dtypes():
 
 def test_backward_operators_check_offsets_too():
     dy, weight = torch.ones(5, 3), torch.ones(2, 3, 4)
-    with pytest.raises(ValueError, match="grouped_gemm_dx: offsets ends with 6"):
-        grouped_gemm_dx(dy, weight, torch.tensor([1, 6]))
-    with pytest.raises(ValueError, match="grouped_gemm_dw: offsets decreases"):
-        grouped_gemm_dw(dy, torch.ones(5, 4), torch.tensor([4, 1]), weight)
+    with pytest.raises(ValueError, match="grouped_gemm_backward_x: offsets ends with 6"):
+        grouped_gemm_backward_x(dy, weight, torch.tensor([1, 6]))
+    with pytest.raises(ValueError, match="grouped_gemm_backward_weight: offsets decreases"):
+        grouped_gemm_backward_weight(dy, torch.ones(5, 4), torch.tensor([4, 1]), weight)

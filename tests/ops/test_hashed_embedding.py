@@ -9,7 +9,7 @@ from torch import Tensor
 import transom
 from transom.kernels.engram.hashed_embedding import (
     hashed_embedding_backward,
-    hashed_embedding_row_gradient,
+    hashed_embedding_backward_rows,
 )
 
 B, S, N, H, D, PAD = 2, 7, 3, 2, 32, 3
@@ -207,7 +207,7 @@ def test_sparse_gradient_works_with_sparse_adam():
 def test_row_gradient_is_packed_with_minus_one_behind():
     ids = tokens()
     dy = torch.randn(B, S, MODULI.numel(), D)
-    found, gradients = hashed_embedding_row_gradient(dy, ids, **hashed(), rows=ROWS)
+    found, gradients = hashed_embedding_backward_rows(dy, ids, **hashed(), rows=ROWS)
     unique = rows_of(ids).unique()
     assert found.shape == (B * S * MODULI.numel(),)
     assert torch.equal(found[: len(unique)], unique)

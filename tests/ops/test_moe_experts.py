@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import transom
 from transom import moe_experts
 from transom.kernels.moe.gated import ACTIVATIONS, gated, gated_backward
-from transom.kernels.moe.moe_experts import moe_experts_weight_backward
+from transom.kernels.moe.moe_experts import moe_experts_backward_experts
 
 LIMIT = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NAN = float("nan")
@@ -389,7 +389,7 @@ def test_gradients_equal_autograd_of_the_formula(rng, activation, interleaved, p
     assert [c.op for c in calls] == [
         "moe_experts",
         "moe_experts_backward",
-        "moe_experts_weight_backward",
+        "moe_experts_backward_experts",
     ]
     for name in names:
         assert error(mine[name].grad, exact[name].grad) <= 1e-12, name
@@ -448,7 +448,7 @@ def test_the_workspace_changes_no_value_and_bounds_every_temporary(rng, monkeypa
     dy = randn(rng, 120, 64, dtype=torch.bfloat16)
     run = transom.moe_experts.impls["composite"].function
     backward = transom.moe_experts_backward.impls["composite"].function
-    weights = transom.moe_experts_weight_backward.impls["composite"].function
+    weights = transom.moe_experts_backward_experts.impls["composite"].function
     results, largest = [], []
 
     class Sizes(TorchDispatchMode):
@@ -480,7 +480,7 @@ def test_weight_gradients_are_summed_in_float32(rng):
     """4000 equal bf16 rows: a bf16 sum would stop growing at 256 of them."""
     x, dy = torch.ones(4000, 1, dtype=torch.bfloat16), torch.ones(4000, 1, dtype=torch.bfloat16)
     gate_up = torch.ones(1, 2, 1, dtype=torch.bfloat16)
-    _, ddown = moe_experts_weight_backward(
+    _, ddown = moe_experts_backward_experts(
         dy,
         x,
         torch.zeros(4000, 1, dtype=torch.int32),

@@ -13,7 +13,7 @@ from transom.conformance.verify import verify
 EXAMPLES = max(1, int(os.environ.get("TRANSOM_TEST_EXAMPLES", "15")) // 7)
 
 FAMILIES = {
-    "grouped_gemm": ["grouped_gemm", "grouped_gemm_dx", "grouped_gemm_dw"],
+    "grouped_gemm": ["grouped_gemm", "grouped_gemm_backward_x", "grouped_gemm_backward_weight"],
     "moe_experts": ["moe_experts", "lightning_indexer"],
     "sparse_attention": ["sparse_attention", "sparse_attention_backward"],
     "engram": ["ngram_hash", "hashed_embedding"],

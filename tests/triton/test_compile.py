@@ -98,7 +98,7 @@ def test_what_a_kernel_must_not_be_is_a_fault(found):
     assert faults() == ""
     assert "spills 4 bytes" in faults(spills=4)
     assert faults(spills=4, chosen=False) == ""
-    assert faults(spills=4, op="grouped_gemm_dx") == ""
+    assert faults(spills=4, op="grouped_gemm_backward_x") == ""
     assert "shared memory is 999999 bytes" in faults(shared=999999)
     assert "matrix instructions" in faults(product="")
     assert "16 bytes" in faults(wide=0)

@@ -18,12 +18,11 @@ from transom.bench.ceilings import Ceilings, Sample
 from transom.bench.measure import Candidate, Settings
 from transom.registry import OPS
 
-_ENDS = ("_backward", "_dx", "_dw", "_gradient", "_kl")
 _NAMES = sorted(n for n, op in OPS.items() if op.family in ("moe", "attention", "engram", "mhc"))
 # Packing the rows of a cache is storage.
 _STORAGE = {"pack_cache_rows", "unpack_cache_rows"}
-FORWARD = [n for n in _NAMES if not n.endswith(_ENDS) and n not in _STORAGE]
-GRADIENTS = [n for n in _NAMES if n.endswith(_ENDS)]
+GRADIENTS = [n for n in _NAMES if "_backward" in n or n.endswith("_kl")]
+FORWARD = [n for n in _NAMES if n not in GRADIENTS and n not in _STORAGE]
 
 
 class FakeCeilings:

@@ -119,6 +119,25 @@ def test_use_of_an_unknown_operator_lists_what_there_is():
             pass
 
 
+def test_gradients_are_named_after_their_operator():
+    """<op>_backward, or <op>_backward_<of what> where an operator has several."""
+    forward = [n for n, op in transom.ops().items() if op.path and op.differentiated]
+    for name in (n for n, op in transom.ops().items() if op.path and "_backward" in n):
+        assert name.partition("_backward")[0] in forward
+
+
+def test_a_former_name_is_understood(monkeypatch):
+    """Asked for in every way that takes an operator's name; the attribute says what it is now."""
+    now = transom.ops()["grouped_gemm_backward_x"]
+    with pytest.warns(DeprecationWarning, match="is named grouped_gemm_backward_x"):
+        assert transom.grouped_gemm_dx is now
+    monkeypatch.setenv("TRANSOM_USE", "grouped_gemm_dx=reference")
+    rows = torch.randn(4, 3), torch.randn(2, 3, 5), torch.tensor([1, 4])
+    assert transom.explain("grouped_gemm_dx", *rows).chosen == "reference"
+    with transom.use(grouped_gemm_dx="composite"):
+        assert now.explain(*rows).chosen == "composite"
+
+
 def test_the_reference_runs_only_on_request_and_agrees(norm):
     x, w = torch.randn(3, 8), torch.rand(8)
     y, rms = norm(x, w)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from transom.kernels.moe.grouped_gemm import grouped_gemm, grouped_gemm_dx
+from transom.kernels.moe.grouped_gemm import grouped_gemm, grouped_gemm_backward_x
 from transom.op import Weight
 
 from .._vendor import offer
@@ -17,7 +17,7 @@ def forward(x: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
     return grouped(x, weight.transpose(1, 2), offsets)
 
 
-@offer(grouped_gemm_dx, *limits("dy"))
+@offer(grouped_gemm_backward_x, *limits("dy"))
 def dx(dy: Tensor, weight: Weight, offsets: Tensor) -> Tensor:
     """dx[r] = dy[r] @ weight[e]: the weight as it lies."""
     return grouped(dy, weight, offsets)

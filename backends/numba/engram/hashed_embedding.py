@@ -8,8 +8,8 @@ from torch import Tensor
 from transom.kernels.engram.hashed_embedding import (
     hashed_embedding,
     hashed_embedding_backward,
+    hashed_embedding_backward_rows,
     hashed_embedding_out,
-    hashed_embedding_row_gradient,
 )
 from transom.op import Weight
 from transom.requires import device, last_dim_contiguous
@@ -119,4 +119,4 @@ def _numba_row_gradient(
 
 _numba_backward.__name__ = _numba_row_gradient.__name__ = "numba"
 hashed_embedding_backward.impl(requires=GRADIENT)(_numba_backward)
-hashed_embedding_row_gradient.impl(requires=GRADIENT)(_numba_row_gradient)
+hashed_embedding_backward_rows.impl(requires=GRADIENT)(_numba_row_gradient)

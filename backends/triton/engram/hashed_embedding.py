@@ -8,8 +8,8 @@ from torch import Tensor
 from transom.kernels.engram.hashed_embedding import (
     hashed_embedding,
     hashed_embedding_backward,
+    hashed_embedding_backward_rows,
     hashed_embedding_out,
-    hashed_embedding_row_gradient,
 )
 from transom.op import Weight
 from transom.requires import dtype
@@ -101,7 +101,7 @@ def _backward(
     return dtable
 
 
-@offer(hashed_embedding_row_gradient, *floats("dy"))
+@offer(hashed_embedding_backward_rows, *floats("dy"))
 def _row_gradient(
     dy: Tensor,
     tokens: Tensor,

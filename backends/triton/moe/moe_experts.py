@@ -18,7 +18,7 @@ from transom.dtypes import QUANTIZED
 from transom.kernels.moe.moe_experts import (
     moe_experts,
     moe_experts_backward,
-    moe_experts_weight_backward,
+    moe_experts_backward_experts,
 )
 from transom.op import Weight
 from transom.requires import Requirement, dtype
@@ -666,7 +666,7 @@ def backward(
     return _over_slots(products, T, K, dy.dtype), dweights, dgate_up_bias, ddown_bias
 
 
-@offer(moe_experts_weight_backward, *floats("dy", "weights", "gate_up", "down", "gate_up_bias"))
+@offer(moe_experts_backward_experts, *floats("dy", "weights", "gate_up", "down", "gate_up_bias"))
 def weight_backward(
     dy: Tensor,
     x: Tensor,

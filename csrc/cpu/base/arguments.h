@@ -62,14 +62,14 @@ struct grouped_gemm {
   static constexpr uint64_t HASH = TRANSOM_GROUPED_GEMM_HASH;
 };
 
-struct grouped_gemm_dw {
+struct grouped_gemm_backward_weight {
   enum : int { DY, X, OFFSETS, WEIGHT };
-  static constexpr uint64_t HASH = TRANSOM_GROUPED_GEMM_DW_HASH;
+  static constexpr uint64_t HASH = TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_HASH;
 };
 
-struct grouped_gemm_dx {
+struct grouped_gemm_backward_x {
   enum : int { DY, WEIGHT, WEIGHT_SCALES, WEIGHT_ZEROS, WEIGHT_SPEC, OFFSETS };
-  static constexpr uint64_t HASH = TRANSOM_GROUPED_GEMM_DX_HASH;
+  static constexpr uint64_t HASH = TRANSOM_GROUPED_GEMM_BACKWARD_X_HASH;
 };
 
 struct hashed_embedding {
@@ -83,6 +83,11 @@ struct hashed_embedding_backward {
   static constexpr uint64_t HASH = TRANSOM_HASHED_EMBEDDING_BACKWARD_HASH;
 };
 
+struct hashed_embedding_backward_rows {
+  enum : int { DY, TOKENS, MULTIPLIERS, MODULI, OFFSETS, PAD, ROWS, LOOKBACK, BLOCKED, SHARD };
+  static constexpr uint64_t HASH = TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_HASH;
+};
+
 struct hashed_embedding_out {
   enum : int { TOKENS, TABLE, TABLE_SCALES, TABLE_ZEROS, TABLE_SPEC, OUT, MULTIPLIERS, MODULI,
     OFFSETS, PAD, LOOKBACK, BLOCKED, SHARD };
@@ -93,11 +98,6 @@ struct hashed_embedding_pooled {
   enum : int { TOKENS, TABLE, TABLE_SCALES, TABLE_ZEROS, TABLE_SPEC, MULTIPLIERS, MODULI, OFFSETS,
     PAD, LOOKBACK, BLOCKED, SHARD, MEAN };
   static constexpr uint64_t HASH = TRANSOM_HASHED_EMBEDDING_POOLED_HASH;
-};
-
-struct hashed_embedding_row_gradient {
-  enum : int { DY, TOKENS, MULTIPLIERS, MODULI, OFFSETS, PAD, ROWS, LOOKBACK, BLOCKED, SHARD };
-  static constexpr uint64_t HASH = TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_HASH;
 };
 
 struct lightning_indexer {
@@ -159,10 +159,10 @@ struct moe_experts_backward {
   static constexpr uint64_t HASH = TRANSOM_MOE_EXPERTS_BACKWARD_HASH;
 };
 
-struct moe_experts_weight_backward {
+struct moe_experts_backward_experts {
   enum : int { DY, X, IDS, WEIGHTS, GATE_UP, DOWN, GATE_UP_BIAS, ACTIVATION, LIMIT, WEIGHT_POSITION,
     INTERLEAVED, ALPHA };
-  static constexpr uint64_t HASH = TRANSOM_MOE_EXPERTS_WEIGHT_BACKWARD_HASH;
+  static constexpr uint64_t HASH = TRANSOM_MOE_EXPERTS_BACKWARD_EXPERTS_HASH;
 };
 
 struct ngram_hash {

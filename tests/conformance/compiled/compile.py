@@ -429,7 +429,7 @@ def faults(kernel: Compiled, launch: Launch, ttir: str) -> Iterator[str]:
     limit = SHARED[kernel.target] * 1024
     if kernel.shared > limit:
         yield f"shared memory is {kernel.shared} bytes; {kernel.target} has {limit}"
-    way = "backward" if "backward" in kernel.op or kernel.op.endswith(("_dx", "_dw")) else "forward"
+    way = "backward" if "_backward" in kernel.op else "forward"
     if kernel.chosen and kernel.spills > SPILLS[way]:
         yield f"a thread spills {kernel.spills} bytes; {SPILLS[way]} are allowed ({way})"
     if not kernel.product and re.search(_PRODUCT, ttir):

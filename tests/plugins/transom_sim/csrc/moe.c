@@ -56,17 +56,17 @@ static void grouped_gemm_kernel(const transom_call *call) {
 IMPLEMENTATION(grouped_gemm, "grouped_gemm", TRANSOM_GROUPED_GEMM_HASH, grouped_gemm_supports,
                NULL);
 
-/* grouped_gemm_dx ---------------------------------------------------------------------------- */
+/* grouped_gemm_backward_x ---------------------------------------------------------------------------- */
 
-static int32_t grouped_gemm_dx_supports(const transom_call *call, transom_status *status) {
-  return takes(call, TRANSOM_GROUPED_GEMM_DX_DY, "dy", false, status) &&
-         takes(call, TRANSOM_GROUPED_GEMM_DX_WEIGHT, "weight", true, status);
+static int32_t grouped_gemm_backward_x_supports(const transom_call *call, transom_status *status) {
+  return takes(call, TRANSOM_GROUPED_GEMM_BACKWARD_X_DY, "dy", false, status) &&
+         takes(call, TRANSOM_GROUPED_GEMM_BACKWARD_X_WEIGHT, "weight", true, status);
 }
 
-static void grouped_gemm_dx_kernel(const transom_call *call) {
-  const transom_tensor *dy = tensor_at(call, TRANSOM_GROUPED_GEMM_DX_DY);
-  const transom_tensor *weight = tensor_at(call, TRANSOM_GROUPED_GEMM_DX_WEIGHT);
-  const transom_tensor *offsets = tensor_at(call, TRANSOM_GROUPED_GEMM_DX_OFFSETS);
+static void grouped_gemm_backward_x_kernel(const transom_call *call) {
+  const transom_tensor *dy = tensor_at(call, TRANSOM_GROUPED_GEMM_BACKWARD_X_DY);
+  const transom_tensor *weight = tensor_at(call, TRANSOM_GROUPED_GEMM_BACKWARD_X_WEIGHT);
+  const transom_tensor *offsets = tensor_at(call, TRANSOM_GROUPED_GEMM_BACKWARD_X_OFFSETS);
   const int64_t M = dy->shape[0], N = dy->shape[1], K = weight->shape[2], E = weight->shape[0];
   const matrix rows = matrix_at(dy, 0, 0), dx = matrix_at(call->outs[0], 0, 0);
   int64_t start = 0;
@@ -79,21 +79,21 @@ static void grouped_gemm_dx_kernel(const transom_call *call) {
   zero_rows(dx, start, M, K);
 }
 
-IMPLEMENTATION(grouped_gemm_dx, "grouped_gemm_dx", TRANSOM_GROUPED_GEMM_DX_HASH,
-               grouped_gemm_dx_supports, NULL);
+IMPLEMENTATION(grouped_gemm_backward_x, "grouped_gemm_backward_x", TRANSOM_GROUPED_GEMM_BACKWARD_X_HASH,
+               grouped_gemm_backward_x_supports, NULL);
 
-/* grouped_gemm_dw ---------------------------------------------------------------------------- */
+/* grouped_gemm_backward_weight ---------------------------------------------------------------------------- */
 
-static int32_t grouped_gemm_dw_supports(const transom_call *call, transom_status *status) {
-  return takes(call, TRANSOM_GROUPED_GEMM_DW_DY, "dy", false, status) &&
-         takes(call, TRANSOM_GROUPED_GEMM_DW_X, "x", false, status) &&
-         takes(call, TRANSOM_GROUPED_GEMM_DW_WEIGHT, "weight", false, status);
+static int32_t grouped_gemm_backward_weight_supports(const transom_call *call, transom_status *status) {
+  return takes(call, TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_DY, "dy", false, status) &&
+         takes(call, TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_X, "x", false, status) &&
+         takes(call, TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_WEIGHT, "weight", false, status);
 }
 
-static void grouped_gemm_dw_kernel(const transom_call *call) {
-  const transom_tensor *dy = tensor_at(call, TRANSOM_GROUPED_GEMM_DW_DY);
-  const transom_tensor *x = tensor_at(call, TRANSOM_GROUPED_GEMM_DW_X);
-  const transom_tensor *offsets = tensor_at(call, TRANSOM_GROUPED_GEMM_DW_OFFSETS);
+static void grouped_gemm_backward_weight_kernel(const transom_call *call) {
+  const transom_tensor *dy = tensor_at(call, TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_DY);
+  const transom_tensor *x = tensor_at(call, TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_X);
+  const transom_tensor *offsets = tensor_at(call, TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_OFFSETS);
   const int64_t M = dy->shape[0], N = dy->shape[1], K = x->shape[1], E = offsets->shape[0];
   int64_t start = 0;
   for (int64_t e = 0; e < E; e++) {
@@ -104,8 +104,8 @@ static void grouped_gemm_dw_kernel(const transom_call *call) {
   }
 }
 
-IMPLEMENTATION(grouped_gemm_dw, "grouped_gemm_dw", TRANSOM_GROUPED_GEMM_DW_HASH,
-               grouped_gemm_dw_supports, NULL);
+IMPLEMENTATION(grouped_gemm_backward_weight, "grouped_gemm_backward_weight", TRANSOM_GROUPED_GEMM_BACKWARD_WEIGHT_HASH,
+               grouped_gemm_backward_weight_supports, NULL);
 
 /* moe_experts -------------------------------------------------------------------------------- */
 

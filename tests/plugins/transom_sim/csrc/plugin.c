@@ -3,12 +3,12 @@
 
 #include "device.h"
 
-extern const transom_impl grouped_gemm_impl, grouped_gemm_dx_impl, grouped_gemm_dw_impl,
+extern const transom_impl grouped_gemm_impl, grouped_gemm_backward_x_impl, grouped_gemm_backward_weight_impl,
     moe_experts_impl, lightning_indexer_impl, sparse_attention_impl,
     sparse_attention_backward_impl, ngram_hash_impl, hashed_embedding_impl;
 
 static const transom_impl *const impls[] = {
-    &grouped_gemm_impl,      &grouped_gemm_dx_impl,  &grouped_gemm_dw_impl,
+    &grouped_gemm_impl,      &grouped_gemm_backward_x_impl,  &grouped_gemm_backward_weight_impl,
     &moe_experts_impl,       &lightning_indexer_impl, &sparse_attention_impl,
     &sparse_attention_backward_impl, &ngram_hash_impl, &hashed_embedding_impl};
 

@@ -1,4 +1,4 @@
-/* moe_experts_weight_backward: the gradients in gate_up and down.
+/* moe_experts_backward_experts: the gradients in gate_up and down.
  *
  * Some experts at a time have h and the gradients of gate and up taken (_backward.h), then blocks of
  * both gradients, each summed by one thread over the expert's rows in order. An expert with more
@@ -8,7 +8,7 @@
 
 namespace transom::TRANSOM_LEVEL {
 
-TRANSOM_KERNEL(moe_experts_weight_backward, supports, workspace, run)
+TRANSOM_KERNEL(moe_experts_backward_experts, supports, workspace, run)
 
 namespace {
 

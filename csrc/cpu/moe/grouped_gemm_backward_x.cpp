@@ -1,10 +1,10 @@
-/* grouped_gemm_dx: the rows of each expert times the transpose of its weight, read as it is stored
+/* grouped_gemm_backward_x: the rows of each expert times the transpose of its weight, read as it is stored
  * (_grouped.h). */
 #include "_grouped.h"
 
 namespace transom::TRANSOM_LEVEL {
 
-TRANSOM_KERNEL(grouped_gemm_dx, supports, workspace, run)
+TRANSOM_KERNEL(grouped_gemm_backward_x, supports, workspace, run)
 
 namespace {
 

@@ -1,11 +1,11 @@
-/* hashed_embedding_row_gradient: the rows that were read, ascending, and their gradients, see
+/* hashed_embedding_backward_rows: the rows that were read, ascending, and their gradients, see
  * _row_sums.h. */
 #include "_row_sums.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
-#define ARGUMENT(name) TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_##name
+#define ARGUMENT(name) TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_##name
 
 struct Work {
   RowSums sums;
@@ -92,8 +92,8 @@ int32_t run(const transom_call *call, transom_status *) {
 
 }  // namespace
 
-extern const transom_impl hashed_embedding_row_gradient = {
-    sizeof(transom_impl), TRANSOM_TUNED, "hashed_embedding_row_gradient", "native",
-    TRANSOM_HASHED_EMBEDDING_ROW_GRADIENT_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
+extern const transom_impl hashed_embedding_backward_rows = {
+    sizeof(transom_impl), TRANSOM_TUNED, "hashed_embedding_backward_rows", "native",
+    TRANSOM_HASHED_EMBEDDING_BACKWARD_ROWS_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
 
 }  // namespace transom::TRANSOM_LEVEL

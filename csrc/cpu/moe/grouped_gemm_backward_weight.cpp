@@ -1,11 +1,12 @@
-/* grouped_gemm_dw: for each expert the sum of dy[r] times x[r] over its rows, in row order.
+/* grouped_gemm_backward_weight: for each expert the sum of dy[r] times x[r] over its rows, in their
+ * order.
  *
  * Tasks are blocks of a gradient: one thread sums a block over all rows and rounds it once. */
 #include "_outer.h"
 
 namespace transom::TRANSOM_LEVEL {
 
-TRANSOM_KERNEL(grouped_gemm_dw, supports, workspace, run)
+TRANSOM_KERNEL(grouped_gemm_backward_weight, supports, workspace, run)
 
 namespace {
 
