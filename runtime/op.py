@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -478,7 +479,8 @@ def _through_numpy(op: Op[..., Any], function: Callable[..., Any]) -> Callable[.
         values = op.bind(*args, **kwargs)
         tensors, arguments = op.tensors(values), op.arguments(values)
         bound = op.signature.bind(op.name, {n: t.shape for n, t in tensors.items()}, arguments)
-        results = function(*(as_numpy(v) for v in values))
+        with np.errstate(all="ignore"):  # torch says nothing about Inf and NaN either
+            results = function(*(as_numpy(v) for v in values))
         results = results if isinstance(results, tuple) else (results,)
         kinds = {n: kind_of(t) for n, t in tensors.items()}
         outputs = [

@@ -39,10 +39,10 @@ def lightning_indexer(
     top_k    1 to 2^20; may exceed N
     visible  [B, S]: the first visible[b,s] keys may be selected; taken into 0 .. N
     Returns indices [B, S, top_k] int32, new memory: selected keys in ascending order, then -1.  Of
-    equal scores the lower index is kept.  A key whose score is NaN is never selected; one whose
-    score is -inf is, if there is room.  Scores are float32 (float64 for float64 inputs); they are
-    made for a block of queries and keys at a time.  There is no gradient: the indexer learns from
-    `lightning_indexer_kl`.
+    equal scores the lower index is kept.  A key whose score is NaN is never selected; a score of
+    +inf is above all others, and a key whose score is -inf is selected if there is room.  Scores
+    are float32 (float64 for float64 inputs); they are made for a block of queries and keys at a
+    time.  There is no gradient: the indexer learns from `lightning_indexer_kl`.
     Errors: ValueError for other top_k and for shapes, TypeError for dtypes.
     Source: DeepSeek-V3.2 report, arXiv:2512.02556, eq. 1.
     """
@@ -127,11 +127,15 @@ def _(top_k: int) -> str | None:
 @lightning_indexer.sample
 def _(rng, dims):  # type: ignore[no-untyped-def]
     # Small whole numbers: scores are exact in every dtype and often equal, so that the selection is
-    # one and the same whatever the order of a sum, and the rule for ties is always in play.
+    # one and the same whatever the order of a sum, and the rule for ties is always in play. Now and
+    # then keys with infinite numbers and NaN.
     batch, queries, keys, heads, dim = (dims[d] for d in "BSNHD")
+    k = rng.integers(-2, 3, (batch, keys, dim)).astype(np.float64)
+    if rng.random() < 0.3:
+        k[rng.random(k.shape) < 0.1] = rng.choice([np.inf, -np.inf, np.nan])
     return {
         "q": rng.integers(-2, 3, (batch, queries, heads, dim)).astype(np.float64),
-        "k": rng.integers(-2, 3, (batch, keys, dim)).astype(np.float64),
+        "k": k,
         "weights": rng.integers(-2, 4, (batch, queries, heads)).astype(np.float64) / 2,
         "visible": rng.integers(0, keys + 2, (batch, queries)),
     }

@@ -34,6 +34,8 @@ TINY = 1e-20
     batch="T",
     examples=[
         dict(T=6, E=16, k=4, score="sigmoid", groups=4, top_groups=2, scale=2.5),
+        dict(T=7, E=15, k=3, score="softmax", groups=5, top_groups=2),
+        dict(T=5, E=12, k=4, score="topk_softmax", groups=3, top_groups=2),
         dict(T=4096, E=256, k=6, score="sqrtsoftplus", scale=1.5),
         dict(T=4096, E=256, k=8, score="sigmoid", groups=8, top_groups=4, scale=2.5),
         dict(T=4096, E=128, k=8, score="softmax"),
@@ -61,9 +63,9 @@ def route(
                  the weights are the softmax over the k chosen logits (already normalised:
                  `renormalize` changes nothing).
     bias         moves the selection only; weights come from s.
-    groups       E is cut into `groups` equal runs and only the experts of the best `top_groups` may
-                 be chosen.  A group's score is the sum of its 2 largest keys with a bias, its
-                 largest key without.
+    groups       E is cut into `groups` equal runs and only the experts of the best `top_groups` are
+                 ever chosen, whatever their keys.  A group's score is the sum of its 2 largest keys
+                 with a bias, its largest key without.
     renormalize  False: weights = scale * s[ids].
     preset       ids chosen elsewhere (hash routing, routing replay), in that order, -1 allowed;
                  keys, bias and groups then play no part.
@@ -72,7 +74,12 @@ def route(
     Returns new tensors: ids int32, by falling key, and weights float32 (float64 for float64
     logits), 0 where the id is -1.  Scores, keys and sums are float32 or wider whatever the dtype of
     logits.  Ties, of experts and of groups, go to the lowest index; equal logits have equal scores.
-    A NaN key ranks as -inf, so an id is always in range.
+
+    Keys that are not finite: a NaN key ranks as -inf, and keys of -inf come last, the lowest index
+    first, so an id is always in range.  A group that holds a key of +inf has the score +inf, also
+    beside one of -inf.  A bias of -inf so takes an expert out unless too few others are left in the
+    chosen groups, and one of +inf puts it first.  A logit of -inf has the score 0, under a softmax
+    also where all are -inf; the weights of a token are NaN where a chosen score is NaN or infinite.
 
     Raises ValueError for k outside 1..E, groups that do not divide E, top_groups outside 1..groups,
     fewer than k experts in the chosen groups, an unknown score, or preset ids outside -1..E-1.
@@ -129,7 +136,7 @@ def _softplus(z: Tensor) -> Tensor:
 
 def _scores(z: Tensor, score: str) -> Tensor:
     if score == "softmax":
-        return torch.softmax(z, -1)
+        return torch.where((z == -torch.inf).all(-1, keepdim=True), 0.0, torch.softmax(z, -1))
     if score == "sigmoid":
         return sigmoid(z)
     # exp(z) leaves float32 at -104, its root only at -208: where weights are still decided.
@@ -138,17 +145,19 @@ def _scores(z: Tensor, score: str) -> Tensor:
 
 def _select(key: Tensor, k: int, biased: bool, groups: int, top_groups: int) -> Tensor:
     key = torch.where(torch.isnan(key), -torch.inf, key)
-    if top_groups < groups:
-        T, E = key.shape
-        members = key.view(T, groups, E // groups)
-        if biased:
-            best = members.topk(min(2, E // groups), -1).values.sum(-1)
-        else:
-            best = members.amax(-1)
-        kept = _largest(best, top_groups)
-        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, kept, True)
-        key = members.masked_fill(~keep[:, :, None], -torch.inf).view(T, E)
-    return _largest(key, k)
+    if top_groups == groups:
+        return _largest(key, k)
+    size = key.shape[1] // groups
+    members = key.unflatten(1, (groups, size))
+    if biased:
+        best = members.topk(min(2, size), -1).values.sum(-1)
+        best = torch.where(torch.isnan(best), torch.inf, best)  # of +inf and -inf
+    else:
+        best = members.amax(-1)
+    # Only the experts of the open groups are ranked: no key of the others has to rank below them.
+    opened = _largest(best, top_groups).sort(-1).values
+    at = _largest(members.gather(1, opened[:, :, None].expand(-1, -1, size)).flatten(1), k)
+    return opened.gather(1, at // size) * size + at % size
 
 
 def _largest(key: Tensor, k: int) -> Tensor:
@@ -196,14 +205,16 @@ def _(
             key = s if bias is None else s + bias
             key = np.where(np.isnan(key), -np.inf, key)
             member = key.reshape(groups, -1)
-            best = member.max(1) if bias is None else np.sort(member, 1)[:, -2:].sum(1)
+            best = member.max(1)
+            if bias is not None:
+                best = np.where(best == np.inf, np.inf, np.sort(member, 1)[:, -2:].sum(1))
             open_groups = np.argsort(-best, kind="stable")[:top_groups]
-            allowed = np.isin(np.arange(E) // (E // groups), open_groups)
-            ids[t] = np.argsort(-np.where(allowed, key, -np.inf), kind="stable")[:k]
+            ranked = np.argsort(-key, kind="stable")
+            ids[t] = ranked[np.isin(ranked // (E // groups), open_groups)][:k]
         used = ids[t] >= 0
         w = s[ids[t][used]]
         if score == "topk_softmax":
-            w = np.exp(w - w.max(initial=-np.inf))
+            w = _from_largest(w)
         if score == "topk_softmax" or renormalize:
             w = w / (w.sum() + TINY)
         weights[t, used] = scale * w
@@ -212,13 +223,19 @@ def _(
 
 def _reference_scores(z: np.ndarray, score: str) -> np.ndarray:
     if score == "softmax":
-        e = np.exp(z - z.max())
-        return e / e.sum()
+        e = _from_largest(z)
+        return e / e.sum() if e.any() else e
     if score == "sigmoid":
         return np.exp(-np.logaddexp(0.0, -z))
     if score == "sqrtsoftplus":
         return np.sqrt(np.where(z > LINEAR_ABOVE, z, np.logaddexp(0.0, z)))
     return z
+
+
+def _from_largest(z: np.ndarray) -> np.ndarray:
+    """exp(z - max z); zeros where nothing is above -inf."""
+    top = z.max(initial=-np.inf)
+    return np.exp(z - (0.0 if top == -np.inf else top))
 
 
 @route.check
@@ -262,12 +279,19 @@ def _ids_fault(name: str, ids: Tensor, E: int) -> str | None:
 
 @route.sample
 def _(rng: np.random.Generator, dims: dict[str, Any]) -> dict[str, Any]:
-    """Logits that differ by more than rounding, in random order; with and without a preset."""
+    """Logits that differ by more than rounding, in random order; with and without a preset. Now and
+    then logits of -inf, and biases that take most experts out or put some first."""
     T, E, k = dims["T"], dims["E"], dims["k"]
     logits = rng.permuted(np.tile(np.linspace(-3.0, 3.0, E), (T, 1)), axis=1)
+    logits += rng.uniform(-0.1, 0.1, (T, E)) * (6.0 / max(1, E))
+    bias = np.round(rng.standard_normal(E) * 16) / 16
+    if rng.random() < 0.3:
+        logits[rng.random((T, E)) < rng.random((T, 1))] = -np.inf
+    if rng.random() < 0.3:
+        bias = rng.choice([0.0, -np.inf, np.inf, np.nan], E, p=[0.3, 0.5, 0.1, 0.1])
     return {
-        "logits": logits + rng.uniform(-0.1, 0.1, (T, E)) * (6.0 / max(1, E)),
-        "bias": np.round(rng.standard_normal(E) * 16) / 16,
+        "logits": logits,
+        "bias": bias,
         "preset": rng.integers(-1, E, (T, k)) if rng.random() < 0.5 else None,
         "mask": rng.random(T) < 0.8,
     }
@@ -388,8 +412,8 @@ def _(
         if not chosen.size:
             continue
         if score == "topk_softmax":
-            p = np.exp(z[chosen] - z[chosen].max())
-            p /= p.sum()
+            p = _from_largest(z[chosen])
+            p /= p.sum() + TINY
             np.add.at(dz[t], chosen, p * (dw - dw @ p))
             continue
         s = _reference_scores(z, score)

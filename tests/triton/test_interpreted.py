@@ -59,7 +59,9 @@ def test_the_kit_catches_wrong_kernels_and_tiles_are_measured():
         "interpreted_engram.py",
         "interpreted_quant.py",
     )
-    done = in_the_interpreter(*(str(ROOT / "tests/triton" / name) for name in files))
+    shared = "tests/unit/test_keys_not_finite.py"
+    asked = (*(f"tests/triton/{name}" for name in files), shared)
+    done = in_the_interpreter(*(str(ROOT / path) for path in asked))
     assert done.returncode == 0, done.stdout[-6000:]
 
 

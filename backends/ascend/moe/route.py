@@ -56,7 +56,8 @@ def forward(
     preset: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """In float32 throughout: the vendor returns weights in the dtype of the logits."""
+    """In float32 throughout: the vendor returns weights in the dtype of the logits. What its
+    operator does with keys that are infinite or NaN is nowhere stated, nor was it seen."""
     soft = score == "softmax"
     weights, ids, _ = call(
         "npu_moe_gating_top_k",

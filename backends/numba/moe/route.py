@@ -50,10 +50,12 @@ def _scores(z, score):
         top = _LOWEST
         for e in range(n):
             top = z[e] if z[e] > top or z[e] != z[e] else top
+        top = np.float32(0) if top == _LOWEST else top
         total = np.float32(0)
         for e in range(n):
             z[e] = exp(z[e] - top)
             total += z[e]
+        total = _ONE if total == np.float32(0) else total
         for e in range(n):
             z[e] /= total
 
@@ -70,17 +72,18 @@ def _insert(key, place, keys, places, held):
 
 @part
 def _largest(keys, best, places):
-    """places of the largest keys, falling, the lowest place first among equals."""
-    k = best.shape[0]
+    """places of the largest keys, NaN apart, falling, the lowest place first among equals."""
+    k, held = best.shape[0], 0
     for e in range(keys.shape[0]):
         key = keys[e]
-        if e < k or key > best[k - 1]:
-            _insert(key, e, best, places, e)
+        if key == key and (held < k or key > best[k - 1]):
+            _insert(key, e, best, places, held)
+            held = min(held + 1, k)
 
 
 @part
 def _keep_groups(keys, groups, top_groups, biased, best, places):
-    """-inf in place of the keys of all but the best groups."""
+    """NaN in place of the keys of all but the best groups: none of them is chosen."""
     size = keys.shape[0] // groups
     of_group, kept = best[:groups], best[groups : groups + top_groups]
     for g in range(groups):
@@ -90,14 +93,15 @@ def _keep_groups(keys, groups, top_groups, biased, best, places):
                 first, second = keys[e], first
             elif keys[e] > second:
                 second = keys[e]
-        of_group[g] = first + second if biased and size > 1 else first
+        both = first + second if biased and size > 1 else first
+        of_group[g] = both if both == both else first  # +inf counts beside -inf
     _largest(of_group, kept, places)
     for g in range(groups):
         chosen = False
         for i in range(top_groups):
             chosen = chosen or places[i] == g
         if not chosen:
-            keys[g * size : (g + 1) * size] = _LOWEST
+            keys[g * size : (g + 1) * size] = np.float32(math.nan)
 
 
 @part

@@ -40,9 +40,11 @@ def _scores(z, inside, SCORE: tl.constexpr):
     """s of a token's logits; what is not inside takes no part."""
     if SCORE == "softmax":
         top = tl.max(tl.where(inside, z, -float("inf")), 0)
+        top = tl.where(top == -float("inf"), 0.0, top)
         e = tl.where(inside, tl.exp(z - top), 0.0)
         # max passes over NaN on some devices; one NaN makes all scores NaN.
-        return e / tl.sum(e, 0)
+        total = tl.sum(e, 0)
+        return e / tl.where(total == 0, 1.0, total)
     if SCORE == "sigmoid":
         return sigmoid(z)
     if SCORE == "sqrtsoftplus":
@@ -60,7 +62,7 @@ def _first_of_largest(key, index, LAST: tl.constexpr):
 def _open_groups(
     key, e, E, groups, top_groups, BIASED: tl.constexpr, P: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """The keys, -inf in the groups that may not be chosen from."""
+    """1 for the experts of the groups that may be chosen from."""
     size = E // groups
     mine, group = e // size, tl.arange(0, GROUPS)
     best = tl.full((GROUPS,), -float("inf"), tl.float32)
@@ -70,7 +72,8 @@ def _open_groups(
         if BIASED:
             at = _first_of_largest(here, e, P)
             second = tl.max(tl.where(e == at, -float("inf"), here), 0)
-            score += tl.where(size > 1, second, 0.0)
+            both = score + tl.where(size > 1, second, 0.0)
+            score = tl.where(both == both, both, score)  # +inf counts beside -inf
         best = tl.where(group == g, score, best)
     taken, kept = group >= groups, tl.zeros((P,), tl.int32)
     for _ in range(0, top_groups):
@@ -79,7 +82,7 @@ def _open_groups(
         at = tl.min(tl.where((best == top) & (taken == 0), group, GROUPS), 0)
         taken = taken | (group == at)
         kept = tl.where(mine == at, 1, kept)
-    return tl.where(kept != 0, key, -float("inf")), kept
+    return kept
 
 
 @jit
@@ -130,7 +133,8 @@ def _route(
             key = tl.where(key == key, key, -float("inf"))
             left = inside.to(tl.int32)
             if GROUPED:
-                key, kept = _open_groups(key, e, E, groups, top_groups, bias is not None, P, GROUPS)
+                opened = _open_groups(key, e, E, groups, top_groups, bias is not None, P, GROUPS)
+                left = tl.where(inside, opened, 0)
             for i in range(0, k):
                 top = tl.max(tl.where(left != 0, key, -float("inf")), 0)
                 this = tl.min(tl.where((left != 0) & (key == top), e, P), 0)

@@ -70,16 +70,19 @@ inline float largest(const float *x, int64_t n) {
   return out;
 }
 
-/* z[0..E) becomes its softmax; -inf stands after it up to the width, and zeros then. */
+/* z[0..E) becomes its softmax, zeros where all of it is -inf; -inf stands after it up to the width,
+ * and zeros then. */
 inline void softmax(float *z, int64_t E) {
-  const vf most = all(largest(z, E));
+  const float top = largest(z, E);
+  const vf most = all(top == -__builtin_inff() ? 0.0f : top);
   vf total = {};
   for (int64_t i = 0; i < E; i += kWidth) {
     const vf e = exp_below(load(z + i) - most);
     store(z + i, e);
     total += e;
   }
-  const vf sum_of_all = all(sum(total));
+  const float added = sum(total);
+  const vf sum_of_all = all(added == 0.0f ? 1.0f : added);
   for (int64_t i = 0; i < E; i += kWidth) store(z + i, load(z + i) / sum_of_all);
 }
 

@@ -92,7 +92,8 @@ int64_t take_largest(float *key, int64_t n, float *tops) {
   }
 }
 
-/* A group's key: the sum of its two largest with a bias, the largest without. */
+/* A group's key: the sum of its two largest with a bias, the largest without, also where that is
+ * +inf and the next -inf. */
 float of_group(const float *key, int64_t n, bool two) {
   const vf low = all(-__builtin_inff());
   vf firsts = low, seconds = low;
@@ -112,7 +113,7 @@ float of_group(const float *key, int64_t n, bool two) {
     for (int j = 0; j < kWidth; j++) add(firsts[j]), add(seconds[j]);
   for (; i < n; i++) add(key[i]);
   const float out = two && n > 1 ? first + second : first;
-  return out == out ? out : -__builtin_inff();
+  return out == out ? out : first;
 }
 
 /* The ids of the k largest of the scores s + bias. */
@@ -134,8 +135,8 @@ void select(const Work *work, const RouteWorkspace &own, const float *bias, int3
     find_largest(best, work->groups, tops);
     for (int64_t i = 0; i < work->top_groups; i++) take_largest(best, work->groups, tops);
     for (int64_t g = 0; g < work->groups; g++)
-      if (best[g] == best[g]) /* not taken */
-        for (int64_t i = 0; i < members; i++) key[g * members + i] = -__builtin_inff();
+      if (best[g] == best[g]) /* not taken: nor is any of its keys, which are as if chosen before */
+        for (int64_t i = 0; i < members; i++) key[g * members + i] = __builtin_nanf("");
   }
   find_largest(key, E, tops);
   for (int64_t i = 0; i < work->k; i++) ids[i] = static_cast<int32_t>(take_largest(key, E, tops));
