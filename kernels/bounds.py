@@ -18,7 +18,7 @@ DILATION = 1 << 16
 WINDOW = 1 << 20
 """Tokens of a window, also of one that is longer than the sequence."""
 ROWS = 1 << 44
-"""Rows of a table, all of its shards together."""
+"""Rows of a gradient; row numbers have 64 bits, but a kernel sorts those of a shard."""
 
 
 def above(most: int, **arguments: int) -> str | None:

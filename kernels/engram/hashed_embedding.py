@@ -431,8 +431,6 @@ def lookup_rules(n: int, pad: int, shard: tuple[int, ...]) -> str | None:
     """The rules on the arguments of a lookup, shared by the operators that look up."""
     if len(shard) not in (0, 2) or any(entry < 0 for entry in shard):
         return f"shard is {tuple(shard)}; expected () or (first row, row count), both >= 0"
-    if any(entry > bounds.ROWS for entry in shard):
-        return f"shard is {tuple(shard)}; a table has at most {bounds.ROWS} rows"
     return hash_rules(n, pad)
 
 

@@ -13,12 +13,6 @@ constexpr int64_t kRow = 512; /* numbers */
 constexpr int64_t kV4Bytes = 584, kV4Quantised = 448, kV4Group = 64, kV4Scales = kV4Bytes - 8;
 constexpr int64_t kV41Bytes = 288, kV41Scales = 256, kV41Group = 16;
 
-inline vb load_bytes(const uint8_t *p) {
-  vb bytes;
-  memcpy(&bytes, p, sizeof bytes);
-  return bytes;
-}
-
 inline void decode_v4(const uint8_t *row, float *to) {
   for (int64_t i = 0; i < kV4Quantised; i += kV4Group) {
     const vf scale = all(from_e8m0(row[kV4Scales + i / kV4Group]));

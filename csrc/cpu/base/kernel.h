@@ -55,6 +55,7 @@ inline void on_threads(int32_t threads, F f) {
 /* f(task, thread) for each task 0 .. count - 1, on up to `threads` threads of the pool. */
 template <class F>
 inline void tasks(int32_t threads, int64_t count, F f) {
+  if (count == 0) return;
   Counter counter(count);
   on_threads(threads, [&](int32_t thread) {
     for (int64_t task; counter.take(&task);) f(task, thread);

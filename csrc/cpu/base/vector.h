@@ -98,6 +98,12 @@ inline vf widen<f16>(vs s) {
 #endif
 }
 
+inline vb load_bytes(const uint8_t *p) {
+  vb bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
+
 /* Bytes with their signs in more bits: gcc 12 widens by halves what one instruction does. */
 inline vh widen_bytes(vb bytes) {
 #if defined(__AVX512F__)

@@ -1,10 +1,8 @@
 /* What engram_gate and its gradient share: the arguments, the statistics of one stream of one
- * token, the gate. Internal linkage, as in vector.h. */
+ * token, the gate. */
 #pragma once
 
 #include "../base/output.h"
-#include "../base/parallel.h"
-#include "../base/tensor.h"
 #include "_strided_rows.h"
 
 namespace transom::TRANSOM_LEVEL {
@@ -15,51 +13,43 @@ struct Gated {
   int64_t T, R, D;
   float eps, clamp, root; /* root: sqrt(D) */
   bool residual;
-  const float *weights; /* [R,weights_stride] in float32: as given, or a copy in the workspace */
+  const float *weights; /* [R,weights_stride] in float32: as given, or the copy */
   int64_t weights_stride;
+  float *copy; /* in the workspace, or NULL */
 };
 
-struct GateArguments {
-  int x, key, value, weight, eps, clamp, mask, residual;
-};
-
-#define GATE_ARGUMENTS                                                            \
-  {ARGUMENT(X),   ARGUMENT(KEY),   ARGUMENT(VALUE), ARGUMENT(WEIGHT),             \
-   ARGUMENT(EPS), ARGUMENT(CLAMP), ARGUMENT(MASK),  ARGUMENT(RESIDUAL)}
-
-inline Gated describe_gated(const transom_call *call, GateArguments at) {
+/* Args: the arguments of engram_gate or of its gradient. */
+template <class Args>
+inline Gated describe_gated(const transom_call *call) {
   Gated work = {};
-  const transom_tensor *x = work.x = tensor(call, at.x);
-  work.key = tensor(call, at.key), work.value = tensor(call, at.value);
-  work.weight = tensor(call, at.weight), work.mask = tensor(call, at.mask);
-  work.T = 1;
-  for (int i = 0; i < x->ndim - 2; i++) work.T *= x->shape[i];
+  const transom_tensor *x = work.x = tensor(call, Args::X);
+  work.key = tensor(call, Args::KEY), work.value = tensor(call, Args::VALUE);
+  work.weight = tensor(call, Args::WEIGHT), work.mask = tensor(call, Args::MASK);
+  work.T = tokens_of(x, 2);
   work.R = x->shape[x->ndim - 2], work.D = x->shape[x->ndim - 1];
-  work.eps = static_cast<float>(call->args[at.eps].f);
-  work.clamp = static_cast<float>(call->args[at.clamp].f);
+  work.eps = static_cast<float>(call->args[Args::EPS].f);
+  work.clamp = static_cast<float>(call->args[Args::CLAMP].f);
   work.root = __builtin_sqrtf(static_cast<float>(max_of(1, work.D)));
-  work.residual = call->args[at.residual].i != 0;
+  work.residual = call->args[Args::RESIDUAL].i != 0;
   return work;
 }
 
-/* Bytes of a copy of the weight, if it is not float32 in rows of one piece. */
-inline int64_t weight_bytes(const Gated *work) {
+/* A copy of the weight in the workspace, if it is not float32 in dense rows. */
+inline void lay_out_weight(Gated *work, Arena &arena) {
   const transom_tensor *w = work->weight;
-  if (w->dtype_bits == 32 && (work->D <= 1 || w->strides[1] == 1)) return 0;
-  return up_to(work->R * up_to(work->D, kWidth) * 4, 64);
-}
-
-/* `memory` of weight_bytes(). */
-inline void take_weight(Gated *work, char *memory) {
-  const transom_tensor *w = work->weight;
-  if (weight_bytes(work) == 0) {
+  if (w->dtype_bits == 32 && (work->D <= 1 || w->strides[1] == 1)) {
     work->weights = static_cast<const float *>(w->data), work->weights_stride = w->strides[0];
     return;
   }
-  float *copy = reinterpret_cast<float *>(memory);
-  work->weights = copy, work->weights_stride = up_to(work->D, kWidth);
-  for (int64_t j = 0; j < work->R; j++)
-    read_row(w, j * w->strides[0], w->strides[1], work->D, copy + j * work->weights_stride);
+  work->weights_stride = up_to(work->D, kWidth);
+  work->weights = work->copy = arena.take<float>(work->R * work->weights_stride);
+}
+
+/* Fills it. */
+inline void copy_weight(const Gated *work) {
+  const transom_tensor *w = work->weight;
+  for (int64_t j = 0; work->copy != nullptr && j < work->R; j++)
+    read_row(w, j * w->strides[0], w->strides[1], work->D, work->copy + j * work->weights_stride);
 }
 
 inline bool takes_part(const Gated *work, int64_t token) {
@@ -68,12 +58,12 @@ inline bool takes_part(const Gated *work, int64_t token) {
          static_cast<const uint8_t *>(mask->data)[start_of(mask, 0, token)] != 0;
 }
 
-/* The rows of one stream where they lie, as bytes; NULL: nothing to ask for. */
+/* The rows of one stream where they lie, as bytes; NULL where there is nothing to ask for. */
 struct Rows {
   const char *x, *key, *dy;
 };
 
-/* One stream's rows, if the token takes part and they lie in one piece. */
+/* One stream's rows, if the token takes part and they are dense. */
 inline Rows rows_of(const Gated *work, const transom_tensor *dy, int64_t token, int64_t j) {
   const transom_tensor *x = work->x, *key = work->key;
   if (!takes_part(work, token)) return {};
@@ -86,7 +76,7 @@ inline Rows rows_of(const Gated *work, const transom_tensor *dy, int64_t token, 
 }
 
 /* Asks for element i and its line. The processor's own prefetchers stop at every page, and a row is
- * one or two: while the output of one stream is computed, the next one's rows are fetched. */
+ * one or two pages: while the output of one stream is computed, the next one's rows are fetched. */
 template <class Number>
 inline __attribute__((always_inline)) void prefetch(Rows rows, int64_t i) {
   constexpr int64_t kPerLine = kLine / static_cast<int64_t>(sizeof(Number));
@@ -101,7 +91,7 @@ struct Statistics {
   float rx, rk, dot;
 };
 
-/* sum over i of f(i) for the width's steps: two chains, and what is left over at the end. */
+/* The sum of term(i, n) for all elements: two chains of vectors, and what is left over at the end. */
 template <class Term>
 inline float summed(int64_t n, Term term) {
   vf sums[2] = {};

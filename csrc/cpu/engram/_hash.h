@@ -1,26 +1,23 @@
 /* Row numbers of n-grams: multiply and XOR in 64 bits, then a floor modulo for each column.
  *
  * A modulo is a product with the reciprocal, never a division. In a vector (a column in each
- * place) the quotient is taken in float64: x / m is wrong by at most x / m * 2^-52, which is 1/4
+ * lane) the quotient is taken in float64: x / m is wrong by at most x / m * 2^-52, which is 1/4
  * for |x| <= 2^63 and m >= 2^13, and rounding it to a whole number adds 1/2 (1/8 more where product
  * and sum round apart), so that x - q * m lies within (-m, m) and its low 32 bits tell it exactly
  * for m < 2^31: one addition of m where it is negative gives the floor modulo, of negative x too.
  * Other moduli take 64-bit integers: y = x or ~x has 63 bits, y * floor((2^64 - 1) / m) / 2^64
- * falls short of y / m by less than 1, and -1 - y mod m is the remainder of a negative x.
- *
- * Internal linkage, as in vector.h. */
+ * falls short of y / m by less than 1, and -1 - y mod m is the remainder of a negative x. */
 #pragma once
 
-#include "../base/parallel.h"
-#include "../base/tensor.h"
+#include "../base/kernel.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
-/* Columns of one size of n-gram that are taken together: no more than models have heads. Tables are
- * filled up to kPlaces of them at every level. */
+/* Columns of one size of n-gram that are taken together: no more than models have heads. What is
+ * known of a column stands in arrays of a multiple of kMostLanes at every level. */
 constexpr int kLanes = kWidth < 8 ? kWidth : 8;
-constexpr int64_t kPlaces = 8;
+constexpr int64_t kMostLanes = 8;
 typedef uint32_t vlu __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vli __attribute__((vector_size(4 * kLanes)));
 typedef double vld __attribute__((vector_size(4 * kLanes))); /* half as many */
@@ -31,9 +28,9 @@ constexpr uint64_t kLeastModulus = UINT64_C(1) << 13, kMostModulus = (UINT64_C(1
 /* A matrix of integers or flags as it is read for each token: without the tensor's pointers, which
  * no compiler keeps in registers across a store. */
 struct Ids {
-  const char *data; /* NULL: not given */
+  const char *data; /* NULL where it is not given */
   int64_t down, along;
-  bool narrow; /* int32 */
+  bool is_32bit;
 };
 
 inline Ids ids_of(const transom_tensor *t) {
@@ -43,14 +40,14 @@ inline Ids ids_of(const transom_tensor *t) {
 
 inline int64_t read(Ids ids, int64_t row, int64_t column) {
   const int64_t at = row * ids.down + column * ids.along;
-  int32_t narrow;
-  int64_t wide;
-  if (ids.narrow) {
-    memcpy(&narrow, ids.data + at * 4, sizeof narrow);
-    return narrow;
+  if (ids.is_32bit) {
+    int32_t id;
+    memcpy(&id, ids.data + at * 4, sizeof id);
+    return id;
   }
-  memcpy(&wide, ids.data + at * 8, sizeof wide);
-  return wide;
+  int64_t id;
+  memcpy(&id, ids.data + at * 8, sizeof id);
+  return id;
 }
 
 /* What a hash is given, and what is made of it once a call. */
@@ -59,108 +56,94 @@ struct Hash {
   Ids tokens, lookback, blocked;
   int64_t B, S, n, h, columns, lanes; /* lanes: h, rounded up */
   int64_t pad;
-  uint64_t *factors;  /* [n] */
-  double *inverses;   /* [n-1,lanes], 1 / modulus */
-  uint64_t *magics;   /* [n-1,lanes], (2^64 - 1) / modulus */
-  uint64_t *sizes;    /* [n-1,lanes], the moduli */
-  int64_t *starts;    /* [n-1,lanes], the offsets */
-  uint32_t *narrow, *narrow_starts; /* [n-1,lanes], moduli and offsets in 32 bits */
-  uint32_t *vectored; /* [n-1], whether the vector formula holds for all of a size */
+  uint64_t *factors;                /* [n] */
+  double *inverses;                 /* [n-1,lanes], 1 / modulus */
+  uint64_t *magics;                 /* [n-1,lanes], (2^64 - 1) / modulus */
+  uint64_t *sizes;                  /* [n-1,lanes], the moduli */
+  int64_t *starts;                  /* [n-1,lanes], the offsets */
+  uint32_t *sizes_32, *starts_32;   /* [n-1,lanes], the same in 32 bits */
+  uint32_t *vectored;               /* [n-1], whether the vector formula holds for all of a size */
 };
 
-/* The places of a hash's arguments in a call. */
-struct HashArguments {
-  int tokens, multipliers, moduli, offsets, pad, lookback, blocked;
-};
-
-/* As ARGUMENT(name) is written in each kernel. */
-#define HASH_ARGUMENTS                                                                       \
-  {ARGUMENT(TOKENS), ARGUMENT(MULTIPLIERS), ARGUMENT(MODULI),  ARGUMENT(OFFSETS), ARGUMENT(PAD), \
-   ARGUMENT(LOOKBACK), ARGUMENT(BLOCKED)}
-
-inline Hash describe_hash(const transom_call *call, HashArguments at) {
+/* Args: the arguments of an operator that hashes. */
+template <class Args>
+inline Hash describe_hash(const transom_call *call) {
   Hash hash = {};
-  hash.multipliers = tensor(call, at.multipliers);
-  hash.moduli = tensor(call, at.moduli);
-  hash.offsets = tensor(call, at.offsets);
-  hash.tokens = ids_of(tensor(call, at.tokens));
-  hash.lookback = ids_of(tensor(call, at.lookback));
-  hash.blocked = ids_of(tensor(call, at.blocked));
-  hash.pad = call->args[at.pad].i;
-  hash.B = tensor(call, at.tokens)->shape[0], hash.S = tensor(call, at.tokens)->shape[1];
+  hash.multipliers = tensor(call, Args::MULTIPLIERS);
+  hash.moduli = tensor(call, Args::MODULI);
+  hash.offsets = tensor(call, Args::OFFSETS);
+  hash.tokens = ids_of(tensor(call, Args::TOKENS));
+  hash.lookback = ids_of(tensor(call, Args::LOOKBACK));
+  hash.blocked = ids_of(tensor(call, Args::BLOCKED));
+  hash.pad = call->args[Args::PAD].i;
+  hash.B = tensor(call, Args::TOKENS)->shape[0], hash.S = tensor(call, Args::TOKENS)->shape[1];
   hash.n = hash.multipliers->shape[0], hash.h = hash.moduli->shape[1];
   hash.columns = (hash.n - 1) * hash.h;
-  hash.lanes = up_to(hash.h, kPlaces);
+  hash.lanes = up_to(hash.h, kMostLanes);
   return hash;
 }
 
-/* Bytes of the tables; `memory` (64-byte aligned) holds them, NULL only asks. */
-inline int64_t lay_out_hash(Hash *hash, char *memory) {
-  const int64_t places = (hash->n - 1) * hash->lanes;
-  if (memory != nullptr) {
-    hash->inverses = reinterpret_cast<double *>(memory);
-    hash->magics = reinterpret_cast<uint64_t *>(hash->inverses + places);
-    hash->sizes = hash->magics + places;
-    hash->starts = reinterpret_cast<int64_t *>(hash->sizes + places);
-    hash->factors = reinterpret_cast<uint64_t *>(hash->starts + places);
-    hash->narrow = reinterpret_cast<uint32_t *>(hash->factors + hash->n);
-    hash->narrow_starts = hash->narrow + places;
-    hash->vectored = hash->narrow_starts + places;
-  }
-  return up_to(places * 40 + hash->n * 12, 64);
+inline void lay_out_hash(Hash *hash, Arena &arena) {
+  const int64_t lanes = (hash->n - 1) * hash->lanes;
+  hash->inverses = arena.take<double>(lanes);
+  hash->magics = arena.take<uint64_t>(lanes), hash->sizes = arena.take<uint64_t>(lanes);
+  hash->starts = arena.take<int64_t>(lanes);
+  hash->factors = arena.take<uint64_t>(hash->n);
+  hash->sizes_32 = arena.take<uint32_t>(lanes), hash->starts_32 = arena.take<uint32_t>(lanes);
+  hash->vectored = arena.take<uint32_t>(hash->n);
 }
 
-inline void fill_tables(Hash *hash) {
+inline void prepare_hash(Hash *hash) {
   for (int64_t g = 0; g < hash->n; g++)
     hash->factors[g] =
         static_cast<uint64_t>(integer(hash->multipliers, g * hash->multipliers->strides[0]));
   for (int64_t g = 0; g + 1 < hash->n; g++) {
     bool all_small = true;
     for (int64_t j = 0; j < hash->lanes; j++) {
-      const int64_t place = g * hash->lanes + j;
+      const int64_t lane = g * hash->lanes + j;
       const bool real = j < hash->h;
       const int64_t given =
           real ? integer(hash->moduli, g * hash->moduli->strides[0] + j * hash->moduli->strides[1])
                : static_cast<int64_t>(kLeastModulus);
       /* The operator refuses moduli <= 0; memory must survive them all the same. */
       const uint64_t m = given > 0 ? static_cast<uint64_t>(given) : 1;
-      hash->sizes[place] = m;
-      hash->magics[place] = ~UINT64_C(0) / m;
-      hash->inverses[place] = 1.0 / static_cast<double>(m);
-      hash->narrow[place] = static_cast<uint32_t>(m);
-      hash->starts[place] =
+      hash->sizes[lane] = m;
+      hash->magics[lane] = ~UINT64_C(0) / m;
+      hash->inverses[lane] = 1.0 / static_cast<double>(m);
+      hash->sizes_32[lane] = static_cast<uint32_t>(m);
+      hash->starts[lane] =
           real && hash->offsets != nullptr
               ? integer(hash->offsets, (g * hash->h + j) * hash->offsets->strides[0])
               : 0;
-      hash->narrow_starts[place] = static_cast<uint32_t>(hash->starts[place]);
+      hash->starts_32[lane] = static_cast<uint32_t>(hash->starts[lane]);
       all_small = all_small && m >= kLeastModulus && m <= kMostModulus;
     }
     hash->vectored[g] = all_small;
   }
 }
 
-/* A place in the chunk, which moves on token by token. */
-struct Place {
+/* A position in the chunk, which moves on token by token. */
+struct Position {
   int64_t b, s;
 };
 
-inline Place place_of(const Hash *hash, int64_t token) {
+inline Position position_of(const Hash *hash, int64_t token) {
   return {token / hash->S, token % hash->S};
 }
 
-inline void step(const Hash *hash, Place *place) {
-  if (++place->s == hash->S) place->s = 0, place->b++;
+inline void step(const Hash *hash, Position *position) {
+  if (++position->s == hash->S) position->s = 0, position->b++;
 }
 
-/* The id `back` tokens before the place; negative where no n-gram may read. */
-inline int64_t id_before(const Hash *hash, Place place, int64_t back) {
-  const int64_t p = place.s - back;
+/* The id `back` tokens before the position; negative where no n-gram may read. */
+inline int64_t id_before(const Hash *hash, Position position, int64_t back) {
+  const int64_t p = position.s - back;
   if (p < 0)
-    return hash->lookback.data == nullptr ? -1 : read(hash->lookback, place.b, hash->n - 1 + p);
+    return hash->lookback.data == nullptr ? -1 : read(hash->lookback, position.b, hash->n - 1 + p);
   const char *flags = hash->blocked.data;
-  if (flags != nullptr && flags[place.b * hash->blocked.down + p * hash->blocked.along] != 0)
+  if (flags != nullptr && flags[position.b * hash->blocked.down + p * hash->blocked.along] != 0)
     return -1;
-  return read(hash->tokens, place.b, p);
+  return read(hash->tokens, position.b, p);
 }
 
 inline uint64_t floor_modulo(uint64_t x, uint64_t m, uint64_t magic) {
@@ -217,11 +200,11 @@ inline void put_rows(vlu r, const int64_t *, const uint32_t *starts, int64_t cou
 
 /* Row numbers of all columns of one token; int32 wherever the operator promises that they fit. */
 template <class Row>
-inline void hash_token(const Hash *hash, Place place, Row *rows) {
+inline void hash_token(const Hash *hash, Position position, Row *rows) {
   bool alive = true;
   uint64_t mix = 0;
   for (int64_t g = 0; g < hash->n; g++) {
-    const int64_t id = alive ? id_before(hash, place, g) : -1;
+    const int64_t id = alive ? id_before(hash, position, g) : -1;
     alive = id >= 0;
     mix ^= static_cast<uint64_t>(alive ? id : hash->pad) * hash->factors[g];
     if (g == 0) continue;
@@ -230,8 +213,8 @@ inline void hash_token(const Hash *hash, Place place, Row *rows) {
       for (int64_t j = 0; j < hash->h; j += kLanes) {
         const int64_t at = first + j;
         const vlu r = floor_modulo(static_cast<int64_t>(mix), hash->inverses + at,
-                                   hash->narrow + at);
-        put_rows(r, hash->starts + at, hash->narrow_starts + at, hash->h - j, rows + j);
+                                   hash->sizes_32 + at);
+        put_rows(r, hash->starts + at, hash->starts_32 + at, hash->h - j, rows + j);
       }
     } else {
       for (int64_t j = 0; j < hash->h; j++)

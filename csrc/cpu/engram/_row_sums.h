@@ -1,17 +1,18 @@
-/* The gradient of a table: what every n-gram that chose a row has as gradient, added up in the order
- * of the tokens.
+/* The gradient of an embedding: what every n-gram that chose a row has as gradient, added up in the
+ * order of the tokens.
  *
- * Three passes, of which the first two only hash. How many rows of each range of the table are
- * read; then a key for each (its place in the range, and the number of the n-gram), put where its
- * range begins, parts of the tokens in order; then a task for each range, which sorts its keys and
- * walks the table's rows in order. Equal rows lie side by side then, and their sum is taken in
- * float32 in the order of the tokens, rounded once: the same bits at any number of threads. Eight
- * bytes of workspace for each row read; nothing of the size of the gradient is moved twice. Bound by
- * memory: dy once, and the table's gradient, where all of it is written. */
+ * There are three passes, of which the first two only hash. The first counts how many rows of each
+ * range of the embedding are read; the second puts a key for each (its row within the range, and the
+ * number of the n-gram) where its range begins, parts of the tokens in order; the third has a task
+ * for each range, which sorts its keys and walks the rows in order. Equal rows lie side by side then,
+ * and their sum is taken in float32 in the order of the tokens, rounded once: the same bits at any
+ * number of threads. Each row that is read takes eight bytes of workspace; nothing of the size of the
+ * gradient is moved twice. It is bound by memory: dy once, and the embedding's gradient, where all of
+ * it is written. */
 #pragma once
 
-#include "_hash.h"
 #include "_embedding_rows.h"
+#include "_hash.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
@@ -22,7 +23,7 @@ constexpr int64_t kComing = 8;
 
 struct RowSums {
   Hash hash;
-  Table shape; /* rows and first of the shard; holds no values */
+  Embedding shape; /* rows and first of the shard; holds no values */
   const transom_tensor *dy;
   int64_t tokens, columns, d, items;
   int64_t parts, ranges, shift; /* a range: 2^shift rows */
@@ -31,17 +32,18 @@ struct RowSums {
   int64_t *starts; /* [ranges+1] */
   int64_t *unique; /* [ranges+1], different rows before each range */
   uint64_t *keys;  /* [items] */
-  float *sums;     /* [threads,d], padded */
-  int64_t next;    /* part, then range, by fetch-and-add */
+  char *memory;    /* of the threads */
+  int64_t thread_bytes;
 };
 
-inline RowSums describe_row_sums(const transom_call *call, HashArguments at, int dy, int rows,
-                                 int shard) {
+/* Args: the arguments of either gradient. */
+template <class Args>
+inline RowSums describe_row_sums(const transom_call *call) {
   RowSums work = {};
-  work.hash = describe_hash(call, at);
-  work.dy = tensor(call, dy);
-  work.shape.rows = call->args[rows].i;
-  work.shape.first = call->args[shard].count > 0 ? call->args[shard].ints[0] : 0;
+  work.hash = describe_hash<Args>(call);
+  work.dy = tensor(call, Args::DY);
+  work.shape.rows = call->args[Args::ROWS].i;
+  work.shape.first = call->args[Args::SHARD].count > 0 ? call->args[Args::SHARD].ints[0] : 0;
   work.tokens = work.hash.B * work.hash.S, work.columns = work.hash.columns;
   work.d = work.dy->shape[3], work.items = work.tokens * work.columns;
   const double moved = static_cast<double>(work.items + work.shape.rows) *
@@ -51,6 +53,9 @@ inline RowSums describe_row_sums(const transom_call *call, HashArguments at, int
   const int64_t wanted = clamp(max_of(work.items / kKeysOfARange, 8 * work.threads), 1, kMostRanges);
   while (work.shape.rows > 0 && (work.shape.rows - 1) >> work.shift >= wanted) work.shift++;
   work.ranges = work.shape.rows > 0 ? ((work.shape.rows - 1) >> work.shift) + 1 : 0;
+  /* A thread wants the row numbers of a token while there are no sums yet, and then a sum. */
+  work.thread_bytes = max_of(bytes_of([&](Arena &arena) { arena.take<int64_t>(work.columns); }),
+                             bytes_of([&](Arena &arena) { arena.take<float>(work.d); }));
   return work;
 }
 
@@ -63,63 +68,40 @@ inline bool row_sums_fit(const RowSums *work, transom_status *status) {
   return false;
 }
 
-/* Bytes of workspace; `memory` NULL only asks. */
-inline int64_t lay_out_row_sums(RowSums *work, char *memory) {
-  const int64_t tables = lay_out_hash(&work->hash, memory);
-  const int64_t counts = up_to(work->parts * work->ranges * 8, 64);
-  const int64_t starts = up_to((work->ranges + 1) * 8, 64), keys = up_to(work->items * 8, 64);
-  const int64_t rows = work->threads * up_to(work->columns * 8, 64);
-  const int64_t sums = work->threads * up_to(work->d, 16) * 4;
-  if (memory != nullptr) {
-    char *at = memory + tables;
-    work->counts = reinterpret_cast<int64_t *>(at);
-    work->starts = reinterpret_cast<int64_t *>(at += counts);
-    work->unique = reinterpret_cast<int64_t *>(at += starts);
-    work->keys = reinterpret_cast<uint64_t *>(at += starts);
-    work->sums = reinterpret_cast<float *>(at += keys);
-  }
-  /* Row numbers of a token are only wanted before there are sums. */
-  return tables + counts + 2 * starts + keys + max_of(rows, sums);
+inline void lay_out_row_sums(RowSums *work, Arena &arena) {
+  lay_out_hash(&work->hash, arena);
+  work->counts = arena.take<int64_t>(work->parts * work->ranges);
+  work->starts = arena.take<int64_t>(work->ranges + 1);
+  work->unique = arena.take<int64_t>(work->ranges + 1);
+  work->keys = arena.take<uint64_t>(work->items);
+  work->memory = arena.take<char>(work->threads * work->thread_bytes);
 }
 
-/* f(item, row) for each n-gram of a part of the tokens whose row this table has. */
+inline uint64_t row_sums_workspace(RowSums work) {
+  Arena arena;
+  lay_out_row_sums(&work, arena);
+  return arena.bytes();
+}
+
+inline float *sum_of(const RowSums *work, int32_t thread) {
+  return reinterpret_cast<float *>(work->memory + thread * work->thread_bytes);
+}
+
+/* f(item, row) for each n-gram of a part of the tokens whose row this embedding has. */
 template <class Found>
 inline void each_row(const RowSums *work, int64_t part, int32_t thread, Found found) {
   const Hash hash = work->hash;
-  int64_t *rows = reinterpret_cast<int64_t *>(work->sums) + thread * up_to(work->columns, 8);
+  int64_t *rows = reinterpret_cast<int64_t *>(work->memory + thread * work->thread_bytes);
   const int64_t first = work->tokens * part / work->parts;
   const int64_t end = work->tokens * (part + 1) / work->parts;
   if (first == end) return;
-  Place place = place_of(&hash, first);
-  for (int64_t t = first; t < end; t++, step(&hash, &place)) {
-    hash_token(&hash, place, rows);
+  Position position = position_of(&hash, first);
+  for (int64_t t = first; t < end; t++, step(&hash, &position)) {
+    hash_token(&hash, position, rows);
     for (int64_t c = 0; c < work->columns; c++) {
       const int64_t row = local_row(&work->shape, rows[c]);
       if (row >= 0) found(t * work->columns + c, row);
     }
-  }
-}
-
-inline int64_t next_of(RowSums *work) { return __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED); }
-
-inline void count_keys(void *context, int32_t thread) {
-  RowSums *work = static_cast<RowSums *>(context);
-  for (int64_t part; (part = next_of(work)) < work->parts;) {
-    int64_t *counts = work->counts + part * work->ranges;
-    memset(counts, 0, static_cast<size_t>(work->ranges) * sizeof(int64_t));
-    each_row(work, part, thread, [&](int64_t, int64_t row) { counts[row >> work->shift]++; });
-  }
-}
-
-inline void put_keys(void *context, int32_t thread) {
-  RowSums *work = static_cast<RowSums *>(context);
-  const int64_t shift = work->shift, within = (INT64_C(1) << shift) - 1;
-  for (int64_t part; (part = next_of(work)) < work->parts;) {
-    int64_t *next = work->counts + part * work->ranges;
-    each_row(work, part, thread, [&](int64_t item, int64_t row) {
-      work->keys[next[row >> shift]++] =
-          static_cast<uint64_t>(row & within) << 32 | static_cast<uint64_t>(item);
-    });
   }
 }
 
@@ -162,7 +144,7 @@ inline void sort_keys(uint64_t *keys, int64_t n, int depth = 48) {
       const uint64_t low = keys[j];
       keys[j] = keys[i], keys[i] = low;
     }
-    /* The smaller half by a call, the other one here: few calls are open at once. */
+    /* The smaller half is sorted by a call, the other one here, so that few calls are open at once. */
     if (j + 1 < n - j - 1) {
       sort_keys(keys, j + 1, depth);
       keys += j + 1, n -= j + 1;
@@ -181,9 +163,14 @@ inline void sort_keys(uint64_t *keys, int64_t n, int depth = 48) {
 
 /* Keys of all ranges, each range sorted by the task that takes it. */
 inline void find_keys(RowSums *work, void *workspace) {
-  lay_out_row_sums(work, static_cast<char *>(workspace));
-  fill_tables(&work->hash);
-  parallel(work->threads, count_keys, work);
+  Arena arena(workspace);
+  lay_out_row_sums(work, arena);
+  prepare_hash(&work->hash);
+  tasks(work->threads, work->parts, [&](int64_t part, int32_t thread) {
+    int64_t *counts = work->counts + part * work->ranges;
+    memset(counts, 0, static_cast<size_t>(work->ranges) * sizeof(int64_t));
+    each_row(work, part, thread, [&](int64_t, int64_t row) { counts[row >> work->shift]++; });
+  });
   int64_t at = 0;
   for (int64_t range = 0; range < work->ranges; range++) {
     work->starts[range] = at;
@@ -194,9 +181,14 @@ inline void find_keys(RowSums *work, void *workspace) {
     }
   }
   work->starts[work->ranges] = at;
-  work->next = 0;
-  parallel(work->threads, put_keys, work);
-  work->next = 0;
+  const int64_t shift = work->shift, within = (INT64_C(1) << shift) - 1;
+  tasks(work->threads, work->parts, [&](int64_t part, int32_t thread) {
+    int64_t *next = work->counts + part * work->ranges;
+    each_row(work, part, thread, [&](int64_t item, int64_t row) {
+      work->keys[next[row >> shift]++] =
+          static_cast<uint64_t>(row & within) << 32 | static_cast<uint64_t>(item);
+    });
+  });
 }
 
 inline int64_t row_of(const RowSums *work, int64_t range, uint64_t key) {
@@ -220,14 +212,14 @@ inline void sum_rows(const RowSums *work, int64_t first, int64_t last, int64_t e
     if (i + kComing < end && along == 1)
       prefetch_bytes(static_cast<const char *>(at(dy, start_of_item(work, work->keys[i + kComing]))),
                      d * size_of(dy));
-    Table one = {};
-    one.format = static_cast<Format>(kind(dy));
+    Embedding one = {};
+    one.kind = kind(dy);
     one.d = d, one.along = along;
     one.values = static_cast<const char *>(at(dy, start_of_item(work, work->keys[i])));
     if (i == first)
-      read_table<false>(&one, 0, sum);
+      read_embedding<false>(&one, 0, sum);
     else
-      read_table<true>(&one, 0, sum);
+      read_embedding<true>(&one, 0, sum);
   }
   write_row(to, kind(dy), sum, d);
 }

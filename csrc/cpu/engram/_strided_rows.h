@@ -1,19 +1,19 @@
-/* Rows of any stride as rows of one piece, and loops over them. Internal linkage, as in vector.h. */
+/* Rows of any stride as rows whose elements lie side by side, and loops over them. */
 #pragma once
 
-#include "../base/tensor.h"
+#include "../base/kernel.h"
 
 namespace transom::TRANSOM_LEVEL {
 namespace {
 
-inline bool in_pieces(const transom_tensor *t) {
+inline bool rows_are_dense(const transom_tensor *t) {
   return t == nullptr || t->shape[t->ndim - 1] <= 1 || t->strides[t->ndim - 1] == 1;
 }
 
-/* A row in one piece: where it lies, or copied into `buffer`. */
+/* A row side by side: where it lies, or copied into `buffer`. */
 template <class Number>
-inline const Number *in_one_piece(const transom_tensor *t, int64_t start, int64_t n,
-                                  Number *buffer) {
+inline const Number *dense_row(const transom_tensor *t, int64_t start, int64_t n,
+                               Number *buffer) {
   const int64_t stride = t->strides[t->ndim - 1];
   const Number *from = static_cast<const Number *>(t->data) + start;
   if (stride == 1 || n <= 1) return from;
@@ -26,7 +26,7 @@ inline vf load_up_to(const Number *p, int64_t count) {
   return count == kWidth ? load(p) : load_some(p, count);
 }
 
-/* The first n elements. */
+/* Stores the first n elements. */
 template <class Number>
 inline void store_up_to(Number *p, vf v, int64_t n) {
   if (n == kWidth)
@@ -35,8 +35,8 @@ inline void store_up_to(Number *p, vf v, int64_t n) {
     store_some(p, v, n);
 }
 
-/* step(i, n) for all elements, n the width but for those left over at the end: put in its place
- * twice, so that what is asked of n is asked once. */
+/* step(i, n) for all elements, with n the width but for those left over at the end. The step is
+ * inlined twice, so that what it asks of n is asked once. */
 template <class Step>
 inline void each_vector(int64_t D, Step step) {
   int64_t i = 0;

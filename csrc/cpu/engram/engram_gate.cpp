@@ -1,14 +1,15 @@
 /* engram_gate: y = x + g * value, g from the similarity of x and key, for each stream of a token.
  *
  * A task is some streams. The statistics of a stream (two squares and the product) are taken in one
- * pass over x and key; x is then read again, from the cache, and value, which its streams share.
- * Bound by memory: x, key and y once each, value once a token. */
+ * pass over x and key; x is then read again, from the cache, and value, which its streams share. It
+ * is bound by memory: x, key and y once each, value once a token. */
 #include "_gate.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_ENGRAM_GATE_##name
+TRANSOM_KERNEL(engram_gate, supports, workspace, run)
+
+namespace {
 
 constexpr int64_t kMostStreamsAtOnce = 16;
 
@@ -18,22 +19,21 @@ struct Work {
   bool streams;
   int64_t block;
   int32_t threads;
-  char *buffers; /* three rows for each thread, where some do not lie in one piece */
+  char *buffers; /* three rows for each thread, where some are not dense */
   int64_t buffer_bytes;
-  int64_t next; /* block, by fetch-and-add */
 };
 
 Work describe(const transom_call *call) {
   Work work = {};
-  work.gated = describe_gated(call, GATE_ARGUMENTS);
+  work.gated = describe_gated<Arguments>(call);
   const Gated *g = &work.gated;
   work.y = call->outs[0];
   const int64_t streams = g->T * g->R;
-  /* Memory is the limit: an element weighs as much as some eight multiplications. */
+  /* Memory is the limit, and an element weighs as much as some eight multiplications. */
   work.threads = threads_for(8.0 * static_cast<double>(streams) * static_cast<double>(g->D),
                              call->threads);
   work.block = clamp((streams + 4 * work.threads - 1) / (4 * work.threads), 1, kMostStreamsAtOnce);
-  if (!in_pieces(g->x) || !in_pieces(g->key) || !in_pieces(g->value))
+  if (!rows_are_dense(g->x) || !rows_are_dense(g->key) || !rows_are_dense(g->value))
     work.buffer_bytes = up_to(3 * g->D * size_of(g->x), 64);
   return work;
 }
@@ -54,7 +54,7 @@ void one(const Work *work, int64_t token, int64_t j, Rows next, Number *buffer) 
   const int64_t D = g->D;
   const transom_tensor *x = g->x, *key = g->key;
   Number *y = static_cast<Number *>(work->y->data) + (token * g->R + j) * D;
-  const Number *from = in_one_piece(
+  const Number *from = dense_row(
       x, start_of(x, 2, token) + j * x->strides[x->ndim - 2], D, buffer);
   if (!takes_part(g, token)) {
     if (g->residual)
@@ -63,10 +63,10 @@ void one(const Work *work, int64_t token, int64_t j, Rows next, Number *buffer) 
       memset(y, 0, static_cast<size_t>(D) * sizeof(Number));
     return;
   }
-  const Number *keys = in_one_piece(
+  const Number *keys = dense_row(
       key, start_of(key, 2, token) + j * key->strides[key->ndim - 2], D, buffer + D);
   const Number *value =
-      in_one_piece(g->value, start_of(g->value, 1, token), D, buffer + 2 * D);
+      dense_row(g->value, start_of(g->value, 1, token), D, buffer + 2 * D);
   const Statistics s = statistics<Number, false>(
       g, from, keys, g->weights + j * g->weights_stride, nullptr, nullptr, nullptr);
   const vf gate = all(gate_of(s.dot, g->clamp));
@@ -82,32 +82,22 @@ void one(const Work *work, int64_t token, int64_t j, Rows next, Number *buffer) 
     });
 }
 
-template <class Number>
-void tasks(Work *work, int32_t thread) {
-  Number *buffer = reinterpret_cast<Number *>(work->buffers + thread * work->buffer_bytes);
-  const int64_t streams = work->gated.T * work->gated.R, R = work->gated.R;
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * work->block;
-    if (first >= streams) break;
-    const int64_t end = min_of(first + work->block, streams);
-    for (int64_t i = first; i < end; i++) {
-      const Rows next = i + 1 < end ? rows_of(&work->gated, nullptr, (i + 1) / R, (i + 1) % R)
-                                    : Rows{};
-      if (work->streams)
-        one<Number, true>(work, i / R, i % R, next, buffer);
-      else
-        one<Number, false>(work, i / R, i % R, next, buffer);
-    }
-  }
-  if (work->streams) fence();
+void lay_out(Work *work, Arena &arena) {
+  lay_out_weight(&work->gated, arena);
+  work->buffers = arena.take<char>(work->threads * work->buffer_bytes);
 }
 
-void by_dtype(void *context, int32_t thread) {
-  Work *work = static_cast<Work *>(context);
-  switch (kind(work->gated.x)) {
-    case 0: return tasks<float>(work, thread);
-    case 1: return tasks<bf16>(work, thread);
-    default: return tasks<f16>(work, thread);
+template <class Number>
+void gate_streams(const Work *work, int64_t first, int64_t end, char *buffer) {
+  const int64_t R = work->gated.R;
+  Number *rows = reinterpret_cast<Number *>(buffer);
+  for (int64_t i = first; i < end; i++) {
+    const Rows next = i + 1 < end ? rows_of(&work->gated, nullptr, (i + 1) / R, (i + 1) % R)
+                                  : Rows{};
+    if (work->streams)
+      one<Number, true>(work, i / R, i % R, next, rows);
+    else
+      one<Number, false>(work, i / R, i % R, next, rows);
   }
 }
 
@@ -117,24 +107,30 @@ int32_t supports(const transom_call *call, transom_status *status) {
 }
 
 uint64_t workspace(const transom_call *call) {
-  const Work work = describe(call);
-  return static_cast<uint64_t>(weight_bytes(&work.gated) + work.threads * work.buffer_bytes);
+  Work work = describe(call);
+  Arena arena;
+  lay_out(&work, arena);
+  return arena.bytes();
 }
 
 int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
-  char *memory = static_cast<char *>(call->workspace);
-  take_weight(&work.gated, memory);
-  work.streams = goes_past_caches(work.y, work.gated.T * work.gated.R, work.gated.D);
-  work.buffers = memory + weight_bytes(&work.gated);
-  parallel(work.threads, by_dtype, &work);
+  const int64_t streams = work.gated.T * work.gated.R;
+  Arena arena(call->workspace);
+  lay_out(&work, arena);
+  copy_weight(&work.gated);
+  work.streams = goes_past_caches(work.y, streams, work.gated.D);
+  Counter counter((streams + work.block - 1) / work.block);
+  with_type_of(work.gated.x, [&]<class Number>(const Number *) {
+    on_threads(work.threads, [&](int32_t thread) {
+      for (int64_t task; counter.take(&task);)
+        gate_streams<Number>(&work, task * work.block, min_of((task + 1) * work.block, streams),
+                             work.buffers + thread * work.buffer_bytes);
+      if (work.streams) fence();
+    });
+  });
   return 0;
 }
 
 }  // namespace
-
-extern const transom_impl engram_gate = {
-    sizeof(transom_impl), TRANSOM_TUNED, "engram_gate", "native", TRANSOM_ENGRAM_GATE_HASH,
-    TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

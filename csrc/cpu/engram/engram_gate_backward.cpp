@@ -2,14 +2,15 @@
  *
  * A task is a part of the tokens, of which there are as many as the number of tokens says, whatever
  * the number of threads. Each has a row of partial sums of dweight of its own, which are added in
- * order at the end: the same bits. Bound by memory: dy, x, key, dx and dkey once each; the rows that
- * the second pass reads lie in the cache. */
+ * order at the end: the same bits. It is bound by memory: dy, x, key, dx and dkey once each; the rows
+ * that the second pass reads lie in the cache. */
 #include "_gate.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_ENGRAM_GATE_BACKWARD_##name
+TRANSOM_KERNEL(engram_gate_backward, supports, workspace, run)
+
+namespace {
 
 constexpr int64_t kMostParts = 64, kLeastTokens = 8, kSlice = 4096;
 
@@ -22,13 +23,12 @@ struct Work {
   float *partial; /* [parts,R,D] */
   char *buffers;  /* for each thread: dvalue of a token in float32, and four rows */
   int64_t buffer_bytes, row_bytes;
-  int64_t next; /* part, then slice of dweight, by fetch-and-add */
 };
 
 Work describe(const transom_call *call) {
   Work work = {};
-  work.gated = describe_gated(call, GATE_ARGUMENTS);
-  work.dy = tensor(call, ARGUMENT(DY));
+  work.gated = describe_gated<Arguments>(call);
+  work.dy = tensor(call, ARG(DY));
   work.outs = call->outs;
   const Gated *g = &work.gated;
   work.parts = clamp((g->T + kLeastTokens - 1) / kLeastTokens, 1, kMostParts);
@@ -39,15 +39,11 @@ Work describe(const transom_call *call) {
   return work;
 }
 
-/* Bytes of workspace. */
-int64_t lay_out(Work *work, char *memory) {
+void lay_out(Work *work, Arena &arena) {
   const Gated *g = &work->gated;
-  const int64_t weights = weight_bytes(g), partial = up_to(work->parts * g->R * g->D * 4, 64);
-  if (memory != nullptr) {
-    work->partial = reinterpret_cast<float *>(memory + weights);
-    work->buffers = memory + weights + partial;
-  }
-  return weights + partial + work->threads * work->buffer_bytes;
+  lay_out_weight(&work->gated, arena);
+  work->partial = arena.take<float>(work->parts * g->R * g->D);
+  work->buffers = arena.take<char>(work->threads * work->buffer_bytes);
 }
 
 template <class Number>
@@ -64,7 +60,7 @@ void masked(const Work *work, int64_t token) {
       memset(dx, 0, static_cast<size_t>(D) * sizeof(Number));
       continue;
     }
-    const Number *from = in_one_piece(
+    const Number *from = dense_row(
         dy, start_of(dy, 2, token) + j * dy->strides[dy->ndim - 2], D, dx);
     if (from != dx) memcpy(dx, from, static_cast<size_t>(D) * sizeof(Number));
   }
@@ -81,14 +77,14 @@ void one(const Work *work, int64_t token, int64_t last, float *partial, char *bu
   Number *rows[4];
   for (int i = 0; i < 4; i++)
     rows[i] = reinterpret_cast<Number *>(buffer + (i + 1) * work->row_bytes);
-  const Number *value = in_one_piece(g->value, start_of(g->value, 1, token), D, rows[0]);
+  const Number *value = dense_row(g->value, start_of(g->value, 1, token), D, rows[0]);
   for (int64_t j = 0; j < g->R; j++) {
     const int64_t at = (token * g->R + j) * D;
-    const Number *xs = in_one_piece(
+    const Number *xs = dense_row(
         x, start_of(x, 2, token) + j * x->strides[x->ndim - 2], D, rows[1]);
-    const Number *keys = in_one_piece(
+    const Number *keys = dense_row(
         key, start_of(key, 2, token) + j * key->strides[key->ndim - 2], D, rows[2]);
-    const Number *dys = in_one_piece(
+    const Number *dys = dense_row(
         dy, start_of(dy, 2, token) + j * dy->strides[dy->ndim - 2], D, rows[3]);
     const float *weight = g->weights + j * g->weights_stride;
     float dgate = 0;
@@ -125,48 +121,28 @@ void one(const Work *work, int64_t token, int64_t last, float *partial, char *bu
 }
 
 template <class Number>
-void tasks(Work *work, int32_t thread) {
+void take_part(const Work *work, int64_t part, int32_t thread) {
   const Gated *g = &work->gated;
-  const int64_t size = g->R * g->D;
+  const int64_t size = g->R * g->D, end = g->T * (part + 1) / work->parts;
   char *buffer = work->buffers + thread * work->buffer_bytes;
-  for (;;) {
-    const int64_t part = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
-    if (part >= work->parts) return;
-    float *partial = work->partial + part * size;
-    memset(partial, 0, static_cast<size_t>(size) * sizeof(float));
-    const int64_t end = g->T * (part + 1) / work->parts;
-    for (int64_t t = g->T * part / work->parts; t < end; t++) {
-      if (takes_part(g, t))
-        one<Number>(work, t, end, partial, buffer);
-      else
-        masked<Number>(work, t);
-    }
+  float *partial = work->partial + part * size;
+  memset(partial, 0, static_cast<size_t>(size) * sizeof(float));
+  for (int64_t t = g->T * part / work->parts; t < end; t++) {
+    if (takes_part(g, t))
+      one<Number>(work, t, end, partial, buffer);
+    else
+      masked<Number>(work, t);
   }
 }
 
-void by_dtype(void *context, int32_t thread) {
-  Work *work = static_cast<Work *>(context);
-  switch (kind(work->gated.x)) {
-    case 0: return tasks<float>(work, thread);
-    case 1: return tasks<bf16>(work, thread);
-    default: return tasks<f16>(work, thread);
-  }
-}
-
-/* dweight: the parts in order. */
-void add_parts(void *context, int32_t) {
-  Work *work = static_cast<Work *>(context);
-  const int64_t size = work->gated.R * work->gated.D;
-  float *dweight = static_cast<float *>(work->outs[3]->data);
-  for (;;) {
-    const int64_t first = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * kSlice;
-    if (first >= size) return;
-    const int64_t n = min_of(kSlice, size - first);
-    memcpy(dweight + first, work->partial + first, static_cast<size_t>(n) * sizeof(float));
-    for (int64_t part = 1; part < work->parts; part++) {
-      const float *more = work->partial + part * size + first;
-      for (int64_t i = 0; i < n; i++) dweight[first + i] += more[i];
-    }
+/* A slice of dweight: the parts in order. */
+void add_parts(const Work *work, int64_t first) {
+  const int64_t size = work->gated.R * work->gated.D, n = min_of(kSlice, size - first);
+  float *dweight = static_cast<float *>(work->outs[3]->data) + first;
+  memcpy(dweight, work->partial + first, static_cast<size_t>(n) * sizeof(float));
+  for (int64_t part = 1; part < work->parts; part++) {
+    const float *more = work->partial + part * size + first;
+    for (int64_t i = 0; i < n; i++) dweight[i] += more[i];
   }
 }
 
@@ -177,27 +153,27 @@ int32_t supports(const transom_call *call, transom_status *status) {
 
 uint64_t workspace(const transom_call *call) {
   Work work = describe(call);
-  return static_cast<uint64_t>(lay_out(&work, nullptr));
+  Arena arena;
+  lay_out(&work, arena);
+  return arena.bytes();
 }
 
 int32_t run(const transom_call *call, transom_status *) {
   Work work = describe(call);
-  char *memory = static_cast<char *>(call->workspace);
-  lay_out(&work, memory);
-  take_weight(&work.gated, memory);
-  const int64_t streams = work.gated.T * work.gated.R;
+  const Gated *g = &work.gated;
+  Arena arena(call->workspace);
+  lay_out(&work, arena);
+  copy_weight(g);
   for (int i = 0; i < 2; i++)
-    about_to_write(work.outs[i]->data, streams * work.gated.D * size_of(work.outs[i]));
-  parallel(work.threads, by_dtype, &work);
-  work.next = 0;
-  parallel(work.threads, add_parts, &work);
+    about_to_write(work.outs[i]->data, g->T * g->R * g->D * size_of(work.outs[i]));
+  with_type_of(g->x, [&]<class Number>(const Number *) {
+    tasks(work.threads, work.parts,
+          [&](int64_t part, int32_t thread) { take_part<Number>(&work, part, thread); });
+  });
+  tasks(work.threads, (g->R * g->D + kSlice - 1) / kSlice,
+        [&](int64_t slice, int32_t) { add_parts(&work, slice * kSlice); });
   return 0;
 }
 
 }  // namespace
-
-extern const transom_impl engram_gate_backward = {
-    sizeof(transom_impl), TRANSOM_TUNED, "engram_gate_backward", "native",
-    TRANSOM_ENGRAM_GATE_BACKWARD_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

@@ -7,9 +7,10 @@
 #include "_causal_conv.h"
 
 namespace transom::TRANSOM_LEVEL {
-namespace {
 
-#define ARGUMENT(name) TRANSOM_SHORT_CONV_BACKWARD_##name
+TRANSOM_KERNEL(short_conv_backward, supports, workspace, run)
+
+namespace {
 
 constexpr int64_t kMostChannels = 256;
 /* Rows whose products are added up before they are added to the whole sum. */
@@ -21,49 +22,44 @@ struct Work {
   transom_tensor *const *outs;
   int64_t blocks, ring_rows;
   int32_t threads;
-  char *buffers; /* for each thread: weights, two sums for them, a ring, a row, sources() */
-  int64_t weight_bytes, ring_bytes, row_bytes, buffer_bytes;
-  int64_t next; /* block of channels, by fetch-and-add */
+  int64_t thread_bytes;
 };
+
+/* The workspace of a thread: weights [K][block], two sums of their gradients, a ring of rows, one
+ * row. */
+struct Buffers {
+  float *weight, *total, *sums, *ring, *row;
+  Sources sources;
+};
+
+Buffers lay_out(const Work *work, Arena &arena) {
+  const Taps *taps = &work->taps;
+  const int64_t numbers = taps->K * taps->block;
+  Buffers out = {};
+  out.weight = arena.take<float>(numbers), out.total = arena.take<float>(numbers);
+  out.sums = arena.take<float>(numbers);
+  out.ring = arena.take<float>(work->ring_rows * taps->block);
+  out.row = arena.take<float>(taps->block);
+  out.sources = lay_out_sources(taps, arena);
+  return out;
+}
 
 Work describe(const transom_call *call) {
   Work work = {};
   Taps *taps = &work.taps;
-  *taps = describe_taps(call, ARGUMENT(V), ARGUMENT(WEIGHT), ARGUMENT(DILATION), ARGUMENT(STATE),
-                        kMostChannels);
-  work.dy = tensor(call, ARGUMENT(DY)), work.dnew_state = tensor(call, ARGUMENT(DNEW_STATE));
+  *taps = describe_taps<Arguments>(call, kMostChannels);
+  work.dy = tensor(call, ARG(DY)), work.dnew_state = tensor(call, ARG(DNEW_STATE));
   work.outs = call->outs;
   work.blocks = (taps->C + taps->block - 1) / taps->block;
   work.ring_rows = taps->reach + 1;
   const double elements = static_cast<double>(taps->B * (taps->S + taps->reach)) *
                           static_cast<double>(taps->C);
   work.threads = threads_for(32.0 * elements, call->threads);
-  work.weight_bytes = up_to(taps->K * taps->block * 4, 64);
-  work.ring_bytes = up_to(work.ring_rows * taps->block * 4, 64);
-  work.row_bytes = up_to(taps->block * 4, 64);
-  work.buffer_bytes =
-      3 * work.weight_bytes + work.ring_bytes + work.row_bytes + source_bytes(taps);
+  work.thread_bytes = bytes_of([&](Arena &arena) { lay_out(&work, arena); });
   return work;
 }
 
-struct Buffers {
-  float *weight, *total, *sums, *ring, *row;
-  char *sources;
-};
-
-Buffers buffers_of(const Work *work, int32_t thread) {
-  char *own = work->buffers + thread * work->buffer_bytes;
-  Buffers out = {};
-  out.weight = reinterpret_cast<float *>(own);
-  out.total = reinterpret_cast<float *>(own + work->weight_bytes);
-  out.sums = reinterpret_cast<float *>(own + 2 * work->weight_bytes);
-  out.ring = reinterpret_cast<float *>(own + 3 * work->weight_bytes);
-  out.row = reinterpret_cast<float *>(own + 3 * work->weight_bytes + work->ring_bytes);
-  out.sources = reinterpret_cast<char *>(out.row) + work->row_bytes;
-  return out;
-}
-
-/* The gradient before SiLU of one position, into its place in the ring, and what it adds to the
+/* The gradient before SiLU of one position, into its row of the ring, and what it adds to the
  * weight's. */
 template <class Number>
 void position(const Work *work, int64_t b, int64_t s, int64_t c, int64_t n, const Buffers *own) {
@@ -90,11 +86,12 @@ template <class Number>
 void row_gradient(const Work *work, int64_t b, int64_t at, int64_t c, int64_t n,
                   const Buffers *own) {
   const Taps *taps = &work->taps;
-  const transom_tensor *kept = work->dnew_state;
+  const transom_tensor *dstate = work->dnew_state;
   if (at >= taps->S)
-    read_row(kept,
-             b * kept->strides[0] + (at - taps->S) * kept->strides[1] + c * kept->strides[2],
-             kept->strides[2], n, own->row);
+    read_row(dstate,
+             b * dstate->strides[0] + (at - taps->S) * dstate->strides[1] +
+                 c * dstate->strides[2],
+             dstate->strides[2], n, own->row);
   else
     memset(own->row, 0, static_cast<size_t>(up_to(n, kWidth)) * sizeof(float));
   for (int64_t tap = 0; tap < taps->K; tap++) {
@@ -115,42 +112,28 @@ void row_gradient(const Work *work, int64_t b, int64_t at, int64_t c, int64_t n,
 void add_sums(const Work *work, const Buffers *own) {
   for (int64_t i = 0; i < work->taps.K * work->taps.block; i += kWidth)
     store(own->total + i, load(own->total + i) + load(own->sums + i));
-  memset(own->sums, 0, static_cast<size_t>(work->weight_bytes));
+  memset(own->sums, 0, static_cast<size_t>(work->taps.K * work->taps.block) * sizeof(float));
 }
 
+/* All gradients of channels c .. c + n. */
 template <class Number>
-void tasks(Work *work, int32_t thread) {
+void channel_gradients(const Work *work, int64_t c, const Buffers *own) {
   const Taps *taps = &work->taps;
-  const Buffers own = buffers_of(work, thread);
-  memset(own.weight, 0, static_cast<size_t>(work->buffer_bytes));
-  for (;;) {
-    const int64_t c = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED) * taps->block;
-    if (c >= taps->C) return;
-    const int64_t n = min_of(taps->block, taps->C - c);
-    transpose_weight(taps, c, n, own.weight);
-    memset(own.total, 0, static_cast<size_t>(work->weight_bytes));
-    for (int64_t b = 0; b < taps->B; b++) {
-      for (int64_t at = 0; at < taps->S + taps->reach; at++) {
-        if (at < taps->S) position<Number>(work, b, at, c, n, &own);
-        row_gradient<Number>(work, b, at, c, n, &own);
-        if (at % kRowsOfASum == kRowsOfASum - 1) add_sums(work, &own);
-      }
-      add_sums(work, &own);
+  const int64_t n = min_of(taps->block, taps->C - c);
+  transpose_weight(taps, c, n, own->weight);
+  memset(own->total, 0, static_cast<size_t>(taps->K * taps->block) * sizeof(float));
+  for (int64_t b = 0; b < taps->B; b++) {
+    for (int64_t at = 0; at < taps->S + taps->reach; at++) {
+      if (at < taps->S) position<Number>(work, b, at, c, n, own);
+      row_gradient<Number>(work, b, at, c, n, own);
+      if (at % kRowsOfASum == kRowsOfASum - 1) add_sums(work, own);
     }
-    float *dweight = static_cast<float *>(work->outs[1]->data) + c * taps->K;
-    for (int64_t j = 0; j < n; j++)
-      for (int64_t tap = 0; tap < taps->K; tap++)
-        dweight[j * taps->K + tap] = own.total[tap * taps->block + j];
+    add_sums(work, own);
   }
-}
-
-void by_dtype(void *context, int32_t thread) {
-  Work *work = static_cast<Work *>(context);
-  switch (kind(work->taps.v)) {
-    case 0: return tasks<float>(work, thread);
-    case 1: return tasks<bf16>(work, thread);
-    default: return tasks<f16>(work, thread);
-  }
+  float *dweight = static_cast<float *>(work->outs[1]->data) + c * taps->K;
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t tap = 0; tap < taps->K; tap++)
+      dweight[j * taps->K + tap] = own->total[tap * taps->block + j];
 }
 
 int32_t supports(const transom_call *call, transom_status *status) {
@@ -160,23 +143,27 @@ int32_t supports(const transom_call *call, transom_status *status) {
 
 uint64_t workspace(const transom_call *call) {
   const Work work = describe(call);
-  return static_cast<uint64_t>(work.threads * work.buffer_bytes);
+  return static_cast<uint64_t>(work.threads * work.thread_bytes);
 }
 
 int32_t run(const transom_call *call, transom_status *) {
-  Work work = describe(call);
-  if (work.taps.C == 0) return 0;
-  work.buffers = static_cast<char *>(call->workspace);
+  const Work work = describe(call);
   const transom_tensor *dv = work.outs[0];
+  if (work.taps.C == 0) return 0;
   about_to_write(dv->data, work.taps.B * work.taps.S * work.taps.C * size_of(dv));
-  parallel(work.threads, by_dtype, &work);
+  Counter counter(work.blocks);
+  with_type_of(work.taps.v, [&]<class Number>(const Number *) {
+    on_threads(work.threads, [&](int32_t thread) {
+      char *memory = static_cast<char *>(call->workspace) + thread * work.thread_bytes;
+      Arena arena(memory);
+      const Buffers own = lay_out(&work, arena);
+      memset(memory, 0, static_cast<size_t>(work.thread_bytes));
+      for (int64_t block; counter.take(&block);)
+        channel_gradients<Number>(&work, block * work.taps.block, &own);
+    });
+  });
   return 0;
 }
 
 }  // namespace
-
-extern const transom_impl short_conv_backward = {
-    sizeof(transom_impl), TRANSOM_TUNED, "short_conv_backward", "native",
-    TRANSOM_SHORT_CONV_BACKWARD_HASH, TRANSOM_DETERMINISTIC, 0, supports, workspace, run};
-
 }  // namespace transom::TRANSOM_LEVEL

@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) void transpose_bytes(const uint8_t *p, int
   }
 }
 
-inline __m256i as_f16(__m256i codes) {
+inline __m256i e4m3_as_f16(__m256i codes) {
   typedef int16_t Halves __attribute__((vector_size(32)));
   return bits_as<__m256i>(e4m3_as_f16(bits_as<Halves>(codes)));
 }
@@ -91,9 +91,11 @@ inline bool few_rows_e4m3(const QuantizedMatrix &w, int64_t n, int64_t gap, int6
       const __m256i none = _mm256_setzero_si256();
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) {
-        /* The codes in the high bytes of 16 bits. */
-        halves[2 * j] = as_f16(_mm256_unpacklo_epi8(none, columns[j]));
-        halves[2 * j + 1] = as_f16(_mm256_unpackhi_epi8(none, columns[j]));
+        /* The codes come into the high bytes of 16 bits. */
+        const __m256i low = _mm256_unpacklo_epi8(none, columns[j]);
+        const __m256i high = _mm256_unpackhi_epi8(none, columns[j]);
+        halves[2 * j] = e4m3_as_f16(_mm256_srai_epi16(low, 1));
+        halves[2 * j + 1] = e4m3_as_f16(_mm256_srai_epi16(high, 1));
       }
       const vf left = load(scales + u * 16), right = load(scales + u * 16 + 8);
       const __m128i *from = reinterpret_cast<const __m128i *>(halves);

@@ -58,10 +58,9 @@ struct Fp8Panels {
                                                            vf out[kSteps][kTileVectors]) {
     static_assert(kTileVectors == 2);
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
-    /* As e4m3_as_f16() of the low bytes shifted up, but that the signed byte times 128 is one
-     * operation, where a shift up and one down are two. */
+    /* The signed low byte times 128 in one operation, where a shift up and one down are two. */
     const __m256i low = _mm256_maddubs_epi16(_mm256_set1_epi16(128), pairs);
-    __m256i halves[kSteps] = {_mm256_and_si256(low, _mm256_set1_epi16(-0x4080)), as_f16(pairs)};
+    __m256i halves[kSteps] = {e4m3_as_f16(low), e4m3_as_f16(_mm256_srai_epi16(pairs, 1))};
     asm("" : "+m"(halves));
 #pragma GCC unroll 2
     for (int s = 0; s < kSteps; s++)

@@ -12,20 +12,10 @@ namespace {
 constexpr int64_t kTile = kMostColumns / 2;
 constexpr int64_t kUpAt = kTile + kPanel, kTileStride = 2 * kUpAt;
 
-/* The numbers of the operators' arguments. */
-struct BackwardArguments {
-  int dy, x, ids, weights, gate_up, down, gate_up_bias, activation, limit, interleaved, alpha;
-  bool plain; /* a weight is one argument, not four */
-};
-
-/* Those of the kernel's operator. */
-#define BACKWARD_ARGUMENTS(plain)                                                           \
-  {ARG(DY),           ARG(X),          ARG(IDS),   ARG(WEIGHTS),     ARG(GATE_UP), ARG(DOWN), \
-   ARG(GATE_UP_BIAS), ARG(ACTIVATION), ARG(LIMIT), ARG(INTERLEAVED), ARG(ALPHA),   plain}
-
 struct Backward {
   const transom_call *call;
-  BackwardArguments at;
+  int gate_up, down; /* arguments */
+  bool plain;        /* a weight is one argument, not four */
   const transom_tensor *dy, *x, *gate_up_bias;
   int64_t T, D, I;
   int64_t x_stride, h_stride, both_stride, dots, block, thread_floats, l2;
@@ -41,24 +31,26 @@ struct Backward {
 };
 
 inline Weight expert_weight(const Backward &work, int argument, int64_t e) {
-  if (work.at.plain) return plain_weight(tensor(work.call, argument), e);
+  if (work.plain) return plain_weight(tensor(work.call, argument), e);
   return weight_in(work.call->args + argument, e);
 }
 
-inline Backward backward_from(const transom_call *call, const BackwardArguments &at) {
+/* Args: the arguments of either operator. */
+template <class Args>
+inline Backward backward_from(const transom_call *call, bool plain) {
   Backward work = {};
   const transom_value *args = call->args;
   work.call = call;
-  work.at = at;
-  work.dy = tensor(call, at.dy), work.x = tensor(call, at.x);
-  work.gate_up_bias = tensor(call, at.gate_up_bias);
+  work.gate_up = Args::GATE_UP, work.down = Args::DOWN, work.plain = plain;
+  work.dy = tensor(call, Args::DY), work.x = tensor(call, Args::X);
+  work.gate_up_bias = tensor(call, Args::GATE_UP_BIAS);
   Routed *routed = &work.routed;
-  routed->ids = tensor(call, at.ids), routed->weights = tensor(call, at.weights);
-  const transom_tensor *gate_up = tensor(call, at.gate_up);
+  routed->ids = tensor(call, Args::IDS), routed->weights = tensor(call, Args::WEIGHTS);
+  const transom_tensor *gate_up = tensor(call, Args::GATE_UP);
   routed->E = gate_up->shape[0], routed->K = routed->ids->shape[1];
   work.T = work.x->shape[0], work.D = work.x->shape[1], work.I = gate_up->shape[1] / 2;
-  work.gated = gated_from(args[at.activation].string, &args[at.limit], args[at.alpha].f);
-  work.interleaved = args[at.interleaved].i != 0;
+  work.gated = gated_from(args[Args::ACTIVATION].string, &args[Args::LIMIT], args[Args::ALPHA].f);
+  work.interleaved = args[Args::INTERLEAVED].i != 0;
   work.x_stride = padded(work.D), work.h_stride = padded(work.I);
   work.both_stride = padded(2 * work.I);
   work.dots = ceil_of(work.I, kPanel);
@@ -93,7 +85,7 @@ inline void activations_backward(const Backward *work, Take take, int32_t thread
       read_row(dy, token * dy->strides[0], dy->strides[1], work->D, drows + r * work->x_stride);
     }
     loaded = task.row;
-    const Weight gate_up = expert_weight(*work, work->at.gate_up, task.e);
+    const Weight gate_up = expert_weight(*work, work->gate_up, task.e);
     const auto columns_into = [&](int64_t first, int64_t columns, int64_t to) {
       multiply(task.rows, work->D, rows, work->x_stride, gate_up, first, columns, tile + to,
                kTileStride, work->l2);
@@ -110,7 +102,7 @@ inline void activations_backward(const Backward *work, Take take, int32_t thread
       columns_into(work->I + task.column, task.columns, kUpAt);
     }
     multiply(task.rows, work->D, drows, work->x_stride,
-             transposed(expert_weight(*work, work->at.down, task.e)), task.column, task.columns,
+             transposed(expert_weight(*work, work->down, task.e)), task.column, task.columns,
              dtile, kUpAt, work->l2);
     for (int64_t r = 0; r < task.rows; r++) {
       const vf scale = all(routed.weight(task.row + r));

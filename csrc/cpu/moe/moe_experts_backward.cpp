@@ -27,7 +27,7 @@ void lay_out(Work *work, Arena &arena) {
 
 Work describe(const transom_call *call) {
   Work work = {};
-  static_cast<Backward &>(work) = backward_from(call, BACKWARD_ARGUMENTS(false));
+  static_cast<Backward &>(work) = backward_from<Arguments>(call, false);
   work.down_bias = tensor(call, ARG(DOWN_BIAS));
   work.dx = call->outs[0], work.dweights = call->outs[1];
   work.dgate_up_bias = call->outs[2], work.ddown_bias = call->outs[3];
@@ -55,7 +55,7 @@ void dx_columns(const Work *work, int64_t column, int64_t columns, int32_t threa
   for (int64_t e = 0; e < routed.E && start < work->to; e++) {
     const int64_t stop = min_of(routed.ends[e], work->to);
     if (stop <= start) continue;
-    const Weight weight = transposed(expert_weight(*work, work->at.gate_up, e));
+    const Weight weight = transposed(expert_weight(*work, work->gate_up, e));
     for (int64_t row = start; row < stop; row += work->block) {
       const int64_t rows = min_of(work->block, stop - row);
       multiply(rows, 2 * work->I, work->dboth + (row - work->from) * work->both_stride,

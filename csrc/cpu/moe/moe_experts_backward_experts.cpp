@@ -35,7 +35,7 @@ void lay_out(Work *work, Arena &arena) {
 
 Work describe(const transom_call *call) {
   Work work = {};
-  static_cast<Backward &>(work) = backward_from(call, BACKWARD_ARGUMENTS(true));
+  static_cast<Backward &>(work) = backward_from<Arguments>(call, true);
   work.tokens = work.T;
   const int64_t a_row = (work.both_stride + work.h_stride) * 4;
   work.part_rows =

@@ -147,8 +147,9 @@ struct Fp8 {
     typedef int16_t Halves __attribute__((vector_size(4 * kWidth)));
     const Halves pairs = bits_as<Halves>(word);
     vf out[kCodes];
-    widen_pairs<f16>(bits_as<vf>(e4m3_as_f16(static_cast<Halves>(pairs << 8))), out, out + 2);
-    widen_pairs<f16>(bits_as<vf>(e4m3_as_f16(pairs)), out + 1, out + 3);
+    const Halves low = (pairs << 8) >> 1, high = pairs >> 1;
+    widen_pairs<f16>(bits_as<vf>(e4m3_as_f16(low)), out, out + 2);
+    widen_pairs<f16>(bits_as<vf>(e4m3_as_f16(high)), out + 1, out + 3);
 #pragma GCC unroll 4
     for (int j = 0; j < kCodes; j++) use(j, exact ? out[j] * kFactor : out[j]);
   }

@@ -99,12 +99,12 @@ inline vb nibbles(const uint8_t *codes) {
 
 /* ---- E4M3 ---- */
 
-/* Codes in the high bytes of 16-bit elements, as float16 of 2^-8 the value, subnormals included; of
- * a NaN, 0x7f and 0xff, comes a number. As float16 they convert without the penalty that subnormal
- * numbers of float32 have. */
+/* Codes, taken as signed bytes and times 128, in 16-bit elements: as float16 of 2^-8 the value,
+ * subnormals included. Of a NaN, 0x7f and 0xff, comes a number. As float16 they convert without the
+ * penalty that subnormal numbers of float32 have. */
 template <class Halves>
 inline Halves e4m3_as_f16(Halves codes) {
-  return (codes >> 1) & static_cast<int16_t>(0xbf80);
+  return codes & static_cast<int16_t>(0xbf80);
 }
 constexpr float kOfE4m3AsF16 = 256.0f;
 
@@ -112,7 +112,7 @@ constexpr float kOfE4m3AsF16 = 256.0f;
 inline vf from_e4m3(vb codes) {
   const vh wide = widen_bytes(codes);
   const vh nan = (wide & 0x7f) == 0x7f;
-  const vh bits = (e4m3_as_f16(static_cast<vh>(wide << 8)) & ~nan) | (nan & 0x7e00);
+  const vh bits = (e4m3_as_f16(static_cast<vh>(wide << 7)) & ~nan) | (nan & 0x7e00);
   return widen<f16>(bits_as<vs>(bits)) * kOfE4m3AsF16;
 }
 
