@@ -96,8 +96,9 @@ are clamped before an address is formed from them, and results for them are unsp
 **Bounds.** A tensor has at most 2^48 elements, and one without elements no size above 2^24; the
 parts of a quantised weight fit each other; a tensor with elements has memory. Iterations of
 Sinkhorn are at most 1000, `top_k`, `window`, `block_size` and groups of a scale 2^20, `dilation`
-2^16, rows of an embedding's gradient 2^44. So a call on small tensors ends within a second. Ctrl-C during a longer
-one is raised when the kernel returns; an argument that an operator writes is then written whole.
+2^16, rows of an embedding's gradient 2^44. So a call on small tensors ends within a second.
+Ctrl-C during a longer one is raised when the kernel returns; an argument that an operator
+writes is then written whole.
 
 **Transforms.** `torch.vmap` is free where calls along a leading dim are independent: it folds into
 that dim, and refuses by name an argument that the dim shares. Autocast casts the arguments that an
