@@ -32,7 +32,7 @@ from transom.registry import OPS
 from transom.weights import QuantizedWeight
 
 from .cases import Case, Draw, Wanted, cases, forget
-from .measure import QUANTISED, SETS, TOLERANCE
+from .measure import agrees, dims_of
 from .models import find
 from .peers import torch_
 
@@ -136,13 +136,15 @@ def measure(
         "bytes": inputs.bytes,
     }
     want: Any = None
+    dims = dims_of(OPS[case.op], draws[0])
     for name, call in candidates(case, draws[0]):
         row = {**about, "candidate": name}
         try:
             got = call(draws[0])
             want = got if want is None else want
-            if (problem := _differs(got, want, case)) is not None:
-                yield {**row, "left_out": problem, "failed": True}
+            peer = "transom" if name in OPS[case.op].impls else name
+            if (problem := agrees(case, got, want, dims, peer)) is not None:
+                yield {**row, "left_out": f"differs: {problem}", "failed": True}
                 continue
             seconds = timed(call, draws, device, repeats)
         except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -313,30 +315,6 @@ def _copy(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
     zeros = None if weight.zeros is None else weight.zeros.to(device)
     parts = weight.values.to(device), weight.scales.to(device)
     return QuantizedWeight(weight.format, *parts, zeros, group=weight.group)
-
-
-def _differs(got: Any, want: Any, case: Case) -> str | None:
-    """A sentence if a result is not the composite's."""
-    limit = TOLERANCE[case.dtype] if case.format == "plain" else max(QUANTISED, TOLERANCE["bf16"])
-    pairs = zip(
-        got if isinstance(got, tuple) else (got,),
-        want if isinstance(want, tuple) else (want,),
-        strict=False,
-    )
-    for a, b in pairs:
-        if not isinstance(a, Tensor) or a.shape != b.shape:
-            return f"differs: it returns {getattr(a, 'shape', type(a).__name__)}"
-        if not a.dtype.is_floating_point:
-            same = (a.sort(-1).values == b.sort(-1).values).float().mean()
-            if case.agree == "sets" and same < SETS or case.agree != "sets" and same < 1:
-                return f"differs: {float(same):.1%} of the indices are the same"
-            if case.agree == "sets":
-                return None  # weights stand in the order of their indices
-            continue
-        error = (a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-20)
-        if not error <= limit:
-            return f"differs: by {float(error):.2g} of the largest value"
-    return None
 
 
 def _print(row: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from transom import device as _device
 from transom import dtypes
 
 from .accelerator import append
-from .whole import LIMIT, NAME, STEPS, _pass
+from .whole import NAME, STEPS, _pass, compared, last_logits
 
 ROUNDS = 5
 
@@ -64,12 +64,12 @@ def measure(device: torch.device, dtype: str, prompt: int) -> Iterator[dict[str,
         models[name] = builtin_model(dtype=dtypes.parse(dtype))[0].to(device)
     patch(models["transom"])
     try:
-        want, got = (_pass(models[n], tokens, clock)[0] for n in models)
-        error = float((got - want).abs().median()) / float(want.max() - want.min())
+        want, got = (last_logits(model, tokens) for model in models.values())
+        found = compared(want, got, models["transom"])
         passes: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         for _ in range(ROUNDS):
             for name, model in models.items():
-                passes[name].append(_pass(model, tokens, clock)[1:])
+                passes[name].append(_pass(model, tokens, clock))
         for at, label in enumerate((f"prefill of {prompt:,}", f"decode at {prompt:,}")):
             for name, seconds in passes.items():
                 row = dict(
@@ -81,11 +81,10 @@ def measure(device: torch.device, dtype: str, prompt: int) -> Iterator[dict[str,
                     dims={"prompt": prompt, "steps": STEPS},
                     candidate=name,
                     tokens=1 if at else prompt,
-                    error=error,
+                    error=found.judged,
                 )
-                # Both round in this dtype, so they may differ by twice what one may.
-                if name == "transom" and not error <= 2 * LIMIT[dtype]:
-                    yield {**row, "left_out": f"differs from transformers: {error:.1e}"}
+                if name == "transom" and not found.agrees:
+                    yield {**row, "left_out": f"differs from transformers: {found.verdict}"}
                 else:
                     yield {**row, "seconds": statistics.median(s[at] for s in seconds)}
     finally:

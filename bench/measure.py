@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 import transom
-from transom import dispatch, selection
+from transom import dispatch, dtypes, selection
 from transom.cli.memory import PeakMemory
-from transom.op import as_numpy
+from transom.op import Op, as_numpy
 from transom.plugins import load
 from transom.registry import OPS
+from transom.tolerance import agree, as_tuple, distance, shared
 
 from .cases import PLAIN, Case, Draw, Inputs
 from .ceilings import Ceilings
@@ -36,13 +37,9 @@ TELLING = 0.05
 REFERENCE_BYTES = 4e8
 """Of a call's tensors in float64 that the NumPy reference is given; else the composite judges."""
 
-TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "i64": 0.0}
-"""Largest difference from the reference, of its largest value: by the dtype of the activations.
-Peers round intermediate results to it, several times."""
-QUANTISED = 5e-2
-"""The same with quantised weights: integer dot products round the activations to 8 bits."""
-SETS = 0.98
-"""Share of chosen indices that must be the same: near-ties may fall either way."""
+ROUNDINGS = 12
+"""Of intermediate results: what a peer may do, to the dtype of the activations, or with quantised
+weights to 8 bits (integer dot products round the activations). Ours keep float32 between."""
 
 Function = Callable[[Mapping[str, Any]], Any]
 
@@ -247,7 +244,7 @@ def measure(
                         out = call(inputs.draws[0])
                         first[c.name] = settings.clock() - start
                     row.extra_bytes = _beside(memory.bytes, out)
-                row.error, row.left_out = judge(out)
+                row.error, row.left_out = judge(out, c.peer)
             except Exception as error:  # a peer's own failure is a finding, not an end of the run
                 if c.peer == "transom":
                     raise
@@ -269,7 +266,7 @@ def series(label: str) -> str:
 
 def _beside(peak: int | None, out: Any) -> int | None:
     """Of the growth of memory in a call what its results do not account for."""
-    return None if peak is None else max(0, peak - sum(t.nbytes for t in _tuple(out)))
+    return None if peak is None else max(0, peak - sum(t.nbytes for t in as_tuple(out)))
 
 
 def _row(case: Case, inputs: Inputs, c: Candidate, ceilings: Ceilings, chosen: str | None) -> Row:
@@ -298,87 +295,82 @@ def _row(case: Case, inputs: Inputs, c: Candidate, ceilings: Ceilings, chosen: s
 # Checking ------------------------------------------------------------------------------------
 
 
+def agrees(
+    case: Case, got: Any, want: Any, dims: Mapping[str, Any], peer: str, exact: bool = False
+) -> str | None:
+    """None if a candidate's result agrees with one that is right, else what doesn't. A peer may
+    give less than the operator does, and in other dtypes."""
+    made, right = as_tuple(got), as_tuple(want)
+    if not all(isinstance(t, torch.Tensor) for t in made):
+        return f"it returns {type(got).__name__}"
+    model: dict[str, Any] = {}
+    if peer != "transom":
+        rounded_to = dtypes.parse(case.dtype) if case.format == PLAIN else torch.bfloat16
+        model = {"roundings": ROUNDINGS, "rounded_to": rounded_to}
+        if not exact:
+            made = tuple(g.to(w.dtype) for g, w in zip(made, right, strict=False))
+    return agree(OPS[case.op], made, right, dims, exact=exact, **model)
+
+
+def dims_of(op: Op[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes and plain arguments of a call."""
+    facts = dispatch.facts_of(op, [values[p.name] for p in op.parameters])
+    return {**facts.arguments, **facts.dims}
+
+
 class _Judge:
     """Compares a candidate's result with the reference's, and as a whole with the first one's."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.case = case
-        self.limit = TOLERANCE[case.dtype] if case.format == PLAIN else QUANTISED
-        self.anchor: tuple[Any, ...] | None = None
+        self.anchor: tuple[tuple[Any, ...], str] | None = None
         op, values = OPS[case.op], inputs.draws[0]
+        self.whole = dims_of(op, values)
         self.pick: Callable[[Any], Any] = lambda out: out
         if inputs.few is not None:
             values, self.pick = inputs.few(values)
+        self.part = dims_of(op, values)
         ordered = [values[p.name] for p in op.parameters]
         elements = sum(
             t.numel() if isinstance(t, torch.Tensor) else int(np.prod(t.shape))
             for t in op.tensors(ordered).values()
         )
         # where there are few tokens the limit is theirs: _few_tokens has seen to the size
-        if op.reference_of is not None and (
-            inputs.few is not None or 8 * elements < REFERENCE_BYTES
-        ):
+        small = inputs.few is not None or 8 * elements < REFERENCE_BYTES
+        reference = op.reference_of if small else None
+        self.exact = reference is not None
+        if reference is not None:
             with np.errstate(all="ignore"):
-                truth = op.reference_of(*(as_numpy(v) for v in ordered))
-            truth = truth if isinstance(truth, tuple) else (truth,)
+                truth = as_tuple(reference(*(as_numpy(v) for v in ordered)))
             self.truth = tuple(torch.as_tensor(np.asarray(t)) for t in truth)
         else:
             with transom.use(**{op.name: "composite"}):
                 out = op.call(**values)
-            self.truth = _tuple(values["out"].clone() if op.mutates else out)
+            self.truth = as_tuple(values["out"].clone() if op.mutates else out)
 
-    def __call__(self, out: Any) -> tuple[float | None, str]:
+    def __call__(self, out: Any, peer: str) -> tuple[float | None, str]:
         """The error, and why it cannot be timed, or nothing."""
-        got = _tuple(out)
-        worst, problem = self._against([self.pick(g) for g in got], self.truth, 1.0)
+        whole = as_tuple(out)
+        got = [self.pick(g) for g in whole]
+        for g, w in zip(got, self.truth, strict=False):
+            if g.shape != w.shape:
+                return None, f"shape {list(g.shape)}; expected {list(w.shape)}"
+        worst = max((_error(g, w) for g, w in zip(got, self.truth, strict=False)), default=0.0)
+        problem = agrees(self.case, tuple(got), self.truth, self.part, peer, self.exact)
         if problem:
             return worst, f"differs from the reference: {problem}"
         if self.anchor is None:
-            self.anchor = tuple(g.clone() for g in got)
+            self.anchor = tuple(g.clone() for g in whole), peer
             return worst, ""
-        _, problem = self._against(got, self.anchor, 2.0)
+        first, other = self.anchor
+        loosest = other if peer == "transom" else peer
+        problem = agrees(self.case, whole, first, self.whole, loosest)
         return worst, f"differs from the first candidate: {problem}" if problem else ""
 
-    def _against(
-        self, got: Sequence[Any], want: Sequence[Any], slack: float
-    ) -> tuple[float | None, str]:
-        worst = 0.0
-        # A peer may give fewer results (no lse): those that it gives are compared.
-        for g, w in zip(got, want, strict=False):
-            if g.shape != w.shape:
-                return None, f"shape {list(g.shape)}; expected {list(w.shape)}"
-            if not g.dtype.is_floating_point:
-                same = _alike(g, w, self.case.agree)
-                worst = max(worst, 1 - same)
-                if same < (SETS if self.case.agree == "sets" else 1.0):
-                    return worst, f"{100 * (1 - same):.1f} % of the indices"
-                continue
-            # piece by piece: a whole copy in float64 may be several GB
-            scale = float(w[w.isfinite()].abs().max()) if w.isfinite().any() else 1.0
-            for a, b in zip(g.flatten().split(1 << 24), w.flatten().split(1 << 24), strict=True):
-                a, b = a.double(), b.double()
-                off = (a - b).abs().masked_fill_((a == b) | (a.isnan() & b.isnan()), 0)
-                off.nan_to_num_(nan=torch.inf)  # where the other one has a number
-                worst = max(worst, float(off.max() if off.numel() else 0) / max(scale, 1e-30))
-            if not worst <= slack * self.limit:
-                return worst, f"{worst:.1e} of the largest value; expected {self.limit:.0e}"
-        return worst, ""
 
-
-def _alike(got: torch.Tensor, want: torch.Tensor, agree: str) -> float:
-    got, want = got.long(), want.long()
-    if agree == "sets":
-        got, want = got.sort(-1).values, want.sort(-1).values
-        last = max(1, got.shape[-1])
-        shared = 0
-        for a, b in zip(got.reshape(-1, last), want.reshape(-1, last), strict=True):
-            shared += int(torch.isin(a, b).sum())
-        return shared / max(1, got.numel())
-    return float((got == want).double().mean()) if got.numel() else 1.0
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, of the largest value; of indices the share that differs."""
+    return distance(got, want) if got.dtype.is_floating_point else 1 - shared(got, want)
 
 
 # Timing --------------------------------------------------------------------------------------

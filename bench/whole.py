@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transom import dtypes
+from transom.models import agreement
 
 from .cases import Wanted
 from .ceilings import Ceilings
@@ -23,9 +24,8 @@ STEPS = 16
 """Decode steps of a sample."""
 ROUNDS = 3
 NAME = "whole model"
-LIMIT = {"f32": 1e-4, "bf16": 0.2, "f16": 0.05}
-"""Of the range of the logits: how far the median logit of the last position may be from
-transformers' in float32. A rounding that tips a choice of experts moves single ones by much."""
+CHECKED = 256
+"""Positions at the prompt's end whose logits are compared."""
 
 
 def measure(
@@ -66,19 +66,19 @@ def _measured(
     progress: Progress,
 ) -> list[Row]:
     passes: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in ways}
-    errors: dict[str, float] = {}
+    found: dict[str, agreement.Agreement] = {}
     truth = None
     # the truth comes first
     for name, _, _, model in sorted(ways, key=lambda w: (w[1] != "transformers", w[2] != "f32")):
         progress.start(f"{NAME}: checking {name}")
-        logits, _, _ = _pass(model, prompt, settings.clock)
+        logits = last_logits(model, prompt)
         truth = logits if truth is None else truth
-        errors[name] = float((logits - truth).abs().median()) / float(truth.max() - truth.min())
+        found[name] = compared(truth, logits, model)
     for round_ in range(ROUNDS):
         for i in range(len(ways)):
             name, _, _, model = ways[(i + round_) % len(ways)]
             progress.start(f"{NAME}: {name}, pass {round_ + 1} of {ROUNDS}")
-            passes[name].append(_pass(model, prompt, settings.clock)[1:])
+            passes[name].append(_pass(model, prompt, settings.clock))
     rows = []
     phases = (f"prefill of {PROMPT:,} tokens", f"decode at {PROMPT:,} tokens")
     for (at, phase), dtype in itertools.product(enumerate(phases), wanted):
@@ -105,24 +105,36 @@ def _measured(
                 0.0,
                 0.0,
                 chosen=peer == "transom",
-                error=errors[name],
+                error=found[name].judged,
             )
-            if errors[name] <= LIMIT[kind]:
+            if found[name].agrees:
                 row.seconds, row.calls = spread([p[at] for p in passes[name]]), ROUNDS
             else:
-                row.left_out = f"differs from transformers in float32: {errors[name]:.1e}"
+                row.left_out = f"differs from transformers in float32: {found[name].verdict}"
             rows.append(row)
     return rows
 
 
-def _pass(model: Any, prompt: Tensor, clock: Callable[[], float]) -> tuple[Tensor, float, float]:
-    """Logits after the prompt, seconds of the prefill, seconds of one decode step."""
+def last_logits(model: Any, prompt: Tensor) -> Tensor:
+    """Of the last CHECKED positions, or all of a shorter prompt, in float32."""
+    logits: Tensor = model(input_ids=prompt, logits_to_keep=CHECKED).logits[0]
+    return logits.float()
+
+
+def compared(original: Tensor, other: Tensor, model: Any) -> agreement.Agreement:
+    """Do two runs' last logits agree, of models like this one?"""
+    rule = agreement.limit(model.dtype, model.config.num_hidden_layers)
+    return agreement.compare(original, other, len(original), (), (), rule)
+
+
+def _pass(model: Any, prompt: Tensor, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of the prefill, seconds of one decode step."""
     start = clock()
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     first = clock() - start
-    logits, cache = out.logits[0, -1].float(), out.past_key_values
+    cache = out.past_key_values
     token = prompt[:, -1:]
     start = clock()
     for _ in range(STEPS):
         cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
-    return logits, first, (clock() - start) / STEPS
+    return first, (clock() - start) / STEPS

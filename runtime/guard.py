@@ -22,15 +22,8 @@ from . import config
 from . import device as _device
 from .op import Impl, Op
 from .registry import forget_plans
+from .tolerance import agree, as_tuple
 from .weights import QuantizedWeight
-
-FLOAT32 = 1e-3
-"""Relative to the largest output: what no float32 sum in another order comes near, and a wrong
-kernel exceeds."""
-ROUNDED = 3e-2
-"""The same for outputs of 16 bits."""
-OVERLAP = 0.9
-"""Of selected indices, on average over rows: near-ties may fall either way."""
 
 
 class Quarantined(UserWarning):
@@ -83,45 +76,20 @@ def _compared(op: Op[..., Any], impl: Impl, values: tuple[Any, ...]) -> Any:
     copies = tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in values)
     got = op.invoke(impl.function, *values)
     want = op.invoke(op.impls["composite"].function, *copies)
-    pairs = (
-        [(n, values[op.position[n]], copies[op.position[n]]) for n in op.mutates]
-        if op.mutates
-        else list(zip(op.signature.outputs, _tuple(got), _tuple(want), strict=True))
-    )
-    problem = next((p for n, a, b in pairs if (p := difference(n, a, b)) is not None), None)
+    made, right = as_tuple(got), as_tuple(want)
+    if op.mutates:
+        at = [op.position[name] for name in op.mutates]
+        made, right = tuple(values[i] for i in at), tuple(copies[i] for i in at)
+    arguments = op.arguments(values)
+    dims = op.signature.bind(op.name, {n: t.shape for n, t in tensors.items()}, arguments)
+    problem = agree(op, made, right, {**arguments, **dims})
     if problem is None:
         return got
     call = ", ".join(f"{n} {_text(t)}" for n, t in tensors.items())
     _set_aside(Entry(op.name, impl.name, impl.version, _where(device.type), call, problem))
-    for name, into, right in pairs if op.mutates else ():
-        into.copy_(right)
+    for into, value in zip(made, right, strict=True) if op.mutates else ():
+        into.copy_(value)
     return want
-
-
-def difference(name: str, got: torch.Tensor, want: torch.Tensor) -> str | None:
-    """What is wrong with an output beside the composite's, or None."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return f"{name} is {_text(got)}; the composite gives {_text(want)}"
-    if not want.numel() or torch.equal(got, want):
-        return None
-    if not want.dtype.is_floating_point:
-        rows = want.reshape(-1, want.shape[-1] if want.dim() else 1)
-        others = got.reshape(rows.shape)
-        shared = (rows[:, :, None] == others[:, None, :]).any(2).float().mean()
-        if shared >= OVERLAP:
-            return None
-        return f"{name} shares {float(shared):.0%} of its entries with the composite's"
-    a, b = got.double(), want.double()
-    strange = (a.isfinite() != b.isfinite()) | (~b.isfinite() & (a != b) & ~(a.isnan() & b.isnan()))
-    if strange.any():
-        return f"{name} is not finite where the composite's is, or the reverse"
-    b = torch.where(b.isfinite(), b, 0.0)
-    largest = float(b.abs().max())
-    limit = (FLOAT32 if want.dtype == torch.float32 else ROUNDED) * largest
-    off = float((torch.where(a.isfinite(), a, 0.0) - b).abs().max())
-    if off <= limit:
-        return None
-    return f"{name} is off by {off:.3g}; its largest element is {largest:.3g}"
 
 
 def _set_aside(entry: Entry) -> None:
@@ -192,7 +160,3 @@ def _text(value: Any) -> str:
     if isinstance(value, QuantizedWeight):
         return f"{value.spec}{list(value.shape)}"
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from transom import dtypes
+from transom.conformance.calls import filled
 from transom.registry import OPS
 from transom.weights import QuantizedWeight
 
@@ -82,8 +83,6 @@ class Case:
     """The axis that it is a point of ('tokens', 64), for the scaling charts."""
     integer: bool = False
     """True: the format allows integer dot products, so that their rate is the ceiling."""
-    agree: str = "close"
-    """How results are compared: 'close', 'exact', or 'sets' for chosen indices."""
 
     @property
     def title(self) -> str:
@@ -107,6 +106,11 @@ class Draw:
     def __init__(self, dtype: str, seed: int = 0) -> None:
         self.dtype = dtypes.parse(dtype)
         self.source = torch.Generator().manual_seed(seed)
+
+    def call(self, op: str, sizes: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+        """The arguments of a call by name: these, the declaration's defaults, and normal numbers
+        in tensors of these sizes; optional tensors that are not given are left out."""
+        return filled(OPS[op], sizes or {}, self.dtype, self.source, **given)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, spread: float = 1.0) -> Tensor:
         """Standard normal numbers times `spread`."""

@@ -93,7 +93,6 @@ def _selected(
                 "plain",
                 _index(inner),
                 sweep=sweep,
-                agree="sets",
             )
         if ratio > 1 and queries > 1:
             overlap = ratio < _HCA
@@ -164,7 +163,8 @@ def _attend(dims: Mapping[str, Any], attention: Attention) -> Callable[[Draw], I
                 assert visible is not None
                 pairs = float(visible.clamp(max=N).sum())
             draws.append(
-                dict(
+                draw.call(
+                    "sparse_attention",
                     q=draw.normal(1, S, H, D),
                     kv=caches[i % copies],
                     indices=indices,
@@ -174,7 +174,6 @@ def _attend(dims: Mapping[str, Any], attention: Attention) -> Callable[[Draw], I
                     sink=sink,
                     scale=attention.scale,
                     v_dim=Dv,
-                    local_valid=None,
                 )
             )
         if window:
@@ -234,8 +233,9 @@ def _index(dims: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
         keys = [draw.normal(1, N, D) for _ in range(copies)]
         visible = _seen(dims)
         draws = [
-            dict(
-                q=draw.normal(1, S, H, D),
+            draw.call(
+                "lightning_indexer",
+                dict(B=1, S=S, H=H, D=D),
                 k=keys[i % copies],
                 weights=draw.normal(1, S, H, dtype=torch.float32),
                 top_k=dims["top_k"],
@@ -257,14 +257,8 @@ def _compress(dims: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
         S, W, m = dims["S"], dims["W"], dims["m"]
         bias = draw.normal(m, W, dtype=torch.float32)
         draws = [
-            dict(
-                kv=draw.normal(1, S, W),
-                gate=draw.normal(1, S, W),
-                position_bias=bias,
-                overlap=dims["overlap"],
-                state_kv=None,
-                state_gate=None,
-                pending=0,
+            draw.call(
+                "compress_kv", dict(B=1, S=S, W=W), position_bias=bias, overlap=dims["overlap"]
             )
             for _ in range(DRAWS)
         ]
@@ -316,14 +310,14 @@ def _attend_blocks(dims: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
             lists = torch.cat((others, own.to(torch.int32)), -1).sort(-1, descending=True).values
             k, v = caches[i % copies]
             draws.append(
-                dict(
-                    q=draw.normal(1, S, Hq, D),
+                draw.call(
+                    "block_sparse_attention",
+                    dict(B=1, S=S, Hq=Hq, D=D),
                     k=k,
                     v=v,
                     block_indices=lists[None].contiguous(),
                     block_size=block,
                     causal=True,
-                    sink=None,
                     scale=D**-0.5,
                 )
             )

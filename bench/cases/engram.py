@@ -37,7 +37,6 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
                 PLAIN,
                 _hash(here),
                 sweep=sweep,
-                agree="exact",
             )
         for dtype, format in by_dtype(wanted, formats=True):
             one = engram.dim * bytes_per_element(dtype, format)
@@ -104,7 +103,7 @@ def _made_hash(op: str, d: Mapping[str, Any], same: Any) -> Callable[[Draw], Inp
             op,
             ("tokens",),
             lambda g: dict(tokens=g.integers(VOCABULARY, 1, d["S"])),
-            lambda g: dict(pad=2, lookback=None, blocked=None, **same(g)),
+            lambda g: dict(pad=2, **same(g)),
         )(draw)
         one.few = None  # a token's rows depend on the tokens before it: the whole is compared
         one.cold = "tokens new each call"
@@ -125,11 +124,9 @@ def _gather(op: str, d: Mapping[str, Any], format: str) -> Callable[[Draw], Inpu
         into: dict[str, Any] = {}
         if op == "hashed_embedding_out":
             into = {"out": out}
-        elif op == "hashed_embedding_pooled":
-            into = {"mean": False}
 
         def same(g: Draw) -> dict[str, Any]:
-            return dict(table=table, shard=(), **_numbers(g, d), **into)
+            return dict(table=table, **_numbers(g, d), **into)
 
         made = _made_hash(op, d, same)(draw)
         row = table.nbytes / count
@@ -178,7 +175,7 @@ def _gate(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
         "engram_gate",
         ("x", "key", "value"),
         lambda g: dict(x=g.normal(T, R, D), key=g.normal(T, R, D), value=g.normal(T, D)),
-        lambda g: dict(weight=g.normal(R, D), eps=1e-6, clamp=1e-6, mask=None, residual=True),
+        lambda g: dict(weight=g.normal(R, D), eps=1e-6),
     )
 
 
@@ -190,7 +187,7 @@ def _conv(d: Mapping[str, Any]) -> Callable[[Draw], Inputs]:
             "short_conv",
             ("v",),
             lambda g: dict(v=g.normal(1, d["T"], channels)),
-            lambda g: dict(weight=g.normal(channels, 4), dilation=d["n"], state=None),
+            lambda g: dict(weight=g.normal(channels, 4), dilation=d["n"]),
         )(draw)
         made.few = None
         return made

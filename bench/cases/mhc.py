@@ -50,7 +50,7 @@ def _made(
         from transom.registry import OPS
 
         constant = same(draw)
-        draws = [{**one(draw), **constant} for _ in range(DRAWS)]
+        draws = [draw.call(op, **one(draw), **constant) for _ in range(DRAWS)]
         declared = OPS[op]
         cost = declared.cost([draws[0][p.name] for p in declared.parameters])
         told = f"{DRAWS} inputs in turn"

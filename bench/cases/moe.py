@@ -93,7 +93,6 @@ def cases(model: Model, wanted: Wanted) -> Iterator[Case]:
                 "plain",
                 _route(dims, block),
                 sweep=("tokens", float(tokens)),
-                agree="sets",
             )
 
 
@@ -107,18 +106,16 @@ def _experts(dims: Mapping[str, Any], block: Experts, format: str) -> Callable[[
     def make(draw: Draw) -> Inputs:
         T, D, I, E, K = (dims[n] for n in "TDIEK")
         gate_up, down = draw.experts(E, 2 * I, D, format), draw.experts(E, D, I, format)
-        biases: dict[str, Tensor | None] = dict(gate_up_bias=None, down_bias=None)
+        biases: dict[str, Tensor] = {}
         if block.bias:
             biases = dict(gate_up_bias=draw.normal(E, 2 * I), down_bias=draw.normal(E, D))
-        same = dict(
+        same: dict[str, Any] = dict(
             gate_up=gate_up,
             down=down,
             **biases,
             activation=block.activation,
             limit=block.limit,
             interleaved=block.interleaved,
-            weight_position="after",
-            alpha=1.702,
         )
         slots = _slots(draw, dims)
         draws = []
@@ -126,7 +123,8 @@ def _experts(dims: Mapping[str, Any], block: Experts, format: str) -> Callable[[
             # The same work for other experts: the numbers of experts are dealt anew.
             ids = draw.order(E)[slots]
             weights = torch.softmax(draw.normal(T, K, dtype=torch.float32), -1)
-            draws.append(dict(x=draw.normal(T, D), ids=ids, weights=weights, **same))
+            x = draw.normal(T, D)
+            draws.append(draw.call("moe_experts", x=x, ids=ids, weights=weights, **same))
         used = slots.unique().numel()
         item, held = draw.dtype.itemsize, gate_up.nbytes + down.nbytes
         moved = used * held / E + 2 * T * D * item + T * K * 12
@@ -197,7 +195,8 @@ def _route(dims: Mapping[str, Any], block: Experts) -> Callable[[Draw], Inputs]:
         # steps that every dtype holds, and no two alike in a row: a tie has no one answer
         steps = torch.linspace(-4.0, 4.0, E)
         draws = [
-            dict(
+            draw.call(
+                "route",
                 logits=torch.stack([steps[draw.order(E)] for _ in range(min(T, 64))])
                 .repeat(-(-T // 64), 1)[:T]
                 .to(draw.dtype),
@@ -206,10 +205,7 @@ def _route(dims: Mapping[str, Any], block: Experts) -> Callable[[Draw], Inputs]:
                 score=block.score,
                 groups=block.groups,
                 top_groups=block.top_groups,
-                renormalize=True,
                 scale=block.scale,
-                preset=None,
-                mask=None,
             )
             for _ in range(DRAWS)
         ]

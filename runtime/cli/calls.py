@@ -1,183 +1,41 @@
-"""A call from dims and dtypes instead of tensors: what `explain` and `tune` are asked about.
-
-The declaration says which tensors there are and their shapes; dims that are not given come from the
-operator's first example. A Declared stands for a tensor of any size and holds no memory.
-"""
+"""A call that is asked for in text: sizes, arguments and dtypes of `transom explain`."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
+from ..conformance.calls import Call, describe
 from ..dtypes import QUANTIZED, SHORT, Kind
-from ..facts import Facts
 from ..op import Op
 from .console import Refusal
 
-_GROUP = {"int8": 0, "int4": 128, "fp8": 128 * 128, "mxfp4": 32}
-"""Elements that share one scale in each format's default layout; 0 is a whole row."""
 
+def asked(
+    op: Op[..., Any], shapes: Mapping[str, str], dtype: torch.dtype, settings: Mapping[str, str]
+) -> Call:
+    """The call of `op` with these sizes; the others are the first example's.
 
-@dataclass(frozen=True)
-class Declared:
-    """A tensor that is described but not there."""
-
-    shape: tuple[int, ...]
-    dtype: Kind
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes; for a quantised weight with its scales in the default layout."""
-        elements = math.prod(self.shape)
-        if not isinstance(self.dtype, str):
-            return elements * self.dtype.itemsize
-        packed = elements // 2 if self.dtype in ("int4", "mxfp4") else elements
-        group = _GROUP[self.dtype] or max(1, self.shape[-1])
-        return packed + math.ceil(elements / group) * (1 if self.dtype == "mxfp4" else 4)
-
-    def __str__(self) -> str:
-        kind = (
-            f"{self.dtype} weight"
-            if isinstance(self.dtype, str)
-            else str(self.dtype).removeprefix("torch.")
-        )
-        return f"{kind}{list(self.shape)}"
-
-
-@dataclass(frozen=True)
-class DeclaredCall:
-    """The arguments of a call in declared order, and which dims were taken from the first
-    example."""
-
-    op: Op[..., Any]
-    values: tuple[Any, ...]
-    dims: Mapping[str, Any]
-    assumed: Mapping[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all inputs."""
-        return sum(t.nbytes for t in self.op.tensors(self.values).values())
-
-    def facts(self, device: str, arch: str) -> Facts:
-        """The facts of this call on a device of that type and architecture; ValueError or TypeError
-        if it is invalid."""
-        tensors, arguments = self.op.tensors(self.values), self.op.arguments(self.values)
-        kinds = {name: t.dtype for name, t in tensors.items()}
-        bound = self.op.validate({name: t.shape for name, t in tensors.items()}, kinds, arguments)
-        layouts = dict.fromkeys(tensors, "contiguous")
-        return Facts(device, arch, kinds, bound, layouts, arguments)
-
-
-def declared_call(
-    op: Op[..., Any],
-    dims: Mapping[str, Any],
-    dtype: torch.dtype,
-    settings: Mapping[str, str] | None = None,
-    example: Mapping[str, Any] | None = None,
-) -> DeclaredCall:
-    """The call of `op` with these dims; what they leave open comes from `example` (default: the
-    first).
-
-    dims      symbol -> size, a tuple of sizes for a symbol that stands for any leading dims
-    dtype     of every tensor that may have it; the others take the first dtype that the declaration
-              allows
+    shapes    symbol -> size, 2x8 for a symbol that stands for any leading dims
+    dtype     of every tensor that may have it
     settings  argument -> value; tensor -> dtype, quantised format, or 'none' to leave an optional
               tensor out
     """
-    settings = dict(settings or {})
-    example = op.examples[0] if example is None else example
-    symbols = set(op.signature.symbols()) | {p.name for p in op.parameters}
+    symbols, parameters = op.signature.symbols(), {p.name: p for p in op.parameters}
     integers = [p.name for p in op.parameters if p.role == "value" and p.type.startswith("int")]
-    _refuse_unknown(op, dims, list(dict.fromkeys([*op.signature.symbols(), *integers])), "a dim")
-    _refuse_unknown(op, settings, [p.name for p in op.parameters], "an argument")
-    scope = {
-        p.name: p.default
-        for p in op.parameters
-        if p.role == "value" and p.default is not inspect.Parameter.empty
-    }
-    scope.update(example)
-    absent: set[str] = set()
-    if op.sampler is not None:
-        # The first example is small: its sample tells which tensors are absent and arguments that
-        # dims don't give.
-        first = {**scope, **op.examples[0]}
-        for name, value in op.sampler(np.random.default_rng(0), first).items():
-            if value is None:
-                absent.add(name)
-            elif name not in op.signature.inputs:
-                scope.setdefault(name, value)
-    given = {s: _sizes(op, s, size) for s, size in dims.items()}
-    scope.update(given)
-    for p in op.parameters:
-        if p.role == "value" and p.name in settings:
-            scope[p.name] = _argument(op, p.name, p.type, settings[p.name])
-    assumed = {
-        s: v for s, v in example.items() if s in symbols and s not in dims and s not in settings
-    }
-    values: list[Any] = []
-    kinds: dict[str, Kind] = {}
-    for p in op.parameters:
-        if p.role == "value":
-            if p.name not in scope:
-                raise Refusal(f"{op.name}: {p.name} has no value; add --set {p.name}=...")
-            values.append(scope[p.name])
-            continue
-        shape = op.signature.inputs[p.name]
-        wanted = settings.get(p.name)
-        leave = wanted == "none" or (wanted is None and p.name in absent)
-        if wanted == "none" and not shape.optional:
-            raise Refusal(f"{op.name}: {p.name} is 'none'; it is not optional")
-        try:
-            sizes = None if leave else shape.sizes(scope)
-        except (KeyError, NameError, TypeError):
-            if not shape.optional or wanted is not None:
-                raise Refusal(
-                    f"{op.name}: {p.name}{shape} has a dim without a size; add it to --shapes"
-                ) from None
-            sizes = None
-        if sizes is None:
-            values.append(None)
-            continue
-        kinds[p.name] = _kind(op, p.name, wanted, dtype, kinds)
-        values.append(Declared(tuple(int(n) for n in sizes), kinds[p.name]))
-    return DeclaredCall(op, tuple(values), {**given}, assumed)
-
-
-def materialise(call: DeclaredCall, device: torch.device, seed: int = 0) -> tuple[Any, ...]:
-    """The call's arguments with real tensors: standard normal floats, and what the operator's
-    sample gives."""
-    op, rng = call.op, np.random.default_rng(seed)
-    scope = {
-        p.name: v for p, v in zip(op.parameters, call.values, strict=True) if p.role == "value"
-    }
-    tensors = op.tensors(call.values)
-    bound = op.signature.bind(op.name, {n: t.shape for n, t in tensors.items()}, scope)
-    special = dict(op.sampler(rng, {**bound, **scope}) if op.sampler else {})
-    generator = torch.Generator(device=device).manual_seed(seed)
-    values: list[Any] = []
-    for p, value in zip(op.parameters, call.values, strict=True):
-        if not isinstance(value, Declared):
-            values.append(value)
-            continue
-        assert isinstance(value.dtype, torch.dtype)
-        found = special.get(p.name)
-        if found is not None:
-            values.append(torch.from_numpy(np.ascontiguousarray(found)).to(value.dtype).to(device))
-        elif value.dtype.is_floating_point:
-            drawn = torch.randn(
-                value.shape, generator=generator, device=device, dtype=torch.float32
-            )
-            values.append(drawn.to(value.dtype))
+    _refuse_unknown(op, shapes, list(dict.fromkeys([*symbols, *integers])), "a dim")
+    _refuse_unknown(op, settings, list(parameters), "an argument")
+    kinds: dict[str, Kind | None] = {}
+    values: dict[str, Any] = {}
+    for name, text in settings.items():
+        if parameters[name].role == "value":
+            values[name] = _argument(op, name, parameters[name].type, text)
         else:
-            values.append(torch.zeros(value.shape, dtype=value.dtype, device=device))
-    return tuple(values)
+            kinds[name] = _kind(op, name, text)
+    dims = {symbol: _sizes(op, symbol, text) for symbol, text in shapes.items()}
+    return describe(op, dims, dtype, kinds=kinds, values=values)
 
 
 def parse_pairs(text: str, option: str) -> dict[str, str]:
@@ -193,9 +51,7 @@ def parse_pairs(text: str, option: str) -> dict[str, str]:
     return out
 
 
-def _sizes(op: Op[..., Any], symbol: str, text: Any) -> Any:
-    if not isinstance(text, str):
-        return text
+def _sizes(op: Op[..., Any], symbol: str, text: str) -> Any:
     starred = any(
         f"*{symbol}" in s.dims
         for s in (*op.signature.inputs.values(), *op.signature.outputs.values())
@@ -230,24 +86,15 @@ def _argument(op: Op[..., Any], name: str, schema: str, text: str) -> Any:
         raise Refusal(f"{op.name}: {name} is {text!r}; expected {expected}") from None
 
 
-def _kind(
-    op: Op[..., Any], name: str, wanted: str | None, dtype: torch.dtype, kinds: Mapping[str, Kind]
-) -> Kind:
-    """The dtype of one tensor: as asked, else `dtype` where it is allowed, else the first that
-    is."""
-    if wanted in QUANTIZED and "quant" in op.rules.alternatives.get(name, ()):
-        return wanted
-    if wanted is not None:
-        if wanted not in SHORT:
-            raise Refusal(f"{op.name}: {name} is {wanted!r}; expected one of {', '.join(SHORT)}")
-        return SHORT[wanted]
-    if name not in op.rules.alternatives:
-        return dtype
-    # A rule may name a tensor that comes later (or is absent): those count as having the dtype
-    # asked for.
-    allowed = op.rules.allowed(name, {**dict.fromkeys(op.signature.inputs, dtype), **kinds})
-    plain: Sequence[Kind] = [k for k in allowed if not isinstance(k, str)]
-    return dtype if dtype in plain else plain[0]
+def _kind(op: Op[..., Any], name: str, text: str) -> Kind | None:
+    """A tensor's dtype or format; None for 'none'."""
+    if text == "none":
+        return None
+    if text in QUANTIZED and "quant" in op.rules.alternatives.get(name, ()):
+        return text
+    if text not in SHORT:
+        raise Refusal(f"{op.name}: {name} is {text!r}; expected one of {', '.join(SHORT)}")
+    return SHORT[text]
 
 
 def _refuse_unknown(

@@ -13,13 +13,14 @@ from rich.text import Text
 
 from .. import device as _device
 from .. import dtypes, selection
+from ..conformance.calls import Call, Described
 from ..explain import ops
 from ..facts import Facts
 from ..measured import lookup as measured_choice
 from ..op import Op
 from ..registry import lookup
 from . import units
-from .calls import Declared, DeclaredCall, declared_call, parse_pairs
+from .calls import asked, parse_pairs
 from .console import Refusal, out, table, write_json
 
 EPILOG = """
@@ -91,7 +92,7 @@ def explain(
     try:
         found = lookup(op)
         primary = dtypes.parse(dtype)
-        call = declared_call(
+        call = asked(
             found,
             parse_pairs(shapes, "--shapes"),
             primary,
@@ -153,7 +154,7 @@ def _arch(where: str) -> str:
 
 def _print(
     console: Console,
-    call: DeclaredCall,
+    call: Call,
     facts: Facts,
     explanation: selection.Explanation,
     others: dict[str, tuple[str, ...]],
@@ -223,7 +224,7 @@ def floor_seconds(flops: float, bytes_: float, peaks: _device.Peaks) -> tuple[fl
 
 
 def _figures(
-    call: DeclaredCall,
+    call: Call,
     facts: Facts,
     explanation: selection.Explanation,
     others: dict[str, tuple[str, ...]],
@@ -231,7 +232,7 @@ def _figures(
     peaks: _device.Peaks | None,
 ) -> dict[str, Any]:
     arguments = {
-        p.name: str(v) if isinstance(v, Declared) else v
+        p.name: str(v) if isinstance(v, Described) else v
         for p, v in zip(call.op.parameters, call.values, strict=True)
     }
     return {

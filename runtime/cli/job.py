@@ -30,8 +30,9 @@ from torch import Tensor
 from .. import device as _device
 from .. import selection
 from ..errors import NotSupported, SlowPath
+from ..models import agreement
 from ..record import record
-from . import agreement, operators
+from . import operators
 from .console import Refusal, Steps
 from .memory import PeakMemory
 

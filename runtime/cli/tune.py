@@ -12,13 +12,13 @@ from rich.text import Text
 
 from .. import config, dtypes, selection
 from .. import device as _device
+from ..conformance.calls import Call, describe, made
 from ..explain import ops
 from ..op import Op
 from ..plugins import backends, load
 from ..registry import lookup
 from ..tune import measure
 from . import units
-from .calls import DeclaredCall, declared_call, materialise
 from .console import Refusal, out, steps, table
 
 EPILOG = """
@@ -138,7 +138,7 @@ def _tiles(
         calls, values = [], ()
         for _, call, able in _plan([op], dtype, device, limit)[1]:
             if "triton" in able:
-                values = materialise(call, torch.device(device))
+                values = made(call, torch.device(device))
                 function = op.impls["triton"].function
                 calls.append(functools.partial(op.invoke, function, *values))
         if not calls:
@@ -184,10 +184,10 @@ def _model(
         memory * 2**20,
     )
     rows = table("operator", "call", "fastest", "medians, fastest first")
-    failed = made = 0
+    failed = count = 0
     with steps() as progress:
         for found in choose(names, name, wanted, Settings(repeats, 0.5), progress):
-            made += 1
+            count += 1
             failed += found.chosen is None or any("differs" in r.left_out for r in found.rows)
             best = found.rows[0].median if found.chosen else 1.0
             medians = ", ".join(
@@ -203,7 +203,7 @@ def _model(
                 Text(medians),
             )
     console = out()
-    if made:
+    if count:
         console.print(rows)
         console.print()
         console.print(
@@ -216,18 +216,18 @@ def _model(
 
 def _plan(
     chosen: list[Op[..., Any]], dtype: torch.dtype, device: str, limit: int
-) -> tuple[list[str], list[tuple[Op[..., Any], DeclaredCall, list[str]]], list[str]]:
+) -> tuple[list[str], list[tuple[Op[..., Any], Call, list[str]]], list[str]]:
     """Operators with one candidate, calls to time with their candidates, and what is left out with
     the reason."""
     single: list[str] = []
-    jobs: list[tuple[Op[..., Any], DeclaredCall, list[str]]] = []
+    jobs: list[tuple[Op[..., Any], Call, list[str]]] = []
     left: list[str] = []
     for op in chosen:
         load(op, device)
         candidates = False
         for index, example in enumerate(op.examples):
             try:
-                call = declared_call(op, {}, dtype, example=example)
+                call = describe(op, {}, dtype, example=example)
                 facts = call.facts(device, _device.arch(device))
             except (ValueError, TypeError, Refusal) as error:
                 left.append(f"{op.name} example {index + 1} ({error})")
@@ -248,14 +248,14 @@ def _plan(
     return single, jobs, left
 
 
-def _dims(call: DeclaredCall) -> str:
+def _dims(call: Call) -> str:
     return ", ".join(f"{n}={v}" for n, v in call.assumed.items())
 
 
 def _measure(
-    op: Op[..., Any], call: DeclaredCall, device: str, repeats: int
+    op: Op[..., Any], call: Call, device: str, repeats: int
 ) -> tuple[tuple[Text, Text], bool]:
-    values = materialise(call, torch.device(device))
+    values = made(call, torch.device(device))
     try:
         with torch.no_grad():
             found = measure(op, values, repeats)

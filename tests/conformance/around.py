@@ -9,9 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transom.op import Op
+from transom.tolerance import as_tuple
 
-from . import tolerance
-from .cases import Case, same_bits
+from .agree import same_bits
+from .cases import Case
 
 AROUND = 256
 """Bytes on each side: leaves a workspace on the 64 bytes that it is promised."""
@@ -63,7 +64,7 @@ def outputs(op: Op[..., Any], impl: str, case: Case) -> str | None:
     op.invoke(function, *case.values)  # what is made once and kept is made outside of guards
     for byte in (0x33, 0xCC):
         with torch.no_grad(), Guarded(byte) as guarded:
-            found.append(tolerance.as_tuple(op.invoke(function, *case.values)))
+            found.append(as_tuple(op.invoke(function, *case.values)))
         if not guarded.intact():
             return "memory around an output or the workspace was written"
     if op.impls[impl].deterministic:

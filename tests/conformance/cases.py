@@ -6,19 +6,23 @@ with that seed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import transom
 from transom import dispatch
-from transom.dtypes import QUANTIZED
+from transom.dtypes import QUANTIZED, Kind
+from transom.facts import Facts
 from transom.op import Op, kind_of
+
+from . import calls
+from .agree import same_bits
 
 SCALES = (1.0, 1.0, 2.0**-12, 2.0**6)
 """Of standard normal inputs: sums that underflow in half precision, softmax that saturates."""
@@ -69,14 +73,6 @@ class Case:
         return None
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if both hold the same bits, NaNs included."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    a, b = (t.clone(memory_format=torch.contiguous_format).flatten() for t in (a, b))
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -88,7 +84,7 @@ def cases(
     floats = floats or (torch.float32, torch.bfloat16, torch.float16)
     primary = draw(st.sampled_from(floats), label="dtype")
     seed = draw(st.integers(0, 2**32 - 1), label="seed")
-    small = [e for e in op.examples if _elements(op, e) <= LARGEST] or op.examples[:1]
+    small = small_examples(op)
     base = dict(draw(st.sampled_from(small), label="example"))
     symbols = [s for s in op.signature.symbols() if s in base]
     changes = {
@@ -124,6 +120,25 @@ def cases(
                 raise
 
 
+def drawn(op: Op[..., Any], count: int, floats: tuple[torch.dtype, ...]) -> list[Case]:
+    """`count` calls from the operator's declaration, the same ones each time."""
+    found: list[Case] = []
+
+    @settings(
+        derandomize=True,
+        database=None,
+        deadline=None,
+        max_examples=count,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases(op, floats=floats))
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found[:count]
+
+
 def edges(op: Op[..., Any], device: str = "cpu") -> Iterator[Case]:
     """The first example with each dim in turn 0 and 1, where the declaration accepts it."""
     base = op.examples[0]
@@ -149,51 +164,47 @@ def build(
 ) -> Case:
     """The call that these draws give. Raises what the declaration raises if it refuses them."""
     rng = np.random.default_rng(seed)
-    scope = {
-        p.name: p.default
-        for p in op.parameters
-        if p.role == "value" and p.default is not inspect.Parameter.empty
-    }
-    scope.update(dims)
+    scope = calls.defaults(op, dims)
     special = dict(op.sampler(rng, dict(scope)) if op.sampler else {})
     scope.update({n: v for n, v in special.items() if n not in op.signature.inputs})
-    values, buffers, kinds, given = [], [], {}, {}
-    for p in op.parameters:
-        if p.role == "value":
-            if p.name not in scope:
-                raise ValueError(f"{op.name}: examples name no {p.name}; expected a value for it")
-            values.append(scope[p.name])
-            continue
-        shape = op.signature.inputs[p.name]
-        if (shape.optional and p.name in absent) or (p.name in special and special[p.name] is None):
-            values.append(None)
-            continue
-        array = special.get(p.name)
+    layouts = layouts or {}
+    buffers = []
+
+    def make(name: str, shape: tuple[int, ...] | None, allowed: list[Kind]) -> Any:
+        optional = op.signature.inputs[name].optional
+        if (optional and name in absent) or (name in special and special[name] is None):
+            return None
+        array = special.get(name)
         if array is None:
-            if shape.optional and not _bindable(shape, scope):
-                values.append(None)
-                continue
-            array = rng.standard_normal(shape.sizes(scope)) * scale
-        tensor, buffer = _tensor(
-            op, p.name, np.asarray(array), primary, kinds, rng, layouts or {}, device
-        )
-        values.append(tensor)
-        kinds[p.name], given[p.name] = kind_of(tensor), tensor.shape
-        if buffer is not None:
-            buffers.append((buffer, buffer.clone()))
+            if shape is None:
+                if optional:
+                    return None
+                raise ValueError(f"{op.name}: {name} has a dim without a size")
+            array = rng.standard_normal(shape) * scale
+        array = np.asarray(array)
+        kind = _kind(op, array, allowed, primary, rng)
+        if isinstance(kind, str):
+            return transom.quantize(torch.from_numpy(array).float().to(device), kind)
+        value = torch.from_numpy(np.ascontiguousarray(array)).to(kind)
+        tensor, buffer = guarded(value, layouts.get(name, "contiguous"), device)
+        buffers.append((buffer, buffer.clone()))
+        return tensor
+
+    values = calls.arguments(op, scope, primary, make)
     arguments = op.arguments(values)
     op.check_types(values)
-    bound = op.validate(given, kinds, arguments)
-    check = dispatch.value_check(op, _facts(bound, kinds, arguments))
+    tensors = op.tensors(values)
+    kinds = {name: kind_of(t) for name, t in tensors.items()}
+    bound = op.validate({name: t.shape for name, t in tensors.items()}, kinds, arguments)
+    check = dispatch.value_check(op, Facts("cpu", "", kinds, bound, {}, arguments))
     if check is not None:  # rules on values read them on the host
         check(*[v.cpu() if isinstance(v, torch.Tensor) else v for v in values])
     text = ", ".join(
         f"{n}={_describe(v)}" for n, v in zip((p.name for p in op.parameters), values, strict=True)
     )
-    layouts = {n: kind for n, kind in (layouts or {}).items() if kind != "contiguous"}
     return Case(
         op,
-        tuple(values),
+        values,
         tuple(buffers),
         {**arguments, **bound},
         f"{op.name}({text}) seed={seed} scale={scale}",
@@ -202,7 +213,7 @@ def build(
             primary=str(primary).removeprefix("torch."),
             seed=seed,
             absent=sorted(absent),
-            layouts=layouts,
+            layouts={n: kind for n, kind in layouts.items() if kind != "contiguous"},
             device=device,
             scale=scale,
         ),
@@ -215,74 +226,31 @@ def rebuild(op: str, /, **draws: Any) -> Case:
     return build(transom.ops()[op], primary=primary, **draws)
 
 
-def _facts(bound: Any, kinds: Any, arguments: Any) -> Any:
-    from transom.facts import Facts
-
-    return Facts("cpu", "", kinds, bound, {}, arguments)
-
-
-def _elements(op: Op[..., Any], example: dict[str, Any]) -> int:
-    scope = {
-        p.name: p.default
-        for p in op.parameters
-        if p.role == "value" and p.default is not inspect.Parameter.empty
-    }
-    scope.update(example)
-    sizes = [
-        int(np.prod([n for n in s.sizes(scope)], dtype=np.int64))
-        for s in op.signature.inputs.values()
-        if _bindable(s, scope)
-    ]
-    return max(sizes, default=0)
+def small_examples(op: Op[..., Any]) -> list[dict[str, Any]]:
+    """The operator's examples that are small enough for a reference; the first in any case."""
+    return [e for e in op.examples if calls.elements(op, e) <= LARGEST] or op.examples[:1]
 
 
-def _bindable(shape: Any, scope: dict[str, Any]) -> bool:
-    try:
-        shape.sizes(scope)
-    except (KeyError, NameError, TypeError):
-        return False
-    return True
-
-
-def _tensor(
+def _kind(
     op: Op[..., Any],
-    name: str,
     array: np.ndarray,
+    allowed: list[Kind],
     primary: torch.dtype,
-    kinds: dict[str, Any],
     rng: np.random.Generator,
-    layouts: dict[str, str],
-    device: str,
-) -> tuple[Any, torch.Tensor | None]:
-    """The array as a tensor of a dtype that the rules allow, in a guarded buffer of the layout
-    asked for."""
-    ok = (
-        op.rules.allowed(name, {**dict.fromkeys(op.signature.inputs, primary), **kinds})
-        if name in op.rules.alternatives
-        else [primary]
-    )
-    plain = [k for k in ok if not isinstance(k, str)]
-    if array.dtype == np.float64:
-        quantised = [k for k in ok if k in QUANTIZED]
-        if (
-            quantised
-            and array.ndim >= 2
-            and array.size
-            and array.shape[-1] % 32 == 0
-            and rng.random() < 0.4
-        ):
-            weight = torch.from_numpy(array).float().to(device)
-            return transom.quantize(weight, str(rng.choice(quantised))), None
-        dtype = primary if primary in plain else plain[int(rng.integers(len(plain)))]
-        if len(plain) > 1 and "float" not in op.dtypes_text and rng.random() < 0.5:
-            dtype = plain[int(rng.integers(len(plain)))]
-    else:
-        dtype = plain[int(rng.integers(len(plain)))]
-    return guarded(
-        torch.from_numpy(np.ascontiguousarray(array)).to(dtype),
-        layouts.get(name, "contiguous"),
-        device,
-    )
+) -> Kind:
+    """What a tensor of these numbers holds: mostly `primary` where the rules allow it, else any of
+    what they do; of a weight also a quantised format."""
+    plain = [k for k in allowed if not isinstance(k, str)]
+    if array.dtype != np.float64:
+        return plain[int(rng.integers(len(plain)))]
+    quantised = [k for k in allowed if k in QUANTIZED]
+    fits = array.ndim >= 2 and array.size and array.shape[-1] % 32 == 0
+    if quantised and fits and rng.random() < 0.4:
+        return str(rng.choice(quantised))
+    kind = primary if primary in plain else plain[int(rng.integers(len(plain)))]
+    if len(plain) > 1 and "float" not in op.dtypes_text and rng.random() < 0.5:
+        kind = plain[int(rng.integers(len(plain)))]
+    return kind
 
 
 def guarded(value: torch.Tensor, layout: str, device: str) -> tuple[torch.Tensor, torch.Tensor]:

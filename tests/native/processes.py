@@ -19,7 +19,8 @@ import torch
 import transom
 from transom.backends.native import library
 from transom.conformance import checks
-from transom.conformance.cases import Case, build, same_bits
+from transom.conformance.agree import same_bits
+from transom.conformance.cases import Case, build
 
 ANSWER_WITHIN = 60
 """Seconds: a child that waits for threads which fork() did not copy would wait forever."""

@@ -13,7 +13,7 @@ from transom import config
 from transom.abi import plugin
 from transom.abi.frame import Frame
 from transom.abi.library import interface
-from transom.cli.calls import declared_call
+from transom.conformance.calls import describe
 from transom.weights.layout import contiguous
 
 REASON = transom.backends()["native"]
@@ -78,7 +78,7 @@ def asked(entry, dims, dtype=torch.bfloat16):
     op, ffi = transom.ops()[entry.op], interface()
     if entry.pointer.workspace == ffi.NULL:
         return 0
-    facts = declared_call(op, {}, dtype, example=dims).facts("cpu", "")
+    facts = describe(op, {}, dtype, example=dims).facts("cpu", "")
     values = [
         facts.arguments[p.name] if p.role == "value" else plugin._assumed(op, p.name, facts)
         for p in op.parameters

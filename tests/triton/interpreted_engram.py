@@ -8,7 +8,7 @@ import torch
 
 import transom
 from transom.backends.triton import set_tiles
-from transom.conformance import cases, checks
+from transom.conformance import agree, cases
 
 SMALL = [{"ELEMENTS": 16}]
 """Rows of more than 64 elements are wide."""
@@ -22,7 +22,7 @@ def test_a_wide_row_goes_in_parts(name, dtype):
     op = transom.ops()[name]
     case = cases.build(op, {**op.examples[0], "T": (3,), "R": 2, "D": 150}, dtype)
     op.tensors(case.values)["mask"][1] = False
-    given = checks.as_given(case)
+    given = agree.as_given(case)
     with transom.use(**{name: "triton"}):
         out = op.call(**dict(zip((p.name for p in op.parameters), case.values, strict=True)))
-    assert checks.agrees(case, given, out if isinstance(out, tuple) else (out,)) is None
+    assert agree.with_reference(case, given, out if isinstance(out, tuple) else (out,)) is None

@@ -12,7 +12,7 @@ import torch
 
 import transom
 from transom.cli import main, units
-from transom.cli.calls import declared_call, materialise
+from transom.conformance.calls import describe, made
 from transom.device import Peaks
 from transom.registry import lookup
 
@@ -275,7 +275,7 @@ def test_tune_refuses_bad_input(capsys, arguments, text):
 @pytest.mark.parametrize("name", ["route", "sparse_attention", "hashed_embedding", "moe_experts"])
 def test_a_declared_call_becomes_one_that_runs(name):
     op = lookup(name)
-    values = materialise(declared_call(op, {}, torch.float32), torch.device("cpu"))
+    values = made(describe(op, {}, torch.float32), torch.device("cpu"))
     op.invoke(op.call, *values)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from transom.cli import agreement, charts, memory, operators
+from transom.cli import charts, memory, operators
 from transom.device import Peaks
+from transom.models import agreement
 from transom.record import Call
 
 PEAKS = Peaks("cpu", 100.0, 10.0, 1)

@@ -55,16 +55,14 @@ def test_a_wrong_call_is_named_set_aside_and_answered_rightly(wrong, monkeypatch
         out, _ = call()
     assert torch.equal(out, right)
     (text,) = (str(w.message) for w in told)
-    assert text.startswith(
-        "sinkhorn: aaa_drifts disagrees with the composite: comb is off by 0.25;"
-    )
+    assert text.startswith("sinkhorn: aaa_drifts disagrees with the composite: comb[0, 0, 0] is ")
     assert "for logits float32[5, 4, 4]" in text and "transom doctor --clear" in text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", transom.SlowPath)
         _, ran = call()
     assert ran != "aaa_drifts" and len(wrong) == 3
     shown = transom.explain("sinkhorn", torch.zeros(1, 4, 4), iterations=3, eps=1e-6).rejected
-    assert shown["aaa_drifts"][0].startswith("quarantined: comb is off by 0.25")
+    assert shown["aaa_drifts"][0].startswith("quarantined: comb[0, 0, 0] is ")
 
 
 def test_only_every_nth_call_is_compared(wrong, monkeypatch):
@@ -105,24 +103,6 @@ def test_another_version_gets_another_chance(wrong, monkeypatch):
     from dataclasses import replace
 
     assert guard.reason(replace(impl, version="8"), "cpu") is None
-
-
-@pytest.mark.parametrize(
-    "got, want, wrong",
-    [
-        (torch.ones(3), torch.ones(3) + 1e-6, None),
-        (torch.ones(3), torch.ones(4), "y is float32[3]; the composite gives float32[4]"),
-        (torch.tensor([1.0, float("nan")]), torch.ones(2), "y is not finite where"),
-        (torch.tensor([float("inf")]), torch.tensor([float("inf")]), None),
-        (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 3]]), None),
-        (torch.tensor([[1, 2, 9]]), torch.tensor([[1, 2, 3]]), "y shares 67% of its entries"),
-        (torch.arange(100)[None] + 1, torch.arange(100)[None], None),
-        (torch.ones(2, dtype=torch.bfloat16), 1.01 * torch.ones(2, dtype=torch.bfloat16), None),
-    ],
-)
-def test_what_counts_as_a_difference(got, want, wrong):
-    found = guard.difference("y", got, want)
-    assert (found is None) if wrong is None else found.startswith(wrong)
 
 
 def test_a_value_that_is_no_number_is_refused(monkeypatch):

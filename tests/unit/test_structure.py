@@ -57,7 +57,7 @@ LAYERS = (
     ("errors", "config", "dtypes", "shapes", "device", "interrupts"),
     ("weights.codes", "weights.layout", "weights.tiles", "weights.checkpoints"),
     ("weights.quantized_weight", "weights.huge_pages", "weights"),
-    ("facts", "parameters", "requires", "op", "registry", "ranges"),
+    ("facts", "parameters", "requires", "op", "registry", "ranges", "tolerance"),
     ("abi.library", "abi.services", "abi.frame", "abi.output_memory", "abi.weight_forms"),
     ("abi.extension", "abi.plugin", "abi"),
     ("plugins", "guard", "host_memory", "measured", "selection", "record", "dispatch", "explain"),
@@ -124,8 +124,10 @@ def long_functions(text: str) -> list[tuple[str, int]]:
 
 
 def test_how_a_call_is_made_stays_readable():
-    """All that one reads to know it: the floors and abi/, without the weights."""
-    sizes = {name: lines(path_of(name)) for name in ORDER if not name.startswith("weights")}
+    """All that one reads to know it: the floors and abi/, without the weights and how results are
+    compared."""
+    apart = ("weights", "tolerance")
+    sizes = {name: lines(path_of(name)) for name in ORDER if not name.startswith(apart)}
     assert sum(sizes.values()) <= 4560, sizes
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import transom
 from transom.backends.triton import _launch
 from transom.op import Impl, Op
+from transom.tolerance import as_tuple
 
-from .. import checks, tolerance
+from .. import agree
 from ..compiled import compile as triton
 from . import calls, kept
 from .chips import TARGETS, Plan, compile_for
@@ -179,7 +180,7 @@ def ran(
         if (why := calls.refused(op, impl, case.values, chip)) is not None:
             yield Refused(op.name, repr(case), chip, why)
             continue
-        given = checks.as_given(case)
+        given = agree.as_given(case)
         try:
             noted = calls.recorded(op, impl, case.values, chip)
             programs = [_lowered(environment, launch) for launch in noted]
@@ -201,7 +202,7 @@ def ran(
             continue
         named = zip((p.name for p in op.parameters), case.values, strict=True)
         written = tuple(v for n, v in named if n in op.mutates)
-        why = case.intact() or checks.agrees(case, given, written or tolerance.as_tuple(out))
+        why = case.intact() or agree.with_reference(case, given, written or as_tuple(out))
         if not why:
             kept.keep(op, repr(case), key, launches)
         yield Ran(op.name, repr(case), chip, launches, "result" if why else "", why or "")

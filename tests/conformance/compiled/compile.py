@@ -33,8 +33,8 @@ from transom.backends.triton._choice import ARCHITECTURES, Tile
 from transom.dtypes import QUANTIZED
 from transom.op import Op
 from transom.selection import reasons
-from transom.weights import checked_group, grid_size, weight_from
 
+from ..calls import describe, without_memory
 from .figures import Kept, leading, picked, summary
 
 if TYPE_CHECKING:
@@ -327,9 +327,6 @@ def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]
     """(in a few words, values on the meta device) of the operator's examples, in every dtype and
     every format of weights that the implementation accepts; with `every` also of the first example
     with each dim in turn 1, which Triton makes a constant of."""
-    from transom.cli.calls import declared_call
-    from transom.cli.console import Refusal
-
     weights = [p.name for p in op.parameters if p.role == "weight"]
     at = [i for i, p in enumerate(op.parameters) if p.role == "weight"]
     formats = ("", *QUANTIZED) if weights else ("",)
@@ -342,39 +339,20 @@ def calls(op: Op[..., Any], every: bool) -> Iterator[tuple[str, tuple[Any, ...]]
     for example in examples:
         for dtype in dtypes:
             for name in formats if every else formats[:: len(QUANTIZED)]:
-                settings = dict.fromkeys(weights, name) if name else {}
+                kinds = dict.fromkeys(weights, name) if name else {}
                 try:
-                    call = declared_call(op, {}, dtype, settings, example)
+                    call = describe(op, {}, dtype, kinds=kinds, example=example)
                     facts = call.facts("cuda", ARCHITECTURES[0])
-                except (ValueError, TypeError, Refusal):
+                except (ValueError, TypeError):
                     continue  # the declaration has no such call
                 odd = any(call.values[i].shape[-1] % 2 for i in at if name in ("int4", "mxfp4"))
                 if odd or reasons(op.impls["triton"], facts):
                     continue
-                values = tuple(_without_memory(v) for v in call.values)
+                values = without_memory(call)
                 short = str(dtype).removeprefix("torch.")
                 text = " ".join(f"{k}={v}" for k, v in example.items())
                 edge = EDGE if example not in op.examples else ""
                 yield f"{edge}{short} {name} {text}".replace("  ", " "), values
-
-
-def _without_memory(value: Any) -> Any:
-    shape, kind = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is None:
-        return value
-    if not isinstance(kind, str):
-        return torch.empty(shape, dtype=kind, device="meta")
-    rows, columns = checked_group(kind, None)
-    *lead, n, k = shape
-    grid = (*lead, grid_size(n, rows), grid_size(k, columns))
-    packed = kind in ("int4", "mxfp4")
-    stored = torch.int8 if kind == "int8" else torch.uint8
-    values = torch.empty((*lead, n, k // 2 if packed else k), dtype=stored, device="meta")
-    scales = torch.uint8 if kind == "mxfp4" else torch.float32
-    zeros = torch.empty(grid, dtype=torch.uint8, device="meta") if kind == "int4" else None
-    return weight_from(
-        values, torch.empty(grid, dtype=scales, device="meta"), zeros, f"{kind}:{rows}x{columns}"
-    )
 
 
 def compiled(launch: Launch, target: str, about: Compiled, kept: Kept) -> Compiled:

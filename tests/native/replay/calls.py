@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from hypothesis import HealthCheck, given, settings
 
 import transom
 from transom.abi import frame as abi
-from transom.conformance import checks
-from transom.conformance.cases import Case, build, cases, edges
+from transom.conformance import agree, cases
+from transom.conformance.cases import Case, build, edges
 from transom.op import Op, kind_of
 from transom.weights import QuantizedWeight
 from transom.weights.layout import contiguous
@@ -54,21 +53,7 @@ def operators() -> list[Op[..., Any]]:
 
 def drawn(op: Op[..., Any], count: int, dtype: torch.dtype) -> list[Call]:
     """`count` calls from the operator's declaration, the same ones each time."""
-    found: list[Call] = []
-
-    @settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=count,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(case=cases(op, floats=(dtype,)))
-    def collect(case: Case) -> None:
-        found.append(Call(case))
-
-    collect()
-    return found[:count]
+    return [Call(case) for case in cases.drawn(op, count, (dtype,))]
 
 
 def borders(op: Op[..., Any]) -> list[Call]:
@@ -155,8 +140,8 @@ def wrong(calls: Sequence[Call], answers: Sequence[Answer]) -> list[str]:
     found = []
     for call, answer in zip(calls, answers, strict=True):
         if answer.refusal is None:
-            given = checks.as_given(call.case)
-            if (problem := checks.agrees(call.case, given, answer.tensors)) is not None:
+            given = agree.as_given(call.case)
+            if (problem := agree.with_reference(call.case, given, answer.tensors)) is not None:
                 found.append(f"{call}: {problem}")
     return found
 

@@ -76,6 +76,8 @@ class Agreement:
             else "logit difference at the median position"
         )
         seen = f"{what} is {self.judged:.1e} of the logits' range; limit {self.limit:.0e}"
+        if self.tokens == 0:
+            return seen
         if self.first_difference is None:
             return f"{seen}; " + (
                 "the token is equal" if self.tokens == 1 else f"all {self.tokens} tokens are equal"
