@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transom.declare import op
-from transom.kernels.quant.minifloat import E2M1, E4M3, nearest_code, power_above, power_of
+from transom.kernels.quant._minifloat import E2M1, E4M3, nearest_code, power_above, power_of
 from transom.weights.codes import (
     E2M1_MAX,
     E4M3_MAX,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from transom import config
 from transom.declare import op
-from transom.kernels import bounds
-from transom.kernels.ordered_sum import add_rows
+from transom.kernels import _bounds as bounds
+from transom.kernels._ordered_sum import add_rows
 
 # Keys scored at a time: wide enough that a matrix product dominates the merge of the best so far.
 _KEYS = 2048

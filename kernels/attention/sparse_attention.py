@@ -12,10 +12,10 @@ from torch import Tensor
 from transom.config import workspace_bytes
 from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import bounds
-from transom.kernels.ordered_sum import add_rows
+from transom.kernels import _bounds as bounds
+from transom.kernels._ordered_sum import add_rows
 
-from .online_softmax import (
+from ._online_softmax import (
     OnlineSoftmax,
     finite,
     gathered_back,

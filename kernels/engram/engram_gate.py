@@ -13,7 +13,7 @@ from torch import Tensor
 from transom import config
 from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels.same_bits import sigmoid
+from transom.kernels._same_bits import sigmoid
 
 _EXAMPLES = [
     dict(T=(3,), R=2, D=8, eps=1e-20),

@@ -9,8 +9,8 @@ from torch import Tensor
 from transom import config
 from transom.declare import op
 from transom.errors import shown
-from transom.kernels import bounds
-from transom.kernels.ordered_sum import add_rows
+from transom.kernels import _bounds as bounds
+from transom.kernels._ordered_sum import add_rows
 from transom.op import Weight
 from transom.ranges import satisfied_by
 from transom.weights import gather_rows

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from transom import config
 from transom.declare import op
-from transom.kernels.extremes import FEW, extremes, few
+from transom.kernels._extremes import FEW, extremes, few
 from transom.ranges import satisfied_by
 
 INT32_MAX = 2**31 - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from transom import config
 from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import bounds
+from transom.kernels import _bounds as bounds
 
 _EXAMPLES = [
     dict(B=2, S=5, C=4, K=4, dilation=3),

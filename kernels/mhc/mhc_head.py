@@ -8,7 +8,7 @@ from torch import Tensor
 
 from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels.same_bits import sigmoid
+from transom.kernels._same_bits import sigmoid
 
 from .mhc_pre import mixes, mixes_backward
 from .sinkhorn import blocks

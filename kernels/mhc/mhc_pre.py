@@ -8,8 +8,8 @@ from torch import Tensor
 
 from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import bounds
-from transom.kernels.same_bits import multiply, sigmoid
+from transom.kernels import _bounds as bounds
+from transom.kernels._same_bits import multiply, sigmoid
 
 from .sinkhorn import (
     blocks,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transom import config
 from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels import bounds
+from transom.kernels import _bounds as bounds
 
 _EXAMPLES = [
     dict(T=(3,), R=4, iterations=3, eps=1e-6),

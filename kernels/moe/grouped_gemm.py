@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transom import config
 from transom.declare import op
-from transom.kernels.same_bits import ROW_TILE, multiply
+from transom.kernels._same_bits import ROW_TILE, multiply
 from transom.op import Weight
 from transom.ranges import satisfied_by
 from transom.weights import weight_tile

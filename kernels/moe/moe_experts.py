@@ -11,11 +11,11 @@ from torch import Tensor
 
 from transom import config
 from transom.declare import op
-from transom.kernels.extremes import extremes
+from transom.kernels._extremes import extremes
 from transom.op import Weight
 from transom.ranges import satisfied_by
 
-from .gated import ACTIVATIONS, gated, gated_backward, reference_gated, reference_gated_backward
+from ._gated import ACTIVATIONS, gated, gated_backward, reference_gated, reference_gated_backward
 from .grouped_gemm import accumulator, row_steps, segments, times_weight, times_weight_transposed
 
 POSITIONS = ("after", "before")

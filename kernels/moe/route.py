@@ -12,7 +12,7 @@ from torch import Tensor
 from transom import config
 from transom.declare import op
 from transom.dtypes import accumulator
-from transom.kernels.same_bits import sigmoid
+from transom.kernels._same_bits import sigmoid
 from transom.ranges import satisfied_by
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "topk_softmax")

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from transom.declare import op
-from transom.kernels import bounds
+from transom.kernels import _bounds as bounds
 from transom.weights import weight_from
 from transom.weights.codes import E4M3_MAX, decode_e8m0, encode_e4m3, encode_e8m0
 
-from .blocks import from_blocks, over_tiles, to_blocks
-from .minifloat import E4M3, nearest_code, power_above, power_of
+from ._blocks import from_blocks, over_tiles, to_blocks
+from ._minifloat import E4M3, nearest_code, power_above, power_of
 
 # Largest magnitude below which a block counts as zero, so that its scale stays positive.
 # Source: DeepSeek-V3's activation quantisation; DeepGEMM uses it for weights too.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from transom.declare import op
-from transom.kernels import bounds
+from transom.kernels import _bounds as bounds
 from transom.weights import weight_from
 
-from .blocks import from_blocks, over_tiles, to_blocks
+from ._blocks import from_blocks, over_tiles, to_blocks
 
 GRID = "[*B,N,(K+group-1)//group if group>0 else 0]"
 # Largest magnitude below which a group counts as zero, so that its scale stays positive.

@@ -10,8 +10,8 @@ from transom.declare import op
 from transom.weights import weight_from
 from transom.weights.codes import E2M1_MAX, decode_e8m0, encode_e2m1, encode_e8m0, pack_nibbles
 
-from .blocks import from_blocks, over_tiles, to_blocks
-from .minifloat import E2M1, nearest_code, power_above, power_of
+from ._blocks import from_blocks, over_tiles, to_blocks
+from ._minifloat import E2M1, nearest_code, power_above, power_of
 
 BLOCK = 32
 # The least scale is 2^-126, the smallest float32 that is not subnormal.

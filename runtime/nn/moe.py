@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..kernels._same_bits import multiply
 from ..kernels.moe.moe_experts import moe_experts
 from ..kernels.moe.route import route
-from ..kernels.same_bits import multiply
 
 if TYPE_CHECKING:
     from ..op import Weight

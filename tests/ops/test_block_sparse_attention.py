@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import transom
-from transom.kernels.attention import block_groups
-from transom.kernels.attention.block_groups import queries_at_once
+from transom.kernels.attention import _block_groups as block_groups
+from transom.kernels.attention._block_groups import queries_at_once
 from transom.kernels.attention.block_sparse_attention import block_sparse_attention_backward
 
 B, S, HQ, HKV, D, DV, N, L = 2, 7, 4, 2, 8, 6, 11, 3

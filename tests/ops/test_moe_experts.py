@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import transom
 from transom import moe_experts
-from transom.kernels.moe.gated import ACTIVATIONS, gated, gated_backward
+from transom.kernels.moe._gated import ACTIVATIONS, gated, gated_backward
 from transom.kernels.moe.moe_experts import moe_experts_backward_experts
 
 LIMIT = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from transom.kernels.ordered_sum import add_rows
+from transom.kernels._ordered_sum import add_rows
 
 
 @pytest.fixture

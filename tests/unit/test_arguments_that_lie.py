@@ -12,7 +12,7 @@ import torch
 
 import transom
 from transom.conformance.cases import build
-from transom.kernels import bounds
+from transom.kernels import _bounds as bounds
 from transom.plugins import load
 from transom.weights import QuantizedWeight, weight_args
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from transom.kernels.attention._online_softmax import kept_share, sink_share
 from transom.kernels.attention.block_sparse_attention import span_of
-from transom.kernels.attention.online_softmax import kept_share, sink_share
 
 from .._arrays import array, flat, scratch
 from .._compile import kernel, part

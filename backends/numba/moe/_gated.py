@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from transom.kernels.moe.gated import ACTIVATIONS, GELU_A, GELU_C
+from transom.kernels.moe._gated import ACTIVATIONS, GELU_A, GELU_C
 
 from .._compile import part, strict
 from .._numbers import exp

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transom import config
-from transom.kernels.moe.gated import ACTIVATIONS
+from transom.kernels.moe._gated import ACTIVATIONS
 from transom.kernels.moe.moe_experts import moe_experts
 from transom.op import Weight
 

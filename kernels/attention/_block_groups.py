@@ -15,9 +15,9 @@ from torch import Tensor
 
 from transom.config import workspace_bytes
 from transom.dtypes import accumulator
-from transom.kernels.ordered_sum import add_rows
+from transom.kernels._ordered_sum import add_rows
 
-from .online_softmax import finite, kept_share, recomputed_weights, sink_share
+from ._online_softmax import finite, kept_share, recomputed_weights, sink_share
 
 # Queries that must name a block on the average, for the steps it takes to be worth it.
 OFTEN = 4
