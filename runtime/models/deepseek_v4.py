@@ -18,12 +18,10 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 import transom
 from transom.kernels.attention.compress_kv import CompressState
 
-from .linear import REPLACEMENTS, ends, narrow, product, slow_here
+from .linear import ends, narrow, product, slow_here
+from .padding import Slots
 from .patching import Family, Replacement
-from .slots import SLOTS, covered
-
-# Public signatures are those of the operators' fronts, which a type checker does not see.
-_ops: Any = transom
+from .untouched import attends_instead_of, instead_of
 
 _SCORES = {"SqrtSoftplusActivation": "sqrtsoftplus", "Sigmoid": "sigmoid"}
 
@@ -31,6 +29,9 @@ _SCORES = {"SqrtSoftplusActivation": "sqrtsoftplus", "Sigmoid": "sigmoid"}
 class DeepseekV4Attention(hf.DeepseekV4Attention):
     """Window, HCA or CSA attention as one `sparse_attention` over entries, window and sink."""
 
+    _transom_original = hf.DeepseekV4Attention
+
+    @attends_instead_of(hf.DeepseekV4Attention)
     def forward(
         self,
         hidden_states: Tensor,
@@ -38,19 +39,11 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
         position_ids: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Any = None,
+        *,
+        slots: Slots,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the original; without `Slots` (see slots.py) it is the original."""
-        slots = kwargs.pop(SLOTS, None)
-        if not covered(slots, "DeepseekV4Attention"):
-            return super().forward(
-                hidden_states,
-                position_embeddings,
-                position_ids,
-                attention_mask,
-                past_key_values,
-                **kwargs,
-            )
+        """As the original."""
         batch, queries = hidden_states.shape[:2]
         cos, sin = position_embeddings[self.rope_layer_type]
         turn = _Rotation(cos, sin, slots.kept)
@@ -81,7 +74,7 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
                     )
             elif queries > 1:  # a single query sees every entry that there is, as in the original
                 visible = count
-        o = _ops.sparse_attention(
+        o: Any = transom.sparse_attention(
             q,
             entries.to(q.dtype),
             indices,
@@ -143,11 +136,8 @@ class DeepseekV4GroupedLinear(hf.DeepseekV4GroupedLinear):
         groups, dim = x.shape[-2:]
         rows = x.reshape(-1, groups, dim).transpose(0, 1)
         weight = self.weight.view(groups, -1, dim)
-        y = _ops.grouped_gemm(rows.reshape(-1, dim), weight, ends(groups, rows.shape[1]))
+        y = transom.grouped_gemm(rows.reshape(-1, dim), weight, ends(groups, rows.shape[1]))
         return y.view(groups, rows.shape[1], -1).transpose(0, 1).reshape(*x.shape[:-1], -1)
-
-
-REPLACEMENTS[hf.DeepseekV4GroupedLinear] = DeepseekV4GroupedLinear
 
 
 def _entries(part: Any, name: str, hidden_states: Tensor, layer: Any) -> Tensor:
@@ -164,7 +154,7 @@ def _entries(part: Any, name: str, hidden_states: Tensor, layer: Any) -> Tensor:
         if overlap and layer is not None:
             block = kv[:, -m:][:, None], (gate[:, -m:] + part.position_bias)[:, None]
             state = _previous_block(*layer.update_overlap_state(name, *block, dim))
-        entries, _ = _ops.compress_kv(kv, gate, part.position_bias, overlap=overlap, state=state)
+        entries, _ = transom.compress_kv(kv, gate, part.position_bias, overlap=overlap, state=state)
         entries = part.kv_norm(entries)
         positions = torch.arange(entries.shape[1], device=entries.device) * m + first
         positions = positions.unsqueeze(0).expand(entries.shape[0], -1)
@@ -211,7 +201,7 @@ def _select(
         scorer.weights_scaling * scorer.softmax_scale
     )
     top_k = min(indexer.index_topk, keys.shape[1])
-    return _ops.lightning_indexer(q, keys.to(q.dtype), weights, top_k, visible=count)
+    return transom.lightning_indexer(q, keys.to(q.dtype), weights, top_k, visible=count)
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -224,10 +214,13 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 class DeepseekV4TopKRouter(hf.DeepseekV4TopKRouter):
     """Top-k routing: `route` on the logits of the learned gate."""
 
+    _transom_original = hf.DeepseekV4TopKRouter
+
+    @instead_of(hf.DeepseekV4TopKRouter)
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the original: logits, weights, ids."""
         logits = _logits(hidden_states, self.weight)
-        ids, weights = _ops.route(
+        ids, weights = transom.route(
             logits,
             self.top_k,
             score=_SCORES[type(self.score_fn).__name__],
@@ -240,11 +233,14 @@ class DeepseekV4TopKRouter(hf.DeepseekV4TopKRouter):
 class DeepseekV4HashRouter(hf.DeepseekV4HashRouter):
     """Hash routing: `route` with the ids of the token's row in the table."""
 
+    _transom_original = hf.DeepseekV4HashRouter
+
+    @instead_of(hf.DeepseekV4HashRouter)
     def forward(self, hidden_states: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the original: logits, weights, ids."""
         logits = _logits(hidden_states, self.weight)
         preset = self.tid2eid[input_ids.reshape(-1)].long()
-        ids, weights = _ops.route(
+        ids, weights = transom.route(
             logits,
             self.top_k,
             score=_SCORES[type(self.score_fn).__name__],
@@ -257,9 +253,12 @@ class DeepseekV4HashRouter(hf.DeepseekV4HashRouter):
 class DeepseekV4HyperConnection(hf.DeepseekV4HyperConnection):
     """The coefficients of one sublayer and its input: `mhc_pre`."""
 
+    _transom_original = hf.DeepseekV4HyperConnection
+
+    @instead_of(hf.DeepseekV4HyperConnection)
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the original: post[B, S, R], comb[B, S, R, R] and the collapsed input [B, S, D]."""
-        h, post, comb = _ops.mhc_pre(
+        h, post, comb = transom.mhc_pre(
             hidden_streams,
             *(_as_or_wide(p, hidden_streams) for p in (self.fn, self.scale, self.base)),
             iterations=self.hc_sinkhorn_iters,
@@ -273,15 +272,21 @@ class DeepseekV4HyperConnection(hf.DeepseekV4HyperConnection):
 class DeepseekV4HyperHead(hf.DeepseekV4HyperHead):
     """The last collapse of the streams: `mhc_head`."""
 
+    _transom_original = hf.DeepseekV4HyperHead
+
+    @instead_of(hf.DeepseekV4HyperHead)
     def forward(self, x: Tensor) -> Tensor:
         """As the original: [B, S, R, D] -> [B, S, D]."""
         coefficients = (_as_or_wide(p, x) for p in (self.hc_fn, self.hc_scale, self.hc_base))
-        return _ops.mhc_head(x, *coefficients, eps=self.eps, rms_eps=self.input_norm.eps)
+        return transom.mhc_head(x, *coefficients, eps=self.eps, rms_eps=self.input_norm.eps)
 
 
 class DeepseekV4DecoderLayer(hf.DeepseekV4DecoderLayer):
     """A block whose two residual mixes are `mhc_post`."""
 
+    _transom_original = hf.DeepseekV4DecoderLayer
+
+    @instead_of(hf.DeepseekV4DecoderLayer)
     def forward(
         self, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
@@ -296,7 +301,7 @@ class DeepseekV4DecoderLayer(hf.DeepseekV4DecoderLayer):
 
 def _mix(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     # Hugging Face rounds both coefficients to the streams' dtype before it mixes.
-    return _ops.mhc_post(f.to(x.dtype), x, post.to(x.dtype), comb.to(x.dtype))
+    return transom.mhc_post(f.to(x.dtype), x, post.to(x.dtype), comb.to(x.dtype))
 
 
 def _as_or_wide(parameter: Tensor, x: Tensor) -> Tensor:
@@ -313,6 +318,14 @@ def _attention_operators(module: Any) -> str:
         return f"{window} and all entries of {m} tokens (HCA), compress_kv"
     top = module.compressor.indexer.index_topk
     return f"{window} and {top} entries of {m} tokens (CSA), compress_kv, lightning_indexer"
+
+
+def _parts_of_attention(module: Any) -> tuple[str, ...]:
+    if module.compressor is None:
+        return ()
+    if not hasattr(module.compressor, "indexer"):
+        return ("compressor",)
+    return "compressor", "compressor.indexer", "compressor.indexer.scorer"
 
 
 def _refuse_attention(module: Any) -> str | None:
@@ -348,10 +361,6 @@ def _refuse_router(module: Any) -> str | None:
     return None
 
 
-def _never(module: Any) -> str | None:
-    return None
-
-
 def _always(text: str) -> Any:
     return lambda module: text
 
@@ -359,24 +368,46 @@ def _always(text: str) -> Any:
 FAMILY = Family(
     replacements=(
         Replacement(
-            hf.DeepseekV4Attention, DeepseekV4Attention, _attention_operators, _refuse_attention
+            hf.DeepseekV4Attention,
+            DeepseekV4Attention,
+            _attention_operators,
+            _refuse_attention,
+            _parts_of_attention,
         ),
         Replacement(
-            hf.DeepseekV4TopKRouter, DeepseekV4TopKRouter, _always("route"), _refuse_router
+            hf.DeepseekV4TopKRouter,
+            DeepseekV4TopKRouter,
+            _always("route"),
+            _refuse_router,
+            lambda module: ("score_fn",),
         ),
         Replacement(
             hf.DeepseekV4HashRouter,
             DeepseekV4HashRouter,
             _always("route (ids from the table)"),
             _refuse_router,
+            lambda module: ("score_fn",),
         ),
         Replacement(
-            hf.DeepseekV4HyperConnection, DeepseekV4HyperConnection, _always("mhc_pre"), _never
+            hf.DeepseekV4HyperConnection,
+            DeepseekV4HyperConnection,
+            _always("mhc_pre"),
+            passes_over=lambda module: ("input_norm",),
         ),
-        Replacement(hf.DeepseekV4HyperHead, DeepseekV4HyperHead, _always("mhc_head"), _never),
-        Replacement(hf.DeepseekV4DecoderLayer, DeepseekV4DecoderLayer, _always("mhc_post"), _never),
+        Replacement(
+            hf.DeepseekV4HyperHead,
+            DeepseekV4HyperHead,
+            _always("mhc_head"),
+            passes_over=lambda module: ("input_norm",),
+        ),
+        Replacement(hf.DeepseekV4DecoderLayer, DeepseekV4DecoderLayer, _always("mhc_post")),
     ),
     base=hf.DeepseekV4Model,
     attention=hf.DeepseekV4Attention,
     mixes=True,
 )
+
+
+def family(name: str) -> Family:
+    """The replacements of DeepSeek-V4."""
+    return FAMILY

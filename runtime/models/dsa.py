@@ -8,6 +8,8 @@ at once, and only the selected rows are read.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +18,9 @@ from torch import Tensor, nn
 
 import transom
 
-from .slots import Slots
-
-# Public signatures are those of the operators' fronts, which a type checker does not see.
-_ops: Any = transom
+from .padding import Slots
+from .patching import Family, Replacement
+from .untouched import ORIGINAL, attends_instead_of, instead_of
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
@@ -67,7 +68,7 @@ def attend(
             )
     up = self.kv_b_proj.weight.view(-1, nope + self.v_head_dim, rank)
     q_latent = torch.einsum("bshn,hnr->bshr", q_pass, up[:, :nope])
-    o = _ops.sparse_attention(
+    o = transom.sparse_attention(
         torch.cat([q_latent.to(q_rope.dtype), q_rope], dim=-1),
         keys,
         indices,
@@ -108,12 +109,12 @@ def select(
         seen = torch.arange(slots.past + 1, slots.past + queries + 1, device=k.device).expand(
             batch, -1
         )
-        return _ops.lightning_indexer(q, k, weights, top_k, visible=seen)
+        return transom.lightning_indexer(q, k, weights, top_k, visible=seen)
     # Padding may stand anywhere: with the tokens' keys in front, what a query sees is a prefix
     # again.
     order, seen = slots.packed(k.device)
     packed = k.gather(1, order[..., None].expand(-1, -1, k.shape[2]))
-    found = _ops.lightning_indexer(q, packed, weights, top_k, visible=seen)
+    found = transom.lightning_indexer(q, packed, weights, top_k, visible=seen)
     slot = order.gather(1, found.clamp_min(0).flatten(1).long()).view_as(found)
     return torch.where(found < 0, -1, slot).to(torch.int32)
 
@@ -122,7 +123,7 @@ def route_groups(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tens
     """The router's logits, weights and ids, as both families define them: sigmoid, bias, groups."""
     flat = hidden_states.view(-1, self.hidden_dim)
     logits = nn.functional.linear(flat.float(), self.weight.float())
-    ids, weights = _ops.route(
+    ids, weights = transom.route(
         logits,
         self.top_k,
         score="sigmoid",
@@ -133,6 +134,130 @@ def route_groups(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tens
         scale=self.routed_scaling_factor,
     )
     return logits, weights, ids.long()
+
+
+# Families ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def family(name: str) -> Family:
+    """The replacements of `deepseek_v32` or `glm_moe_dsa`: layers of GLM-DSA share selections."""
+    hf: Any = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    prefix, shares = {"deepseek_v32": ("DeepseekV32", False), "glm_moe_dsa": ("GlmMoeDsa", True)}[
+        name
+    ]
+    attention: type[nn.Module] = getattr(hf, f"{prefix}Attention")
+    router: type[nn.Module] = getattr(hf, f"{prefix}TopkRouter")
+    indexer: type[nn.Module] = getattr(hf, f"{prefix}Indexer")
+    # The indexer of V3.2 rotates halves, its attention pairs; GLM-DSA pairs in both.
+    pairs = hf.apply_rotary_pos_emb_interleave
+    rotate_index = pairs if shares else hf.apply_rotary_pos_emb
+    forward = (_attends_and_shares if shares else _attends)(attention, pairs, rotate_index)
+    replacing = _replacing(attention, attends_instead_of(attention)(forward))
+    routing = _replacing(router, instead_of(router)(route_groups))
+    return Family(
+        replacements=(
+            Replacement(
+                attention,
+                replacing,
+                operators,
+                lambda module: refuse(module, indexer),
+                lambda module: (
+                    ("kv_b_proj",) if module.indexer is None else ("kv_b_proj", "indexer")
+                ),
+            ),
+            Replacement(router, routing, lambda module: "route"),
+        ),
+        base=getattr(hf, f"{prefix}Model"),
+        attention=attention,
+        mixes=not shares,
+    )
+
+
+def _replacing(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """A subclass of the same name with this forward; pickle finds it as an attribute of this
+    module."""
+    own = {"forward": forward, "__module__": __name__, ORIGINAL: original}
+    return type(original.__name__, (original,), own)
+
+
+def __getattr__(name: str) -> Any:
+    for known in ("deepseek_v32", "glm_moe_dsa"):
+        for r in family(known).replacements if _camel(known) in name else ():
+            if r.replacement.__name__ == name:
+                return r.replacement
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _attends(
+    attention: type[nn.Module], rotate: Rotate, rotate_index: Rotate
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        *,
+        slots: Slots,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latent attention over the tokens that the indexer selects, and only those."""
+        output, _ = attend(
+            self,
+            hidden_states,
+            position_embeddings,
+            slots,
+            past_key_values,
+            None,
+            rotate,
+            rotate_index,
+        )
+        return output, None
+
+    return forward
+
+
+def _attends_and_shares(
+    attention: type[nn.Module], rotate: Rotate, rotate_index: Rotate
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        prev_topk_indices: Tensor | None = None,
+        *,
+        slots: Slots,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Latent attention over the tokens that its own or an earlier layer's indexer selects; the
+        indices that it hands on end in -1."""
+        if self.indexer is None and prev_topk_indices is None:
+            raise ValueError(
+                f"{attention.__name__}: a layer without indexer got no indices; "
+                "expected those of an earlier layer"
+            )
+        output, indices = attend(
+            self,
+            hidden_states,
+            position_embeddings,
+            slots,
+            past_key_values,
+            prev_topk_indices if self.indexer is None else None,
+            rotate,
+            rotate_index,
+        )
+        return output, None, indices
+
+    return forward
 
 
 def operators(module: Any) -> str:
@@ -150,8 +275,6 @@ def refuse(module: Any, indexer: type[nn.Module]) -> str | None:
     if type(up) is not nn.Linear or type(up.weight) is not nn.Parameter or up.bias is not None:
         name = type(up).__name__
         return f"kv_b_proj is a {name}; the absorbed form reads the weight of a plain nn.Linear"
-    if up._forward_hooks or up._forward_pre_hooks:
-        return "kv_b_proj has forward hooks, which the absorbed form would not run"
     if module.indexer is not None and type(module.indexer) is not indexer:
         return f"its indexer is a {type(module.indexer).__name__}; covered: {indexer.__name__}"
     chosen = module.config._attn_implementation

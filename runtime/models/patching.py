@@ -8,39 +8,55 @@ through transformers' registry instead (`experts`).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from transom.nn.untouched import altered
+
+from .padding import SLOTS, Slots, Uncovered, read_slots
 from .report import PatchReport, Record
-from .slots import announce_slots, announce_slots_beside_mask
+from .untouched import ORIGINAL, PARTS, forget, remember, touched
 
 # The replacements follow the code of this version of transformers; the experts registry is a public
 # interface.
 WRITTEN_FOR = "5.23"
 
-# The modules of transformers that a module of ours has replacements for.
-_FAMILIES = {
-    f"transformers.models.{family}.modeling_{family}": f"transom.models.{family}"
-    for family in ("deepseek_v4", "deepseek_v32", "glm_moe_dsa")
-}
+# Families of transformers by the module of ours that has replacements for them.
+_FAMILIES = {"deepseek_v4": "deepseek_v4", "deepseek_v32": "dsa", "glm_moe_dsa": "dsa"}
 
 # Names of modules that a reader of the report will look for, replaced or not.
-_OF_INTEREST = re.compile(r"(Attention|Experts|Router|Gate|HyperConnection|HyperHead)$")
+_OF_INTEREST = re.compile(
+    r"(Attention|DeltaNet|Experts|Router|Gate|HyperConnection|HyperHead|Residual|PLELayer)$"
+)
+
+
+def _nothing(module: Any) -> tuple[str, ...]:
+    return ()
+
+
+def _never(module: Any) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """Instances of exactly `original` become `replacement`, unless `refuse` says why not."""
+    """Instances of exactly `original` become `replacement`, unless `refuse` says why not.
+
+    operators    of a module: what it runs through then
+    passes_over  of a module: the paths of the parts whose weight it reads or whose forward it skips
+    """
 
     original: type[nn.Module]
     replacement: type[nn.Module]
     operators: Callable[[Any], str]
-    refuse: Callable[[Any], str | None]
+    refuse: Callable[[Any], str | None] = _never
+    passes_over: Callable[[Any], tuple[str, ...]] = _nothing
 
 
 @dataclass(frozen=True)
@@ -50,12 +66,21 @@ class Family:
     base       class of the model whose forward makes the attention mask
     attention  class (original) of the modules that use it
     mixes      True if replaced and original attention modules can live in one model
+    masks      what stands for the dense masks where no module needs them
     """
 
     replacements: tuple[Replacement, ...]
     base: type[nn.Module]
     attention: type[nn.Module]
     mixes: bool
+    masks: tuple[str, ...] = ("indexed_attention",)
+
+    def attentions(self, base: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+        """The attention modules of a base model, each with the number of its layer."""
+        for i, layer in enumerate(getattr(base, "layers", ())):
+            module = layer._modules.get("self_attn")
+            if isinstance(module, self.attention):
+                yield i, module
 
 
 def patch(model: nn.Module) -> PatchReport:
@@ -68,7 +93,9 @@ def patch(model: nn.Module) -> PatchReport:
            that have no bias.
 
     Returns a `PatchReport`: iterate over its records, or print it. What is not covered is left as
-    it was and is in the report with the reason. Patching twice changes nothing. The outputs follow
+    it was and is in the report with the reason. Patching twice changes nothing, and reports what is
+    true then: a part that another library has changed since (LoRA, pruning, hooks, offloading)
+    makes the module around it run Hugging Face's forward, call by call. The outputs follow
     Hugging Face's mathematics (docs/models.md lists where they differ from the operators' own
     contracts). `unpatch` undoes it.
 
@@ -77,15 +104,17 @@ def patch(model: nn.Module) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model is a {type(model).__name__}; expected a torch.nn.Module")
     from .experts import patch_experts
-    from .linear import patch_linear
+    from .linear import look, patch_linear
 
+    look()
     records: dict[str, Record] = {}
     swaps: list[tuple[str, nn.Module, Replacement]] = []
     families: dict[str, Family] = {}
+    passed: set[str] = set()
     for path, module in model.named_modules():
-        family = _family_of(module)
+        family = family_of(module)
         if family is not None:
-            families[type(module).__module__] = family
+            families[family.base.__module__] = family
         name = type(module).__name__
         found = _find(family, module)
         if found is not None:
@@ -95,19 +124,23 @@ def patch(model: nn.Module) -> PatchReport:
                 records[path] = Record(path, name, operators=found.operators(module))
             else:
                 records[path] = Record(path, name, reason=reason)
-        else:
+            passed |= {f"{path}.{part}" for part in found.passes_over(module)}
+        elif path not in passed:
             outcome = patch_experts(module)
             product = patch_linear(module)
             if outcome is not None:
                 records[path] = Record(path, name, *outcome)
             elif product is not None:
                 records[path] = Record(path, name, operators=product)
-            elif _OF_INTEREST.search(name) and not any(_inside(path, p) for p in records):
+            elif _OF_INTEREST.search(name) and not _belongs(path, records):
                 records[path] = Record(path, name, reason=_not_for(module))
+    _name_strangers(model, swaps, records)
     for family in families.values():
         _withdraw(model, family, records, swaps)
     for _, module, found in swaps:
-        module.__class__ = found.replacement
+        if PARTS not in vars(module):
+            remember(module, found.passes_over(module))
+            module.__class__ = found.replacement
     for family in families.values():
         _hook(model, family)
     return PatchReport(type(model).__name__, tuple(records.values()))
@@ -124,36 +157,74 @@ def unpatch(model: nn.Module) -> None:
     from .linear import unpatch_linear
 
     for module in model.modules():
-        family = _family_of(module)
-        if family is not None:
-            for r in family.replacements:
-                if type(module) is r.replacement:
-                    module.__class__ = r.original
+        if PARTS in vars(module):
+            module.__class__ = _given_back(type(module))
+            forget(module)
         unpatch_experts(module)
         unpatch_linear(module)
         _unhook(module)
 
 
-def _family_of(module: nn.Module) -> Family | None:
-    home = type(module).__module__
-    ours = _FAMILIES.get(home, home if home in _FAMILIES.values() else None)
+def _given_back(kind: Any) -> type[nn.Module]:
+    """The class that a replaced module had, also where another library has since derived one of the
+    replacement's (fully_shard does): that one, derived of the original."""
+    for base in kind.__mro__:
+        original: Any = vars(base).get(ORIGINAL)
+        if original is not None:
+            found: type[nn.Module] = original if base is kind else _derived(kind, base, original)
+            return found
+    raise AssertionError(f"{kind.__name__} stands in for no other class")
+
+
+@functools.cache
+def _derived(kind: Any, replacement: Any, original: Any) -> Any:
+    bases = tuple(
+        original
+        if b is replacement
+        else _derived(b, replacement, original)
+        if issubclass(b, replacement)
+        else b
+        for b in kind.__bases__
+    )
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, own)
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family whose classes this module's class is one of, or None."""
+    kind: Any = type(module)
+    return _family_of_class(kind)
+
+
+@functools.cache
+def _family_of_class(kind: Any) -> Family | None:
+    found = (_family(vars(base).get(ORIGINAL, base).__module__) for base in kind.__mro__)
+    return next((family for family in found if family is not None), None)
+
+
+@functools.cache
+def _family(home: str) -> Family | None:
+    name = home.rpartition(".modeling_")[2]
+    ours = _FAMILIES.get(name) if home.startswith("transformers.models.") else None
     if ours is None:
         return None
-    family: Family = importlib.import_module(ours).FAMILY
-    return family
+    found: Family = importlib.import_module(f"{__package__}.{ours}").family(name)
+    return found
 
 
 def _find(family: Family | None, module: nn.Module) -> Replacement | None:
     for r in () if family is None else family.replacements:
-        if type(module) in (r.original, r.replacement):
+        if type(module) is r.original or (
+            PARTS in vars(module) and isinstance(module, r.replacement)
+        ):
             return r
     return None
 
 
 def _refuse(found: Replacement, module: nn.Module) -> str | None:
     """Why this module can't be replaced, or None."""
-    if type(module) is found.replacement:
-        return None
+    if PARTS in vars(module):
+        return touched(module)
     import transformers
 
     if not transformers.__version__.startswith(f"{WRITTEN_FOR}."):
@@ -166,7 +237,14 @@ def _refuse(found: Replacement, module: nn.Module) -> str | None:
     for name, parameter in module.named_parameters(recurse=False):
         if type(parameter) is not nn.Parameter:
             return f"{name} is a {type(parameter).__name__}; only ordinary parameters are covered"
-    return found.refuse(module)
+    reason = found.refuse(module)
+    if reason is not None:
+        return reason
+    for path in found.passes_over(module):
+        part = module.get_submodule(path)
+        if (reason := altered(part, type(part))) is not None:
+            return f"its {path} {reason}"
+    return None
 
 
 def _withdraw(
@@ -178,7 +256,8 @@ def _withdraw(
     """Takes back attention modules that no base model tells about padding, or that can't mix."""
     name = family.attention.__name__
     bases = [path for path, module in model.named_modules() if isinstance(module, family.base)]
-    refused = [r for r in records.values() if r.module == name and r.reason is not None]
+    own = {path for path, module in model.named_modules() if isinstance(module, family.attention)}
+    refused = [r for r in records.values() if r.path in own and r.reason is not None]
     for swap in list(swaps):
         path, module, found = swap
         if found.original is not family.attention:
@@ -198,33 +277,103 @@ def _withdraw(
         records[path] = Record(path, name, reason=reason)
 
 
+def _name_strangers(
+    model: nn.Module, swaps: list[tuple[str, nn.Module, Replacement]], records: dict[str, Record]
+) -> None:
+    """Reports the children of replaced modules that are of no class that transformers or torch
+    has: they run as they are."""
+    for path, module, _ in swaps:
+        for name, child in module.named_children():
+            home, where = type(child).__module__, f"{path}.{name}"
+            if not home.startswith(("transformers.", "torch.", f"{__package__}.")):
+                reason = f"a class of {home}, which transom does not know; it runs as it is"
+                records.setdefault(where, Record(where, type(child).__name__, reason=reason))
+
+
 def _hook(model: nn.Module, family: Family) -> None:
     """Lets the base models tell their replaced attention modules about padding."""
-    replaced = next(r.replacement for r in family.replacements if r.original is family.attention)
     for base in model.modules():
-        if not isinstance(base, family.base):
-            continue
-        _unhook(base)
-        kinds = {type(m) for m in base.modules() if isinstance(m, family.attention)}
-        if replaced in kinds:
-            hook = announce_slots if kinds == {replaced} else announce_slots_beside_mask
-            base.register_forward_pre_hook(hook, with_kwargs=True)
+        if isinstance(base, family.base):
+            _unhook(base)
+            if any(PARTS in vars(m) for _, m in family.attentions(base)):
+                layers = tuple(i for i, _ in family.attentions(base))
+                vars(base)[_ANNOUNCES] = _Announces(layers, family.mixes, family.masks)
+                base.register_forward_pre_hook(announce, with_kwargs=True)
 
 
 def _unhook(module: nn.Module) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook in (announce_slots, announce_slots_beside_mask):
+        if hook is announce:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+            del vars(module)[_ANNOUNCES]
+
+
+_ANNOUNCES = "_transom_announces"
+
+
+@dataclass(frozen=True)
+class _Announces:
+    """Set on a hooked base model, since a traced call can look nothing up."""
+
+    layers: tuple[int, ...]
+    """Those with attention of the family's class."""
+    mixes: bool
+    masks: tuple[str, ...]
+
+
+_FORWARD = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+)
+
+
+def announce(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a base model: hands Slots to its attention modules, and spares the dense
+    mask where all of them run through the operators in this call."""
+    given = {**dict(zip(_FORWARD, args)), **kwargs}
+    given[SLOTS] = slots = read_slots(module, given)
+    if isinstance(slots, Slots):
+        what: _Announces = module.__dict__[_ANNOUNCES]
+        layers: Any = module.layers
+        attentions = [layers[i].self_attn for i in what.layers]
+        found = [touched(m) if PARTS in m.__dict__ else "" for m in attentions]
+        if all(reason is None for reason in found):
+            # A dictionary of masks is taken as it is: one for every kind of layer.
+            given["attention_mask"] = {kind: None for kind in what.masks}
+        elif what.mixes:
+            given[SLOTS] = replace(slots, masked=True)
+        else:
+            given[SLOTS] = Uncovered(next((r for r in found if r), "a layer was not replaced"))
+    return (), given
 
 
 def _inside(path: str, outer: str) -> bool:
     return path.startswith(f"{outer}." if outer else "")
 
 
+def _belongs(path: str, records: dict[str, Record]) -> bool:
+    """True for what stands inside an attention, router or experts module of the report, of whose
+    record it is a part."""
+    outer = (r for r in records.values() if _OF_INTEREST.search(r.module))
+    return any(_inside(path, r.path) for r in outer)
+
+
 def _not_for(module: nn.Module) -> str:
     name = type(module).__name__
+    for kind in type(module).__mro__[1:]:
+        family = _family(kind.__module__)
+        if family is not None and any(r.original is kind for r in family.replacements):
+            return f"its class is a subclass of {kind.__name__}; covered: exactly that class"
     if name.endswith("Attention"):
+        if any("Indexer" in type(part).__name__ for part in module.modules()):
+            return "sparse attention of a family that transom has no replacement for yet"
         return "dense attention; transom's attention operators are for sparse ones"
     if name.endswith("Experts"):
         return "its class does not use transformers' experts registry; nothing to plug into"

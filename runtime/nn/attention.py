@@ -22,7 +22,9 @@ from .attention_parts import (
     rms_normalize,
     wide,
 )
+from .expected import expect
 from .rotary import Angles, Rotary
+from .untouched import plain, slower
 
 
 class AttentionResult(NamedTuple):
@@ -222,6 +224,15 @@ class SharedAttention(SparseAttention):
         if with_index_loss and self.indexer is None:
             raise ValueError("SparseAttention: with_index_loss is True; the layer has no indexer")
         shape, old = self.shape, cache or AttentionCache(0)
+        expect("SparseAttention", "x", x, "B S hidden", hidden=shape.hidden)
+        index = 0 if self.indexer is None else self.indexer.shape.dim
+        old.check(
+            x.shape[0],
+            local=shape.head_dim,
+            entries=shape.head_dim if self.compressor is not None else 0,
+            keys=index,
+            states=(self.compressor is not None, self.index_keys is not None),
+        )
         tokens = x.shape[1]
         angles = self.rotary.angles(old.position, tokens, device=x.device)
         qr = self.q_norm(self.wq_a(x))
@@ -271,10 +282,15 @@ class SharedAttention(SparseAttention):
 
     def _project(self, o: Tensor) -> Tensor:
         """[B, S, H, D] -> [B, S, hidden]: each group of heads by itself, then all together."""
-        groups = self.shape.out_groups
-        weight = self.wo_a.weight.unflatten(0, (groups, self.shape.out_rank))
+        groups, rank = self.shape.out_groups, self.shape.out_rank
         grouped = o.flatten(2).unflatten(2, (groups, -1))
-        return self.wo_b(torch.einsum("bsgi,gri->bsgr", grouped, weight).flatten(2))
+        if plain(self.wo_a):
+            weight = self.wo_a.weight.unflatten(0, (groups, rank))
+            return self.wo_b(torch.einsum("bsgi,gri->bsgr", grouped, weight).flatten(2))
+        slower("SparseAttention", "wo_a", self.wo_a)
+        # Of what the layer makes of every group only that group's own outputs count.
+        each = self.wo_a(grouped).unflatten(-1, (groups, rank))
+        return self.wo_b(each.diagonal(dim1=2, dim2=3).movedim(-1, 2).flatten(2))
 
 
 class LatentAttention(SparseAttention):
@@ -320,6 +336,9 @@ class LatentAttention(SparseAttention):
     ) -> AttentionResult:
         """x [B, S, hidden] after `cache` -> output, next cache, and the indexer's loss or None."""
         shape, old = self.shape, cache or AttentionCache(0)
+        expect("SparseAttention", "x", x, "B S hidden", hidden=shape.hidden)
+        width, index = shape.kv_rank + shape.rope, self.indexer.shape.dim
+        old.check(x.shape[0], local=0, entries=width, keys=index, states=(False, False))
         tokens = x.shape[1]
         angles = self.rotary.angles(old.position, tokens, device=x.device)
         index_angles = self.index_rotary.angles(old.position, tokens, device=x.device)
@@ -333,21 +352,68 @@ class LatentAttention(SparseAttention):
         visible = _positions(old.position + 1, x)
         indices, asked = _select(self.indexer, x, qr, keys, visible, index_angles)
 
+        attend = self._absorbed if plain(self.wkv_b) else self._expanded
+        o, target = attend(q, rows, indices, visible, with_index_loss)
+        loss = None
+        if target is not None:
+            loss = lightning_indexer_kl(asked[0], keys, asked[1], target, indices)
+        output = self.wo(o.flatten(2))
+        after = AttentionCache(old.position + tokens, entries=rows, keys=keys)
+        return AttentionResult(output, after, loss)
+
+    def _scale(self) -> float:
+        shape = self.shape
+        return (shape.nope + shape.rope) ** -0.5 if shape.scale is None else shape.scale
+
+    def _absorbed(
+        self, q: Tensor, rows: Tensor, indices: Tensor, visible: Tensor, with_target: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """o [B, S, H, value], and the indexer's target: wkv_b's weight moves to q and o, so that
+        one latent row is key and value of all heads."""
+        shape, scale = self.shape, self._scale()
         weight = self.wkv_b.weight.unflatten(0, (shape.heads, -1))
         wk, wv = weight.split([shape.nope, shape.value], 1)
         nope, rope = q.split([shape.nope, shape.rope], -1)
         q = torch.cat([torch.einsum("bshn,hnr->bshr", nope, wk), rope], -1)
-        scale = (shape.nope + shape.rope) ** -0.5 if shape.scale is None else shape.scale
         o, lse = sparse_attention(
             q, rows, indices, visible=visible, scale=scale, v_dim=shape.kv_rank, return_lse=True
         )
-        loss = None
-        if with_index_loss:
-            target = attention_target(q, rows, indices, lse, scale=scale)
-            loss = lightning_indexer_kl(asked[0], keys, asked[1], target, indices)
-        output = self.wo(torch.einsum("bshr,hvr->bshv", o, wv).flatten(2))
-        after = AttentionCache(old.position + tokens, entries=rows, keys=keys)
-        return AttentionResult(output, after, loss)
+        target = attention_target(q, rows, indices, lse, scale=scale) if with_target else None
+        return torch.einsum("bshr,hvr->bshv", o, wv), target
+
+    def _expanded(
+        self, q: Tensor, rows: Tensor, indices: Tensor, visible: Tensor, with_target: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same where wkv_b is no plain nn.Linear any more (LoRA, hooks): it is called on every
+        row, and every head attends to keys and values of its own."""
+        shape, scale, batch = self.shape, self._scale(), q.shape[0]
+        slower("SparseAttention", "wkv_b", self.wkv_b)
+        latent, tail = rows.split([shape.kv_rank, shape.rope], -1)
+        made = self.wkv_b(latent).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
+        key, value = made.split([shape.nope, shape.value], -1)
+        tail = tail[:, None].expand(-1, shape.heads, -1, -1)
+        own = torch.cat([value, key, tail], -1).flatten(0, 1)
+        asks = nn.functional.pad(q, (shape.value, 0)).transpose(1, 2).flatten(0, 1)[:, :, None]
+
+        def of_head(x: Tensor) -> Tensor:
+            return x.repeat_interleave(shape.heads, 0)
+
+        listed = of_head(indices)
+        o, lse = sparse_attention(
+            asks,
+            own,
+            listed,
+            visible=of_head(visible),
+            scale=scale,
+            v_dim=shape.value,
+            return_lse=True,
+        )
+        target = None
+        if with_target:
+            # Each head attends to listed rows only, so that their mean is the heads' joint share.
+            each = attention_target(asks, own, listed, lse, scale=scale)
+            target = each.unflatten(0, (batch, shape.heads)).mean(1)
+        return o.squeeze(2).unflatten(0, (batch, shape.heads)).transpose(1, 2), target
 
 
 @torch.no_grad()

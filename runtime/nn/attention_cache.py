@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..kernels.attention.compress_kv import CompressState
+from .expected import expect
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,26 @@ class AttentionCache:
             None if self.state is None else self.state.reorder(index),
             None if self.index_state is None else self.index_state.reorder(index),
         )
+
+    def check(
+        self, batch: int, *, local: int, entries: int, keys: int, states: tuple[bool, bool]
+    ) -> None:
+        """ValueError unless this is the cache of `batch` sequences of a layer with rows, entries
+        and keys of these widths (0: it has none) and these two states."""
+        what = "SparseAttention"
+        if self.position < 0:
+            raise ValueError(f"{what}: cache.position is {self.position}; must be at least 0")
+        for name, width in (("local", local), ("entries", entries), ("keys", keys)):
+            rows: Tensor | None = getattr(self, name)
+            if rows is not None and not width:
+                raise ValueError(f"{what}: cache.{name} is given; a layer of this form has none")
+            expect(what, f"cache.{name}", rows, "B N width", B=batch, width=width)
+        for name, kept in zip(("state", "index_state"), states, strict=True):
+            state: CompressState | None = getattr(self, name)
+            if state is not None and not kept:
+                raise ValueError(f"{what}: cache.{name} is given; a layer of this form has none")
+            if state is not None:
+                expect(what, f"cache.{name}", state.kv, "B rows channels", B=batch)
 
     @property
     def nbytes(self) -> int:

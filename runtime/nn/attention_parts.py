@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.attention.compress_kv import CompressState, compress_kv
+from .expected import expect
 from .rotary import Angles, Rotary
+from .untouched import plain
 
 
 class Where(TypedDict):
@@ -25,9 +27,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T in float32 (float64 if x is), also where autocast would take a lower dtype."""
-    kind = x.device.type
+def wide_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """x weight^T of a linear layer in float32 (float64 if x is), also where autocast would take a
+    lower dtype; what the layer itself answers, widened, if it is no plain nn.Linear any more."""
+    if not plain(layer):
+        return wide(layer(x))
+    kind, weight = x.device.type, cast(Tensor, layer.weight)
     if kind != "meta" and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return functional.linear(wide(x), wide(weight))
@@ -60,6 +65,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> the same shape and dtype, new memory."""
+        expect("RMSNorm", "x", x, "... size", size=self.weight.shape[0])
         return (rms_normalize(x, self.eps) * self.weight).to(x.dtype)
 
 
@@ -97,8 +103,8 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, state: CompressState | None) -> tuple[Tensor, CompressState]:
         """Tokens x [B, S, hidden] after `state` -> the entries they complete (x's dtype), state."""
-        kv = wide_linear(x, self.wkv.weight)
-        gate = wide_linear(x, self.wgate.weight)
+        kv = wide_linear(x, self.wkv)
+        gate = wide_linear(x, self.wgate)
         bias = wide(self.position_bias)
         entries, after = compress_kv(kv, gate, bias, overlap=self.overlap, state=state)
         first = 0 if state is None else state.position // self.ratio * self.ratio
@@ -141,7 +147,7 @@ class Indexer(nn.Module):
     def forward(self, x: Tensor, qr: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """x [B, S, hidden], qr [B, S, q_rank] -> q [B, S, heads, dim], weights [B, S, heads]."""
         q = self.wq(qr).unflatten(-1, (self.shape.heads, self.shape.dim))
-        weights = wide_linear(x, self.wproj.weight)
+        weights = wide_linear(x, self.wproj)
         return self.rotary.turn(q, angles), weights * (self.shape.heads * self.shape.dim) ** -0.5
 
 
@@ -168,8 +174,10 @@ class TokenKeys(nn.Module):
 
     def forward(self, x: Tensor, angles: Angles) -> Tensor:
         """x [B, S, hidden] -> keys [B, S, dim] in x's dtype."""
-        norm = self.norm
-        key = functional.layer_norm(
-            wide(self.wk(x)), norm.normalized_shape, wide(norm.weight), wide(norm.bias), norm.eps
-        )
+        norm, key = self.norm, wide(self.wk(x))
+        if plain(norm, nn.LayerNorm):
+            weight, bias = wide(norm.weight), wide(norm.bias)
+            key = functional.layer_norm(key, norm.normalized_shape, weight, bias, norm.eps)
+        else:
+            key = norm(key)
         return self.rotary.turn(key.to(x.dtype), angles)

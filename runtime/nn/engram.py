@@ -18,6 +18,7 @@ import transom
 from ..dtypes import accumulator
 from ..weights import QuantizedWeight, Weight, advise_huge_pages, weight_args, weight_from
 from .engram_hash import EngramHash, engram_hashes
+from .expected import expect, expect_bool
 from .token_map import build_token_map, token_map_checksum
 
 __all__ = [
@@ -220,12 +221,11 @@ class Engram(nn.Module):
                  start the sequence
         """
         cache = EngramCache() if cache is None else cache
+        self._check(x, tokens, blocked, cache)
         ids = self.compress(tokens)
         if blocked is not None:
             ids = torch.where(blocked, -1, ids)
-        # Its public signature is wider than the declaration that type checkers see.
-        look_up: Any = transom.hashed_embedding
-        looked_up = look_up(
+        looked_up = transom.hashed_embedding(
             ids,
             self.table,
             multipliers=self.multipliers,
@@ -249,6 +249,21 @@ class Engram(nn.Module):
         )
         y = (x.to(wide) + v.to(wide) + z.view_as(v).to(wide)).to(x.dtype)
         return y if blocked is None else torch.where(blocked[:, :, None, None], x, y)
+
+    def _check(self, x: Tensor, tokens: Tensor, blocked: Tensor | None, cache: EngramCache) -> None:
+        expect("Engram", "x", x, "B S streams hidden", streams=self.streams, hidden=self.hidden)
+        batch, length = x.shape[:2]
+        expect("Engram", "tokens", tokens, "B S", B=batch, S=length)
+        expect("Engram", "blocked", blocked, "B S", B=batch, S=length)
+        expect_bool("Engram", "blocked", blocked)
+        kept = dict(B=batch, kept=self.ngram - 1)
+        expect("Engram", "cache.lookback", cache.lookback, "B kept", **kept)
+        if cache.conv is not None and self.form == "demo":
+            rows = (self.conv.shape[1] - 1) * self.conv_dilation
+            width = self.streams * self.hidden
+            expect(
+                "Engram", "cache.conv", cache.conv, "B rows width", B=batch, rows=rows, width=width
+            )
 
     def _project(self, looked_up: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [B,S,R,D] and the value [B,S,D] that the streams share."""

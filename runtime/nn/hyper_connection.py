@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import transom
 
+from .expected import expect
+
 NEAR_ONE = 8.0
 """A logit whose sigmoid, and whose softmax against zeros, is 1 to about 1e-3."""
 
@@ -74,9 +76,10 @@ class HyperConnection(_Mixing):
         self.iterations, self.eps = iterations, eps
         self.rms_eps, self.post_scale = rms_eps, post_scale
         rows = (2 + streams) * streams
-        self.fn = nn.Parameter(torch.empty(rows, streams * hidden, device=device))
-        self.scale = nn.Parameter(torch.empty(3, device=device))
-        self.base = nn.Parameter(torch.empty(rows, device=device))
+        made: Any = {"device": device, "dtype": torch.float32}
+        self.fn = nn.Parameter(torch.empty(rows, streams * hidden, **made))
+        self.scale = nn.Parameter(torch.empty(3, **made))
+        self.base = nn.Parameter(torch.empty(rows, **made))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -92,6 +95,14 @@ class HyperConnection(_Mixing):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[..., R, D] -> [..., R, D]; further arguments go to the sublayer, its further results are
         passed on."""
+        expect(
+            "HyperConnection",
+            "x",
+            x,
+            "... streams hidden",
+            streams=self.streams,
+            hidden=self.hidden,
+        )
         h, post, comb = transom.mhc_pre(
             x,
             self.fn,
@@ -103,6 +114,13 @@ class HyperConnection(_Mixing):
             post_scale=self.post_scale,
         )
         result = self.sublayer(h, *args, **kwargs)
+        first = result[0] if isinstance(result, tuple) else result
+        if not isinstance(first, Tensor) or first.shape != h.shape:
+            seen = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+            raise ValueError(
+                f"HyperConnection: the sublayer gave {seen} for {list(h.shape)}; "
+                "expected the shape that it was given"
+            )
         if isinstance(result, tuple):
             return (transom.mhc_post(result[0], x, post, comb), *result[1:])
         return transom.mhc_post(result, x, post, comb)
@@ -136,9 +154,10 @@ class HyperConnectionHead(_Mixing):
                 f"HyperConnectionHead: hidden is {hidden}, streams is {streams}; both must be >= 1"
             )
         self.hidden, self.streams, self.eps, self.rms_eps = hidden, streams, eps, rms_eps
-        self.fn = nn.Parameter(torch.empty(streams, streams * hidden, device=device))
-        self.scale = nn.Parameter(torch.empty(1, device=device))
-        self.base = nn.Parameter(torch.empty(streams, device=device))
+        made: Any = {"device": device, "dtype": torch.float32}
+        self.fn = nn.Parameter(torch.empty(streams, streams * hidden, **made))
+        self.scale = nn.Parameter(torch.empty(1, **made))
+        self.base = nn.Parameter(torch.empty(streams, **made))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -149,6 +168,14 @@ class HyperConnectionHead(_Mixing):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., R, D] -> [..., D]."""
+        expect(
+            "HyperConnectionHead",
+            "x",
+            x,
+            "... streams hidden",
+            streams=self.streams,
+            hidden=self.hidden,
+        )
         return transom.mhc_head(
             x, self.fn, self.scale, self.base, eps=self.eps, rms_eps=self.rms_eps
         )
@@ -157,6 +184,9 @@ class HyperConnectionHead(_Mixing):
 def to_streams(x: Tensor, streams: int) -> Tensor:
     """[..., D] -> [..., R, D], new memory: every residual stream starts as the embedding's
     output."""
+    expect("to_streams", "x", x, "... hidden")
+    if streams < 1:
+        raise ValueError(f"to_streams: streams is {streams}; must be at least 1")
     return x.unsqueeze(-2).repeat_interleave(streams, dim=-2)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels._same_bits import multiply
 from ..kernels.moe.moe_experts import moe_experts
 from ..kernels.moe.route import route
+from .expected import expect, expect_bool, expect_for_each
 
 if TYPE_CHECKING:
     from ..op import Weight
@@ -152,7 +153,7 @@ class MoE(nn.Module):
         CPUs).
         """
         ids, weights = self.routing(x, tokens=tokens, preset=preset, mask=mask)
-        flat = x.reshape(-1, self.hidden)
+        flat = x.reshape(ids.shape[0], self.hidden)
         y = moe_experts(
             flat,
             ids,
@@ -186,7 +187,8 @@ class MoE(nn.Module):
         (float64 for float64) whatever the dtypes of x and the router: rounding to bfloat16 flips
         near-tied experts.
         """
-        flat = x.reshape(-1, self.hidden)
+        lead = self._checked(x, tokens, preset, mask)
+        flat = x.reshape(lead, self.hidden)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         logits = multiply(flat.to(wide), self.router.to(wide).t())
         if self.router_bias is not None:
@@ -207,6 +209,18 @@ class MoE(nn.Module):
             preset=preset,
             mask=None if mask is None else mask.reshape(-1),
         )
+
+    def _checked(
+        self, x: Tensor, tokens: Tensor | None, preset: Tensor | None, mask: Tensor | None
+    ) -> int:
+        """How many tokens there are; ValueError for what does not fit x or the layer."""
+        expect("MoE", "x", x, "... hidden", hidden=self.hidden)
+        lead = x.shape[:-1]
+        expect_for_each("MoE", "tokens", tokens, lead)
+        expect_for_each("MoE", "preset", preset, lead, self.top_k)
+        expect_for_each("MoE", "mask", mask, lead)
+        expect_bool("MoE", "mask", mask)
+        return lead.numel()
 
     def _by_token(self, table: Tensor, tokens: Tensor | None) -> Tensor:
         if tokens is None:

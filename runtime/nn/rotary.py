@@ -99,6 +99,9 @@ class Rotary:
 
         Returns new memory in x's dtype; the product is float32 (float64 for float64).
         """
+        if x.dim() < 3 or x.shape[-1] < self.dim or x.shape[1] != angles.cos.shape[0]:
+            expected = f"[B, S = {angles.cos.shape[0]}, ..., at least dim = {self.dim}]"
+            raise ValueError(f"rotary: x has shape {list(x.shape)}; expected {expected}")
         wide = torch.promote_types(x.dtype, torch.float32)
         shape = (1, x.shape[1], *[1] * (x.dim() - 3), self.dim // 2)
         cos, sin = angles.cos.view(shape).to(wide), angles.sin.view(shape).to(wide)

@@ -230,7 +230,7 @@ def test_a_gate_with_a_huge_limit_is_still_told_from_others() -> None:
         .model.layers[0]
         .mlp.experts
     )
-    gate = find_gate(experts)
+    gate = find_gate(experts).gate
     assert (gate.activation, gate.limit) == ("gelu", 1e6)
 
 

@@ -9,27 +9,14 @@ that the model makes as ever.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transom import config
-from transom.errors import NotSupported, SlowPath
-
 SLOTS = "transom_slots"
 """The keyword under which the layers hand `Slots` or `Uncovered` on to their attention."""
-
-_FORWARD = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "inputs_embeds",
-    "use_cache",
-)
 
 
 @dataclass(frozen=True)
@@ -38,6 +25,8 @@ class Slots:
 
     past: int
     valid: Tensor | None = None
+    masked: bool = False
+    """True if the layers are handed a dense mask as well, for those that run the original."""
     kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What the layers of this call compute once for all of them."""
     _packed: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
@@ -67,46 +56,6 @@ class Uncovered:
     """Why this call runs Hugging Face's own attention: what was seen; what is covered."""
 
     reason: str
-
-
-def covered(slots: object, name: str) -> bool:
-    """True if attention may run through the operators; else warns (`SlowPath`) with the reason."""
-    if isinstance(slots, Slots):
-        return True
-    reason = (
-        slots.reason
-        if isinstance(slots, Uncovered)
-        else ("called outside the forward of the model that was patched; padding is not known here")
-    )
-    text = f"patch: {reason}; {name} runs Hugging Face's own attention"
-    mode = config.fallback()
-    if mode == "error":
-        raise NotSupported(text)
-    if mode == "warn":
-        warnings.warn(text, SlowPath, stacklevel=3)
-    return False
-
-
-def announce_slots(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of a base model whose attention modules are all replaced: no dense mask."""
-    given = {**dict(zip(_FORWARD, args)), **kwargs}
-    given[SLOTS] = slots = read_slots(module, given)
-    if isinstance(slots, Slots):
-        # A dictionary of masks is taken as it is: one for every kind of layer, here for the only
-        # one there is.
-        given["attention_mask"] = {"indexed_attention": None}
-    return (), given
-
-
-def announce_slots_beside_mask(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of a base model of which some attention modules need the dense mask."""
-    given = {**dict(zip(_FORWARD, args)), **kwargs}
-    given[SLOTS] = read_slots(module, given)
-    return (), given
 
 
 def read_slots(module: nn.Module, given: dict[str, Any]) -> Slots | Uncovered:
