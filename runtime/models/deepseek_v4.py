@@ -361,10 +361,6 @@ def _refuse_router(module: Any) -> str | None:
     return None
 
 
-def _always(text: str) -> Any:
-    return lambda module: text
-
-
 FAMILY = Family(
     replacements=(
         Replacement(
@@ -377,37 +373,32 @@ FAMILY = Family(
         Replacement(
             hf.DeepseekV4TopKRouter,
             DeepseekV4TopKRouter,
-            _always("route"),
+            "route",
             _refuse_router,
             lambda module: ("score_fn",),
         ),
         Replacement(
             hf.DeepseekV4HashRouter,
             DeepseekV4HashRouter,
-            _always("route (ids from the table)"),
+            "route (ids from the table)",
             _refuse_router,
             lambda module: ("score_fn",),
         ),
         Replacement(
             hf.DeepseekV4HyperConnection,
             DeepseekV4HyperConnection,
-            _always("mhc_pre"),
+            "mhc_pre",
             passes_over=lambda module: ("input_norm",),
         ),
         Replacement(
             hf.DeepseekV4HyperHead,
             DeepseekV4HyperHead,
-            _always("mhc_head"),
+            "mhc_head",
             passes_over=lambda module: ("input_norm",),
         ),
-        Replacement(hf.DeepseekV4DecoderLayer, DeepseekV4DecoderLayer, _always("mhc_post")),
+        Replacement(hf.DeepseekV4DecoderLayer, DeepseekV4DecoderLayer, "mhc_post"),
     ),
     base=hf.DeepseekV4Model,
     attention=hf.DeepseekV4Attention,
     mixes=True,
 )
-
-
-def family(name: str) -> Family:
-    """The replacements of DeepSeek-V4."""
-    return FAMILY

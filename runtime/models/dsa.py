@@ -1,17 +1,21 @@
-"""DeepSeek Sparse Attention of transformers through the operators, for DeepSeek-V3.2 and GLM-DSA.
+"""Latent attention over selected tokens (DeepSeek Sparse Attention), of the families that have it.
 
 Hugging Face expands every latent to keys and values of all heads, scores all of them and masks what
 the indexer did not select. Here the up-projections move to the query and the output (the absorbed
-form): the latent row of a token, 512 numbers and its 64 rotated ones, is key and value of all heads
+form): the latent row of a token, r numbers and its dr rotated ones, is key and value of all heads
 at once, and only the selected rows are read.
+
+    z = RMS(W_qa x), [qn, qr] = W_qb z;  [c, kr] = W_kva x, c = RMS(c);  qr, kr rotated
+    o[h] = V_h sum_j softmax_j(scale * ((U_h^T qn[h]) . c[j] + qr[h] . kr[j])) c[j],  [U, V] = W_kvb
+
+over the tokens j that are largest in sum_h w[h] relu(u[h] . k[j]), the indexer's scores. A family's
+own module says where its query, latents, indexer and output differ.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,97 +23,132 @@ from torch import Tensor, nn
 import transom
 
 from .padding import Slots
-from .patching import Family, Replacement
-from .untouched import ORIGINAL, attends_instead_of, instead_of
+from .patching import Replacement
+from .untouched import ORIGINAL
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
-def attend(
-    self: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    slots: Slots,
-    past_key_values: Any,
-    indices: Tensor | None,
-    rotate: Rotate,
-    rotate_index: Rotate,
+class Call(NamedTuple):
+    """What a layer is called with beside its hidden states."""
+
+    angles: tuple[Tensor, Tensor]
+    """cos and sin of the tokens' positions."""
+    slots: Slots
+    cache: Any
+    """transformers' own, or None."""
+
+
+def low_rank_query(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """z[B, S, rank], which the indexer takes too, and the query[B, S, H, dn + dr] made of it."""
+    z = self.q_a_layernorm(self.q_a_proj(hidden_states))
+    return z, heads(self.q_b_proj(z), self.qk_head_dim)
+
+
+def heads(x: Tensor, dim: int) -> Tensor:
+    """[B, S, H * dim] -> [B, S, H, dim]."""
+    return x.unflatten(-1, (-1, dim))
+
+
+def latents(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens' latents [B, S, 1, r], normed, and the parts [B, S, 1, dr] to be rotated."""
+    both = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(2)
+    latent, k = both.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+    return self.kv_a_layernorm(latent), k
+
+
+def rotated(
+    self: Any, q: Tensor, latent: Tensor, k: Tensor, rotate: Rotate, call: Call
 ) -> tuple[Tensor, Tensor]:
-    """The layer's output [B, S, hidden] and the slots indices[B, S, K] that it attended to.
+    """q[B, S, H, dn + dr] with its last part rotated, and keys[B, N, r + dr]: latents beside
+    rotated parts, those in the cache first.
 
-    indices               those of an earlier layer; None: this layer's indexer selects
-    rotate, rotate_index  the family's rotation of queries and keys, in attention and in the indexer
+    The cache holds them as transformers does: [B, 1, N, .] each.
     """
-    batch, queries = hidden_states.shape[:2]
-    nope, rope, rank = self.qk_nope_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
-    cos, sin = position_embeddings
-
-    q_residual = self.q_a_layernorm(self.q_a_proj(hidden_states))
-    q = self.q_b_proj(q_residual).view(batch, queries, -1, self.qk_head_dim)
-    q_pass, q_rope = q.split([nope, rope], dim=-1)
-    latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([rank, rope], dim=-1)
-    latent = self.kv_a_layernorm(latent).view(batch, 1, queries, rank)
-    q_rope, k_rope = rotate(q_rope, k_rope.unsqueeze(2), cos, sin, unsqueeze_dim=2)
-    k_rope = k_rope.transpose(1, 2)
-    if past_key_values is not None:
-        latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
-    keys = torch.cat([latent, k_rope], dim=-1).squeeze(1)
-
-    if indices is None:
-        with torch.no_grad():
-            indices = select(
-                self.indexer,
-                hidden_states,
-                q_residual,
-                position_embeddings,
-                slots,
-                past_key_values,
-                rotate_index,
-            )
-    up = self.kv_b_proj.weight.view(-1, nope + self.v_head_dim, rank)
-    q_latent = torch.einsum("bshn,hnr->bshr", q_pass, up[:, :nope])
-    o = transom.sparse_attention(
-        torch.cat([q_latent.to(q_rope.dtype), q_rope], dim=-1),
-        keys,
-        indices,
-        scale=self.scaling,
-        v_dim=rank,
-    )
-    o = torch.einsum("bshr,hvr->bshv", o, up[:, nope:])
-    return self.o_proj(o.reshape(batch, queries, -1)), indices
+    q_pass, q_turned = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+    q_turned, k_turned = rotate(q_turned, k, *call.angles, unsqueeze_dim=2)
+    q = torch.cat([q_pass, q_turned.to(q.dtype)], dim=-1)
+    latent, k = latent.transpose(1, 2), k_turned.to(k.dtype).transpose(1, 2)
+    if call.cache is not None:
+        latent, k = call.cache.update(latent, k, self.layer_idx)
+    return q, torch.cat([latent, k], dim=-1).squeeze(1)
 
 
-def select(
-    indexer: Any,
-    hidden_states: Tensor,
-    q_residual: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    slots: Slots,
-    past_key_values: Any,
-    rotate: Rotate,
+def attend(
+    self: Any, q: Tensor, keys: Tensor, indices: Tensor, sink: Tensor | None = None
 ) -> Tensor:
-    """indices[B, S, K] of the slots that each query attends to, -1 after the last."""
-    batch, queries = hidden_states.shape[:2]
-    cos, sin = position_embeddings
-    split = [indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim]
-    q_rope, q_pass = (
-        indexer.wq_b(q_residual).view(batch, queries, -1, indexer.head_dim).split(split, dim=-1)
+    """o[B, S, H, dv] of q[B, S, H, dn + dr] over the rows indices[B, S, K] of keys[B, N, r + dr].
+
+    indices  -1 after the last
+    sink     [H] of logits that take part in the softmax and have no value
+    """
+    return _absorbed(self, q, keys, indices, sink=sink)
+
+
+def attend_window(self: Any, q: Tensor, keys: Tensor, window: int, slots: Slots) -> Tensor:
+    """As attend(), over the last `window` rows up to the query's own that hold a token."""
+    count = keys.shape[1]
+    valid = slots.last(count, keys.device)
+    return _absorbed(
+        self, q, keys[:, :0], None, local_kv=keys, window=min(window, count), local_valid=valid
     )
-    k_rope, k_pass = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2).split(split, dim=-1)
-    q_rope, k_rope = rotate(q_rope, k_rope, cos, sin, unsqueeze_dim=2)
-    q = torch.cat([q_rope, q_pass], dim=-1)
-    k = torch.cat([k_rope, k_pass], dim=-1).squeeze(2)
-    if past_key_values is not None:
-        k = past_key_values.update_indexer(k, indexer.layer_idx)
+
+
+def _absorbed(self: Any, q: Tensor, keys: Tensor, indices: Tensor | None, **more: Any) -> Tensor:
+    nope, rank = self.qk_nope_head_dim, self.kv_lora_rank
+    up = self.kv_b_proj.weight.view(-1, nope + self.v_head_dim, rank)
+    q_pass, q_turned = q.split([nope, self.qk_rope_head_dim], dim=-1)
+    q_latent = torch.einsum("bshn,hnr->bshr", q_pass, up[:, :nope]).to(q.dtype)
+    q = torch.cat([q_latent, q_turned], dim=-1)
+    o: Any = transom.sparse_attention(q, keys, indices, scale=self.scaling, v_dim=rank, **more)
+    return torch.einsum("bshr,hvr->bshv", o, up[:, nope:])
+
+
+def given(self: Any, indices: Tensor | None) -> Tensor:
+    """The indices of an earlier layer, which a layer without indexer attends to."""
+    if indices is None:
+        raise ValueError(
+            f"{type(self).__name__}: a layer without indexer got no indices; "
+            "expected those of an earlier layer"
+        )
+    return indices
+
+
+@torch.no_grad()
+def select(indexer: Any, hidden_states: Tensor, z: Tensor, rotate: Rotate, call: Call) -> Tensor:
+    """indices[B, S, K] of the slots that each query attends to, -1 after the last.
+
+    As most families have it: the query of z, a normed key, and the first dims rotated.
+    """
+    q = heads(indexer.wq_b(z), indexer.head_dim)
+    k = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)
+    return best(indexer, hidden_states, *turned(indexer, q, k, rotate, call), call)
+
+
+def turned(indexer: Any, q: Tensor, k: Tensor, rotate: Rotate, call: Call) -> tuple[Tensor, Tensor]:
+    """The indexer's q[B, S, H, D] and k[B, S, 1, D], their first dims rotated."""
+    width = indexer.qk_rope_head_dim
+    q_turned, k_turned = rotate(q[..., :width], k[..., :width], *call.angles, unsqueeze_dim=2)
+    return (
+        torch.cat([q_turned, q[..., width:]], dim=-1),
+        torch.cat([k_turned, k[..., width:]], dim=-1),
+    )
+
+
+def best(indexer: Any, hidden_states: Tensor, q: Tensor, k: Tensor, call: Call) -> Tensor:
+    """indices[B, S, K] of the slots with the best scores of q[B, S, H, D] with k[B, S, 1, D] and
+    the keys in the cache, among those up to the query's own that hold a token."""
+    batch, queries = hidden_states.shape[:2]
+    slots, k = call.slots, k.squeeze(2)
+    if call.cache is not None:
+        k = call.cache.update_indexer(k, indexer.layer_idx)
     project = indexer.weights_proj
     weights = project(hidden_states.to(project.weight.dtype)).float()
     weights = weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
     top_k = min(indexer.index_topk, k.shape[1])
     if slots.valid is None:
-        seen = torch.arange(slots.past + 1, slots.past + queries + 1, device=k.device).expand(
-            batch, -1
-        )
-        return transom.lightning_indexer(q, k, weights, top_k, visible=seen)
+        seen = torch.arange(slots.past + 1, slots.past + queries + 1, device=k.device)
+        return transom.lightning_indexer(q, k, weights, top_k, visible=seen.expand(batch, -1))
     # Padding may stand anywhere: with the tokens' keys in front, what a query sees is a prefix
     # again.
     order, seen = slots.packed(k.device)
@@ -120,164 +159,75 @@ def select(
 
 
 def route_groups(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The router's logits, weights and ids, as both families define them: sigmoid, bias, groups."""
-    flat = hidden_states.view(-1, self.hidden_dim)
-    logits = nn.functional.linear(flat.float(), self.weight.float())
+    """A router's logits, weights and ids: sigmoid, a bias that only chooses, and groups."""
+    logits = router_logits(self, hidden_states)
     ids, weights = transom.route(
         logits,
         self.top_k,
         score="sigmoid",
         bias=self.e_score_correction_bias,
-        groups=self.num_group,
-        top_groups=self.topk_group,
+        groups=self.num_group or 1,
+        top_groups=self.topk_group or 1,
         renormalize=self.norm_topk_prob,
         scale=self.routed_scaling_factor,
     )
     return logits, weights, ids.long()
 
 
-# Families ----------------------------------------------------------------------------------------
+def router_logits(self: Any, hidden_states: Tensor) -> Tensor:
+    """[B * S, E], the product taken in float32."""
+    flat = hidden_states.view(-1, self.hidden_dim)
+    return nn.functional.linear(flat.float(), self.weight.float())
 
 
-@functools.cache
-def family(name: str) -> Family:
-    """The replacements of `deepseek_v32` or `glm_moe_dsa`: layers of GLM-DSA share selections."""
-    hf: Any = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    prefix, shares = {"deepseek_v32": ("DeepseekV32", False), "glm_moe_dsa": ("GlmMoeDsa", True)}[
-        name
-    ]
-    attention: type[nn.Module] = getattr(hf, f"{prefix}Attention")
-    router: type[nn.Module] = getattr(hf, f"{prefix}TopkRouter")
-    indexer: type[nn.Module] = getattr(hf, f"{prefix}Indexer")
-    # The indexer of V3.2 rotates halves, its attention pairs; GLM-DSA pairs in both.
-    pairs = hf.apply_rotary_pos_emb_interleave
-    rotate_index = pairs if shares else hf.apply_rotary_pos_emb
-    forward = (_attends_and_shares if shares else _attends)(attention, pairs, rotate_index)
-    replacing = _replacing(attention, attends_instead_of(attention)(forward))
-    routing = _replacing(router, instead_of(router)(route_groups))
-    return Family(
-        replacements=(
-            Replacement(
-                attention,
-                replacing,
-                operators,
-                lambda module: refuse(module, indexer),
-                lambda module: (
-                    ("kv_b_proj",) if module.indexer is None else ("kv_b_proj", "indexer")
-                ),
-            ),
-            Replacement(router, routing, lambda module: "route"),
-        ),
-        base=getattr(hf, f"{prefix}Model"),
-        attention=attention,
-        mixes=not shares,
+def routing(router: type[nn.Module]) -> Replacement:
+    """The replacement of a router by `router`, a subclass of it."""
+    return Replacement(vars(router)[ORIGINAL], router, "route")
+
+
+def attention(
+    replacing: type[nn.Module],
+    indexer: type[nn.Module],
+    chosen: tuple[str, ...] = ("eager", "sdpa"),
+) -> Replacement:
+    """The replacement of an attention by its subclass `replacing`.
+
+    indexer  the class that its indexers must be of
+    chosen   the attention implementations of transformers that it stands in for
+    """
+    return Replacement(
+        vars(replacing)[ORIGINAL],
+        replacing,
+        _operators,
+        lambda module: _refuse(module, indexer, chosen),
+        lambda module: ("kv_b_proj",) if module.indexer is None else ("kv_b_proj", "indexer"),
     )
 
 
-def _replacing(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """A subclass of the same name with this forward; pickle finds it as an attribute of this
-    module."""
-    own = {"forward": forward, "__module__": __name__, ORIGINAL: original}
-    return type(original.__name__, (original,), own)
-
-
-def __getattr__(name: str) -> Any:
-    for known in ("deepseek_v32", "glm_moe_dsa"):
-        for r in family(known).replacements if _camel(known) in name else ():
-            if r.replacement.__name__ == name:
-                return r.replacement
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _camel(name: str) -> str:
-    return "".join(part.capitalize() for part in name.split("_"))
-
-
-def _attends(
-    attention: type[nn.Module], rotate: Rotate, rotate_index: Rotate
-) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Any = None,
-        position_ids: Tensor | None = None,
-        *,
-        slots: Slots,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Latent attention over the tokens that the indexer selects, and only those."""
-        output, _ = attend(
-            self,
-            hidden_states,
-            position_embeddings,
-            slots,
-            past_key_values,
-            None,
-            rotate,
-            rotate_index,
-        )
-        return output, None
-
-    return forward
-
-
-def _attends_and_shares(
-    attention: type[nn.Module], rotate: Rotate, rotate_index: Rotate
-) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Any = None,
-        position_ids: Tensor | None = None,
-        prev_topk_indices: Tensor | None = None,
-        *,
-        slots: Slots,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Latent attention over the tokens that its own or an earlier layer's indexer selects; the
-        indices that it hands on end in -1."""
-        if self.indexer is None and prev_topk_indices is None:
-            raise ValueError(
-                f"{attention.__name__}: a layer without indexer got no indices; "
-                "expected those of an earlier layer"
-            )
-        output, indices = attend(
-            self,
-            hidden_states,
-            position_embeddings,
-            slots,
-            past_key_values,
-            prev_topk_indices if self.indexer is None else None,
-            rotate,
-            rotate_index,
-        )
-        return output, None, indices
-
-    return forward
-
-
-def operators(module: Any) -> str:
-    """What the report says of a replaced attention module."""
+def _operators(module: Any) -> str:
     latent = f"{module.kv_lora_rank} + {module.qk_rope_head_dim}"
-    text = f"sparse_attention over selected latents of {latent}"
-    if module.indexer is None:
-        return f"{text}, selection of the layer before"
-    return f"{text}, lightning_indexer (top {module.indexer.index_topk})"
+    window = getattr(module, "sliding_window", None)
+    if module.indexer is not None:
+        return (
+            f"sparse_attention over selected latents of {latent}, "
+            f"lightning_indexer (top {module.indexer.index_topk})"
+        )
+    if getattr(module, "skip_topk", False):
+        return f"sparse_attention over selected latents of {latent}, selection of the layer before"
+    if window is not None:
+        return f"sparse_attention over a window of {window} latents of {latent}"
+    return f"sparse_attention over all latents of {latent}"
 
 
-def refuse(module: Any, indexer: type[nn.Module]) -> str | None:
-    """Why the attention `module` with an indexer of class `indexer` can't be replaced, or None."""
+def _refuse(module: Any, indexer: type[nn.Module], chosen: tuple[str, ...]) -> str | None:
+    """Why this attention can't be replaced, or None."""
     up = module.kv_b_proj
     if type(up) is not nn.Linear or type(up.weight) is not nn.Parameter or up.bias is not None:
         name = type(up).__name__
         return f"kv_b_proj is a {name}; the absorbed form reads the weight of a plain nn.Linear"
     if module.indexer is not None and type(module.indexer) is not indexer:
         return f"its indexer is a {type(module.indexer).__name__}; covered: {indexer.__name__}"
-    chosen = module.config._attn_implementation
-    if chosen not in ("eager", "sdpa", None):
-        return f"the attention chosen is {chosen!r}; covered: eager, sdpa"
+    seen = module.config._attn_implementation
+    if seen not in (*chosen, None):
+        return f"the attention chosen is {seen!r}; covered: {', '.join(chosen)}"
     return None

@@ -58,8 +58,13 @@ class Uncovered:
     reason: str
 
 
-def read_slots(module: nn.Module, given: dict[str, Any]) -> Slots | Uncovered:
-    """`Slots` of one call of the base model `module`, or the first reason why it is not covered."""
+def read_slots(
+    module: nn.Module, given: dict[str, Any], expected: tuple[type, ...]
+) -> Slots | Uncovered:
+    """`Slots` of one call of the base model `module`, or the first reason why it is not covered.
+
+    expected  the classes of the layers of its cache, if it is given one
+    """
     tokens = (
         given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     )
@@ -80,7 +85,7 @@ def read_slots(module: nn.Module, given: dict[str, Any]) -> Slots | Uncovered:
             f"the attention chosen is {settings._attn_implementation!r}; covered: eager, sdpa"
         )
     cache = given.get("past_key_values")
-    reason = _uncovered_cache(cache, settings)
+    reason = _uncovered_cache(cache, expected)
     if reason:
         return Uncovered(reason)
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -114,36 +119,29 @@ def _restarts(positions: Tensor) -> bool:
     return positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any())
 
 
-def _uncovered_cache(cache: Any, settings: Any) -> str | None:
+def cache_layers(settings: Any) -> tuple[type, ...]:
+    """The classes of the layers of the cache that `generate` makes for a model of this config."""
+    from transformers import cache_utils as hf
+
+    kinds, _ = hf.get_layer_types_and_kwargs(settings)
+    return tuple(hf.DYNAMIC_LAYER_TYPE_MAPPING[k] for k in kinds[: settings.num_hidden_layers])
+
+
+def _uncovered_cache(cache: Any, expected: tuple[type, ...]) -> str | None:
     """The sentence why this cache is not covered, or None."""
     if cache is None:
         return None
-    from transformers.cache_utils import (
-        Cache,
-        DynamicCache,
-        DynamicIndexedLayer,
-        DynamicSlidingWindowLayer,
-    )
+    from transformers.cache_utils import Cache, DynamicCache
 
     if type(cache) not in (Cache, DynamicCache):
         return f"the cache is a {type(cache).__name__}; covered: DynamicCache"
-    layers = settings.num_hidden_layers
-    if len(cache.layers) < layers:
+    if len(cache.layers) < len(expected):
         return (
-            f"the cache has {len(cache.layers)} layers and the model {layers}; "
+            f"the cache has {len(cache.layers)} layers and the model {len(expected)}; "
             "make it with DynamicCache(config=...)"
         )
-    expected = {
-        "indexed_attention": DynamicIndexedLayer,
-        "sliding_attention": DynamicSlidingWindowLayer,
-    }
-    if settings.model_type == "deepseek_v4":
-        from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
-
-        expected["heavily_compressed_attention"] = v4.DeepseekV4HCACache
-        expected["compressed_sparse_attention"] = v4.DeepseekV4CSACache
-    for i, kind in enumerate(settings.layer_types[:layers]):
-        if type(cache.layers[i]) is not expected.get(kind):
+    for i, kind in enumerate(expected):
+        if type(cache.layers[i]) is not kind:
             name = type(cache.layers[i]).__name__
             return f"layer {i} of the cache is a {name}; covered: DynamicCache(config=...)"
     return None

@@ -19,7 +19,7 @@ from torch import nn
 
 from transom.nn.untouched import altered
 
-from .padding import SLOTS, Slots, Uncovered, read_slots
+from .padding import SLOTS, Slots, Uncovered, cache_layers, read_slots
 from .report import PatchReport, Record
 from .untouched import ORIGINAL, PARTS, forget, remember, touched
 
@@ -27,8 +27,16 @@ from .untouched import ORIGINAL, PARTS, forget, remember, touched
 # interface.
 WRITTEN_FOR = "5.23"
 
-# Families of transformers by the module of ours that has replacements for them.
-_FAMILIES = {"deepseek_v4": "deepseek_v4", "deepseek_v32": "dsa", "glm_moe_dsa": "dsa"}
+# Families of transformers with replacements: the FAMILY of our module of that name.
+_FAMILIES = (
+    "axk2",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots3_note",
+    "glm_moe_dsa",
+    "hy_v4",
+    "mistral_large4",
+)
 
 # Names of modules that a reader of the report will look for, replaced or not.
 _OF_INTEREST = re.compile(
@@ -48,15 +56,23 @@ def _never(module: Any) -> str | None:
 class Replacement:
     """Instances of exactly `original` become `replacement`, unless `refuse` says why not.
 
-    operators    of a module: what it runs through then
+    operators    what it runs through then, or a function of the module that says it
     passes_over  of a module: the paths of the parts whose weight it reads or whose forward it skips
     """
 
     original: type[nn.Module]
     replacement: type[nn.Module]
-    operators: Callable[[Any], str]
+    operators: str | Callable[[Any], str]
     refuse: Callable[[Any], str | None] = _never
     passes_over: Callable[[Any], tuple[str, ...]] = _nothing
+
+    def record(self, path: str, module: nn.Module, reason: str | None) -> Record:
+        """What the report says of `module`, which is replaced unless there is a reason."""
+        name = type(module).__name__
+        if reason is not None:
+            return Record(path, name, reason=reason)
+        what = self.operators
+        return Record(path, name, operators=what if isinstance(what, str) else what(module))
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ class Family:
 def patch(model: nn.Module) -> PatchReport:
     """Replaces, in place, what transom has operators for in a Hugging Face model; reports it.
 
-    model  any module; models of DeepSeek-V4, DeepSeek-V3.2 and GLM-DSA get attention, indexer,
+    model  any module; models of the families that docs/models.md lists get attention, indexer,
            compressor, routing and hyper-connections replaced, and every model whose experts use
            transformers' experts registry its experts. On an x86 CPU without AVX-512, where
            PyTorch is slow at products of 16-bit numbers, so are linear layers of such weights
@@ -121,9 +137,7 @@ def patch(model: nn.Module) -> PatchReport:
             reason = _refuse(found, module)
             if reason is None:
                 swaps.append((path, module, found))
-                records[path] = Record(path, name, operators=found.operators(module))
-            else:
-                records[path] = Record(path, name, reason=reason)
+            records[path] = found.record(path, module, reason)
             passed |= {f"{path}.{part}" for part in found.passes_over(module)}
         elif path not in passed:
             outcome = patch_experts(module)
@@ -205,10 +219,9 @@ def _family_of_class(kind: Any) -> Family | None:
 @functools.cache
 def _family(home: str) -> Family | None:
     name = home.rpartition(".modeling_")[2]
-    ours = _FAMILIES.get(name) if home.startswith("transformers.models.") else None
-    if ours is None:
+    if name not in _FAMILIES or not home.startswith("transformers.models."):
         return None
-    found: Family = importlib.import_module(f"{__package__}.{ours}").family(name)
+    found: Family = importlib.import_module(f"{__package__}.{name}").FAMILY
     return found
 
 
@@ -297,7 +310,8 @@ def _hook(model: nn.Module, family: Family) -> None:
             _unhook(base)
             if any(PARTS in vars(m) for _, m in family.attentions(base)):
                 layers = tuple(i for i, _ in family.attentions(base))
-                vars(base)[_ANNOUNCES] = _Announces(layers, family.mixes, family.masks)
+                cache = cache_layers(base.config)
+                vars(base)[_ANNOUNCES] = _Announces(layers, family.mixes, family.masks, cache)
                 base.register_forward_pre_hook(announce, with_kwargs=True)
 
 
@@ -320,6 +334,7 @@ class _Announces:
     """Those with attention of the family's class."""
     mixes: bool
     masks: tuple[str, ...]
+    cache: tuple[type, ...]
 
 
 _FORWARD = (
@@ -338,9 +353,9 @@ def announce(
     """Forward pre-hook of a base model: hands Slots to its attention modules, and spares the dense
     mask where all of them run through the operators in this call."""
     given = {**dict(zip(_FORWARD, args)), **kwargs}
-    given[SLOTS] = slots = read_slots(module, given)
+    what: _Announces = module.__dict__[_ANNOUNCES]
+    given[SLOTS] = slots = read_slots(module, given, what.cache)
     if isinstance(slots, Slots):
-        what: _Announces = module.__dict__[_ANNOUNCES]
         layers: Any = module.layers
         attentions = [layers[i].self_attn for i in what.layers]
         found = [touched(m) if PARTS in m.__dict__ else "" for m in attentions]

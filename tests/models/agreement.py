@@ -23,7 +23,15 @@ SHARE = 1e-4
 MANY = int(os.environ.get("TRANSOM_TEST_EXAMPLES", "15")) > 15
 """True where more is asked for than the required run: every length instead of the chosen ones."""
 
-SPARSE = ("deepseek_v4", "deepseek_v32", "glm_moe_dsa")
+SPARSE = (
+    "deepseek_v4",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "axk2",
+    "dots3_note",
+    "hy_v4",
+    "mistral_large4",
+)
 EXPERTS_ONLY = ("qwen3_moe", "gpt_oss", "mixtral")
 
 
@@ -52,6 +60,11 @@ def twins(family: str, *, seed: int = 0, **changes: object) -> Twins:
     plain = tiny.tiny_model(family, seed=seed, **changes)
     patched = copy.deepcopy(plain)
     return Twins(plain, patched, report=transom.patch(patched))
+
+
+def layers(model: Any) -> Any:
+    """The decoder layers of a language model, or of the text part of one that also sees."""
+    return getattr(model.model, "language_model", model.model).layers
 
 
 def prompt(batch: int, length: int, *, seed: int = 1, vocab: int = 97) -> Tensor:

@@ -94,6 +94,19 @@ def test_decode_after_padding(models: Twins, side: str) -> None:
 
 
 @torch.no_grad()
+def test_a_hole_in_the_mask(models: Twins) -> None:
+    """Tokens in the middle of a row may be masked too: a window counts their slots."""
+    ids, mask = prompt(3, 27), torch.ones(3, 27, dtype=torch.long)
+    mask[1, 9:13] = 0
+    mask[2, :3] = mask[2, 15:20] = 0
+    with nothing_slow():
+        plain = models.plain(ids, attention_mask=mask).logits
+        models.agree(plain, models.patched(ids, attention_mask=mask).logits, mask.bool())
+        steps = [11, 7, 1, 1, 1, 6]
+        models.agree(plain, pieces(models.patched, ids, steps, mask), mask.bool())
+
+
+@torch.no_grad()
 def test_positions_of_its_own_for_every_row(models: Twins) -> None:
     """`generate` counts positions from the first token of a padded row, not from its first slot."""
     ids, mask = prompt(3, 18), torch.ones(3, 18, dtype=torch.long)
@@ -205,6 +218,15 @@ def test_embeddings_instead_of_ids() -> None:
         ("deepseek_v32", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
         ("deepseek_v32", {"attention_bias": True}),
         ("glm_moe_dsa", {"indexer_types": ["full", "shared", "shared"]}),
+        ("axk2", {"n_group": None, "topk_group": None}),
+        ("axk2", {"attn_implementation": "eager"}),
+        ("dots3_note", {"attn_implementation": "eager", "sliding_window": 2}),
+        ("dots3_note", {"layer_types": ["full_attention"] * 4, "sliding_window": 64}),
+        ("hy_v4", {"hc_mult": 2, "indexer_types": ["full"] * 4}),
+        ("mistral_large4", {"kv_source_layers": None, "attn_implementation": "eager"}),
+        # Each of the two kinds of layer reads the last that was stored of its own, whatever the
+        # source says.
+        ("mistral_large4", {"kv_source_layers": [0, 1, 2, 2, 0, 1]}),
         ("qwen3_moe", {"hidden_act": "gelu"}),
         ("qwen3_moe", {"hidden_act": "gelu_pytorch_tanh", "norm_topk_prob": False}),
         ("mixtral", {"hidden_act": "relu"}),
@@ -315,8 +337,10 @@ OPERATORS = {
         "mhc_post",
         "mhc_head",
     },
-    "deepseek_v32": {"sparse_attention", "lightning_indexer", "moe_experts", "route"},
-    "glm_moe_dsa": {"sparse_attention", "lightning_indexer", "moe_experts", "route"},
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "hy_v4", "mistral_large4"),
+        {"sparse_attention", "lightning_indexer", "moe_experts", "route"},
+    ),
     "qwen3_moe": {"moe_experts"},
     "gpt_oss": {"moe_experts"},
     "mixtral": {"moe_experts"},

@@ -320,7 +320,9 @@ def test_output_attentions_comes_from_the_original(family: str) -> None:
     with pytest.warns(SlowPath, match="output_attentions is on"):
         patched = m.patched(ids, output_attentions=True)
     plain = m.plain(ids, output_attentions=True)
-    assert len(patched.attentions) == len(plain.attentions) > 0
+    # Hugging Face's own Mistral Large 4 returns none.
+    assert len(patched.attentions) == len(plain.attentions)
+    assert family == "mistral_large4" or plain.attentions
     assert all(
         torch.allclose(a, b, atol=1e-4) for a, b in zip(plain.attentions, patched.attentions)
     )
@@ -419,7 +421,9 @@ def test_hidden_states_are_still_recorded() -> None:
 # Really sparse.
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "hy_v4", "mistral_large4"]
+)
 @torch.no_grad()
 def test_dsa_reads_only_the_selected_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention gets 7 indices a query, and rows that no query selected may hold anything."""
@@ -428,8 +432,10 @@ def test_dsa_reads_only_the_selected_tokens(family: str, monkeypatch: pytest.Mon
     operator = transom.sparse_attention
 
     def spoiled(
-        q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, **more: Any
+        q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor | None, **more: Any
     ) -> torch.Tensor:
+        if indices is None:  # a window, or all
+            return operator(q, kv, indices, **more)
         seen.append(indices)
         used = torch.zeros(kv.shape[1], dtype=torch.bool)
         used[indices[indices >= 0].long()] = True
@@ -439,7 +445,8 @@ def test_dsa_reads_only_the_selected_tokens(family: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(transom, "sparse_attention", spoiled, raising=False)
     m.agree(expected, pieces(m.patched, ids, [1] * 30))
     assert max(i.shape[2] for i in seen) == 7
-    for position, indices in enumerate(seen[:: len(m.patched.model.layers)]):
+    layers_each = len(seen) // 30
+    for position, indices in enumerate(seen[::layers_each]):
         assert int((indices >= 0).sum()) == min(position + 1, 7)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from agreement import greedy, prompt
 
-from transom.conformance.models import tiny
+from transom.conformance.models import tiny, tiny_configs
 
 
 def test_the_builtin_model_has_every_kind_of_layer() -> None:
@@ -48,7 +48,7 @@ def test_what_the_family_keeps_in_float32_stays_so() -> None:
     assert kinds["gate_up_proj"] == torch.bfloat16
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_configs.FAMILIES)
 def test_weights_depend_on_the_seed_alone(family: str) -> None:
     one, same, other = (tiny.tiny_model(family, seed=s) for s in (4, 4, 5))
     for (name, a), b, c in zip(
@@ -57,7 +57,7 @@ def test_weights_depend_on_the_seed_alone(family: str) -> None:
         assert torch.equal(a, b) and not torch.equal(a, c), name
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_configs.FAMILIES)
 @torch.no_grad()
 def test_greedy_tokens_are_not_degenerate(family: str) -> None:
     """Agreement on one token repeated for ever would prove nothing."""
@@ -69,7 +69,7 @@ def test_unknown_families() -> None:
     with pytest.raises(
         ValueError, match=r"^tiny_config: family is 'gpt2'; known: deepseek_v4, .*mixtral$"
     ):
-        tiny.tiny_config("gpt2")
+        tiny_configs.tiny_config("gpt2")
 
 
 def test_importing_transom_does_not_import_transformers() -> None:

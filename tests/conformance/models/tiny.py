@@ -9,24 +9,15 @@ from one, sinks, biases, hash tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from .tiny_configs import tiny_config
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-FAMILIES: tuple[str, ...] = (
-    "deepseek_v4",
-    "deepseek_v32",
-    "glm_moe_dsa",
-    "qwen3_moe",
-    "gpt_oss",
-    "mixtral",
-)
-"""The families that `tiny_config` knows."""
 
 
 class ByteTokenizer:
@@ -107,31 +98,18 @@ def builtin_model(
     return model, ByteTokenizer()
 
 
-def tiny_config(family: str, **changes: object) -> PretrainedConfig:
-    """A configuration of `family` whose window, ratios and top-k 40 tokens all cross."""
-    if family not in FAMILIES:
-        raise ValueError(f"tiny_config: family is {family!r}; known: {', '.join(FAMILIES)}")
-    make: dict[str, Callable[[dict[str, object]], PretrainedConfig]] = {
-        "deepseek_v4": _deepseek_v4,
-        "deepseek_v32": _deepseek_v32,
-        "glm_moe_dsa": _glm_moe_dsa,
-        "qwen3_moe": _qwen3_moe,
-        "gpt_oss": _gpt_oss,
-        "mixtral": _mixtral,
-    }
-    return make[family](changes)
-
-
 def tiny_model(family: str, *, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A model of `tiny_config(family, **changes)` with seeded weights, in evaluation mode."""
     return seeded_model(tiny_config(family, **changes), seed=seed)
 
 
 def seeded_model(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
-    """The causal language model of `config` in fp32 with weights that depend on `seed` alone."""
-    from transformers import AutoModelForCausalLM
+    """The language model of `config` in fp32 with weights that depend on `seed` alone."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as TEXT
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto = AutoModelForCausalLM if type(config) in TEXT else AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.float32)
     fill(model, seed=seed)
     return model.eval()
 
@@ -152,7 +130,7 @@ def fill(model: nn.Module, *, seed: int = 0) -> None:
             experts = _experts_of(model, name)
             keys = torch.rand(buffer.shape[0], experts, generator=source)
             buffer.copy_(keys.argsort(dim=-1)[:, : buffer.shape[1]])
-        elif name.endswith("e_score_correction_bias"):
+        elif name.endswith(("e_score_correction_bias", "rotary_emb.alpha")):
             buffer.copy_(torch.randn(buffer.shape, generator=source) * 0.1)
 
 
@@ -180,120 +158,3 @@ def _spread(name: str, parameter: torch.Tensor) -> tuple[float, float]:
 
 def _experts_of(model: nn.Module, name: str) -> int:
     return int(model.get_submodule(name.rsplit(".", 1)[0]).num_experts)  # type: ignore[arg-type]
-
-
-def _deepseek_v4(changes: dict[str, object]) -> PretrainedConfig:
-    from transformers import DeepseekV4Config
-
-    csa, hca = "compressed_sparse_attention", "heavily_compressed_attention"
-    return DeepseekV4Config(
-        **{
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "moe_intermediate_size": 24,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "head_dim": 16,
-            "partial_rotary_factor": 0.5,
-            "q_lora_rank": 24,
-            "num_experts_per_tok": 2,
-            "n_routed_experts": 6,
-            "layer_types": ["sliding_attention", csa, hca, csa],
-            "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"],
-            "compress_rates": {csa: 4, hca: 8},
-            "sliding_window": 6,
-            "o_groups": 2,
-            "o_lora_rank": 16,
-            "index_n_heads": 16,
-            "index_head_dim": 16,
-            "index_topk": 3,
-            "hc_sinkhorn_iters": 5,
-            "swiglu_limit": 1.5,
-            "max_position_embeddings": 512,
-            "bos_token_id": 1,
-            "eos_token_id": None,
-            "pad_token_id": None,
-            **changes,
-        }
-    )
-
-
-def _dsa(changes: dict[str, object]) -> dict[str, object]:
-    return {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "kv_lora_rank": 24,
-        "q_lora_rank": 24,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 12,
-        "v_head_dim": 16,
-        "first_k_dense_replace": 1,
-        "index_topk": 7,
-        "index_head_dim": 16,
-        "index_n_heads": 16,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        **changes,
-    }
-
-
-def _deepseek_v32(changes: dict[str, object]) -> PretrainedConfig:
-    from transformers import DeepseekV32Config
-
-    return DeepseekV32Config(**_dsa({"n_group": 4, "topk_group": 2, **changes}))
-
-
-def _glm_moe_dsa(changes: dict[str, object]) -> PretrainedConfig:
-    from transformers import GlmMoeDsaConfig
-
-    return GlmMoeDsaConfig(**_dsa({"indexer_types": ["full", "shared", "full"], **changes}))
-
-
-def _decoder(changes: dict[str, object]) -> dict[str, object]:
-    return {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_experts_per_tok": 2,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        **changes,
-    }
-
-
-def _qwen3_moe(changes: dict[str, object]) -> PretrainedConfig:
-    from transformers import Qwen3MoeConfig
-
-    return Qwen3MoeConfig(
-        **_decoder(
-            {"moe_intermediate_size": 24, "num_experts": 8, "norm_topk_prob": True, **changes}
-        )
-    )
-
-
-def _gpt_oss(changes: dict[str, object]) -> PretrainedConfig:
-    from transformers import GptOssConfig
-
-    return GptOssConfig(
-        **_decoder({"num_local_experts": 6, "sliding_window": 6, "swiglu_limit": 1.5, **changes})
-    )
-
-
-def _mixtral(changes: dict[str, object]) -> PretrainedConfig:
-    from transformers import MixtralConfig
-
-    return MixtralConfig(**_decoder({"num_local_experts": 6, **changes}))
