@@ -18,6 +18,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 import transom
 from transom.kernels.attention.compress_kv import CompressState
 
+from . import hyper_connections
 from .linear import ends, narrow, product, slow_here
 from .padding import Slots
 from .patching import Family, Replacement
@@ -81,7 +82,7 @@ class DeepseekV4Attention(hf.DeepseekV4Attention):
             visible=visible,
             local_kv=local,
             window=self.sliding_window,
-            sink=_as_or_wide(self.sinks, q),
+            sink=hyper_connections.as_or_wide(self.sinks, q),
             scale=self.scaling,
             local_valid=slots.last(local.shape[1], local.device),
         )
@@ -258,15 +259,7 @@ class DeepseekV4HyperConnection(hf.DeepseekV4HyperConnection):
     @instead_of(hf.DeepseekV4HyperConnection)
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the original: post[B, S, R], comb[B, S, R, R] and the collapsed input [B, S, D]."""
-        h, post, comb = transom.mhc_pre(
-            hidden_streams,
-            *(_as_or_wide(p, hidden_streams) for p in (self.fn, self.scale, self.base)),
-            iterations=self.hc_sinkhorn_iters,
-            eps=self.hc_eps,
-            rms_eps=self.input_norm.eps,
-            post_scale=2.0,
-        )
-        return post, comb, h
+        return hyper_connections.pre(self, hidden_streams)
 
 
 class DeepseekV4HyperHead(hf.DeepseekV4HyperHead):
@@ -277,7 +270,9 @@ class DeepseekV4HyperHead(hf.DeepseekV4HyperHead):
     @instead_of(hf.DeepseekV4HyperHead)
     def forward(self, x: Tensor) -> Tensor:
         """As the original: [B, S, R, D] -> [B, S, D]."""
-        coefficients = (_as_or_wide(p, x) for p in (self.hc_fn, self.hc_scale, self.hc_base))
+        coefficients = (
+            hyper_connections.as_or_wide(p, x) for p in (self.hc_fn, self.hc_scale, self.hc_base)
+        )
         return transom.mhc_head(x, *coefficients, eps=self.eps, rms_eps=self.input_norm.eps)
 
 
@@ -293,20 +288,10 @@ class DeepseekV4DecoderLayer(hf.DeepseekV4DecoderLayer):
         """As the original: [B, S, R, D] -> [B, S, D] streams of the same shape."""
         post, comb, collapsed = self.attn_hc(hidden_states)
         f, _ = self.self_attn(self.input_layernorm(collapsed), **kwargs)
-        hidden_states = _mix(f, hidden_states, post, comb)
+        hidden_states = hyper_connections.post(f, hidden_states, post, comb)
         post, comb, collapsed = self.ffn_hc(hidden_states)
         f = self.mlp(self.post_attention_layernorm(collapsed), input_ids=input_ids)
-        return _mix(f, hidden_states, post, comb)
-
-
-def _mix(f: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    # Hugging Face rounds both coefficients to the streams' dtype before it mixes.
-    return transom.mhc_post(f.to(x.dtype), x, post.to(x.dtype), comb.to(x.dtype))
-
-
-def _as_or_wide(parameter: Tensor, x: Tensor) -> Tensor:
-    """`parameter` if the operators take it beside x as it is, else in float32."""
-    return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.float()
+        return hyper_connections.post(f, hidden_states, post, comb)
 
 
 def _attention_operators(module: Any) -> str:

@@ -32,8 +32,8 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 class Call(NamedTuple):
     """What a layer is called with beside its hidden states."""
 
-    angles: tuple[Tensor, Tensor]
-    """cos and sin of the tokens' positions."""
+    angles: tuple[Tensor, ...]
+    """cos and sin of the tokens' positions; empty where nothing is rotated."""
     slots: Slots
     cache: Any
     """transformers' own, or None."""
@@ -142,9 +142,7 @@ def best(indexer: Any, hidden_states: Tensor, q: Tensor, k: Tensor, call: Call) 
     slots, k = call.slots, k.squeeze(2)
     if call.cache is not None:
         k = call.cache.update_indexer(k, indexer.layer_idx)
-    project = indexer.weights_proj
-    weights = project(hidden_states.to(project.weight.dtype)).float()
-    weights = weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+    weights = head_weights(indexer, hidden_states)
     top_k = min(indexer.index_topk, k.shape[1])
     if slots.valid is None:
         seen = torch.arange(slots.past + 1, slots.past + queries + 1, device=k.device)
@@ -153,9 +151,19 @@ def best(indexer: Any, hidden_states: Tensor, q: Tensor, k: Tensor, call: Call) 
     # again.
     order, seen = slots.packed(k.device)
     packed = k.gather(1, order[..., None].expand(-1, -1, k.shape[2]))
-    found = transom.lightning_indexer(q, packed, weights, top_k, visible=seen)
-    slot = order.gather(1, found.clamp_min(0).flatten(1).long()).view_as(found)
-    return torch.where(found < 0, -1, slot).to(torch.int32)
+    return slots.unpacked(transom.lightning_indexer(q, packed, weights, top_k, visible=seen))
+
+
+def head_weights(indexer: Any, hidden_states: Tensor) -> Tensor:
+    """The weights [B, S, H] of an indexer's heads, in float32."""
+    project = indexer.weights_proj
+    weights = project(hidden_states.to(project.weight.dtype)).float()
+    return weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
+
+
+def unrotated(q: Tensor, k: Tensor, *angles: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+    """The rotation of a layer that has none."""
+    return q, k
 
 
 def route_groups(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,7 +38,7 @@ class MistralLarge4TextAttention(hf.MistralLarge4TextAttention):
         """As the original."""
         call = dsa.Call(position_embeddings, slots, past_key_values)
         q = dsa.heads(self.q_proj(hidden_states), self.qk_head_dim)
-        rotate = hf.apply_rotary_pos_emb_interleave if self.use_rope else _leave
+        rotate = hf.apply_rotary_pos_emb_interleave if self.use_rope else dsa.unrotated
         kind = "rope" if self.use_rope else "nope"
         if self.is_kv_shared_layer:
             # Those of the last layer of its kind that stored any, as in the original.
@@ -57,13 +57,6 @@ class MistralLarge4TextAttention(hf.MistralLarge4TextAttention):
             indices = _select(self.indexer, hidden_states, position_ids, rotate, call)
         o = dsa.attend(self, q, keys, indices)
         return self.o_proj(o.flatten(2)), None, indices
-
-
-def _leave(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, unsqueeze_dim: int
-) -> tuple[Tensor, Tensor | None]:
-    """The rotation of a layer that has none."""
-    return q, k
 
 
 @torch.no_grad()

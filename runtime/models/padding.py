@@ -37,6 +37,12 @@ class Slots:
             None if self.valid is None else self.valid[:, self.valid.shape[1] - count :].to(device)
         )
 
+    def own(self) -> Tensor | None:
+        """valid[B, S] of the call's own tokens; None if all are, as a single one always is."""
+        if self.valid is None or self.valid.shape[1] == self.past + 1:
+            return None
+        return self.valid[:, self.past :]
+
     def packed(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """order[B, N]: slots, tokens in front; visible[B, S]: tokens up to each query's own slot.
 
@@ -49,6 +55,12 @@ class Slots:
             self._packed.append((order, self.valid.cumsum(1)[:, self.past :]))
         order, visible = self._packed[0]
         return order.to(device), visible.to(device)
+
+    def unpacked(self, places: Tensor) -> Tensor:
+        """The slots [B, S, K] int32 of places [B, S, K] in the order of `packed`; -1 stays."""
+        order, _ = self.packed(places.device)
+        slot = order.gather(1, places.clamp_min(0).flatten(1).long()).view_as(places)
+        return torch.where(places < 0, -1, slot).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,9 @@ def read_slots(
     mask = given.get("attention_mask")
     if mask is None:
         positions = given.get("position_ids")
+        if positions is not None and positions.ndim == 3:
+            # Of images too: [4, B, S] with the text's first, or [3, B, S] without.
+            positions = None if positions.shape[0] == 3 else positions[0]
         if cache is None and positions is not None and _restarts(positions):
             return Uncovered(
                 "position_ids don't count up by one (packed sequences); covered: one sequence a row"

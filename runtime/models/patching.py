@@ -33,9 +33,11 @@ _FAMILIES = (
     "deepseek_v32",
     "deepseek_v4",
     "dots3_note",
+    "glm5_next",
     "glm_moe_dsa",
     "hy_v4",
     "mistral_large4",
+    "qwen4_exp",
 )
 
 # Names of modules that a reader of the report will look for, replaced or not.
@@ -48,7 +50,7 @@ def _nothing(module: Any) -> tuple[str, ...]:
     return ()
 
 
-def _never(module: Any) -> str | None:
+def _never(asked: Any) -> str | None:
     return None
 
 
@@ -82,7 +84,9 @@ class Family:
     base       class of the model whose forward makes the attention mask
     attention  class (original) of the modules that use it
     mixes      True if replaced and original attention modules can live in one model
-    masks      what stands for the dense masks where no module needs them
+    masks      kinds of layers whose dense mask no module needs
+    recurrent  kinds of layers that are told which of the call's tokens are padding
+    uncovered  why a call with these Slots runs Hugging Face's own attention, or None
     """
 
     replacements: tuple[Replacement, ...]
@@ -90,6 +94,8 @@ class Family:
     attention: type[nn.Module]
     mixes: bool
     masks: tuple[str, ...] = ("indexed_attention",)
+    recurrent: tuple[str, ...] = ()
+    uncovered: Callable[[Slots], str | None] = _never
 
     def attentions(self, base: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         """The attention modules of a base model, each with the number of its layer."""
@@ -310,8 +316,14 @@ def _hook(model: nn.Module, family: Family) -> None:
             _unhook(base)
             if any(PARTS in vars(m) for _, m in family.attentions(base)):
                 layers = tuple(i for i, _ in family.attentions(base))
-                cache = cache_layers(base.config)
-                vars(base)[_ANNOUNCES] = _Announces(layers, family.mixes, family.masks, cache)
+                vars(base)[_ANNOUNCES] = _Announces(
+                    layers,
+                    family.mixes,
+                    family.masks,
+                    family.recurrent,
+                    family.uncovered,
+                    cache_layers(base.config),
+                )
                 base.register_forward_pre_hook(announce, with_kwargs=True)
 
 
@@ -334,6 +346,8 @@ class _Announces:
     """Those with attention of the family's class."""
     mixes: bool
     masks: tuple[str, ...]
+    recurrent: tuple[str, ...]
+    uncovered: Callable[[Slots], str | None]
     cache: tuple[type, ...]
 
 
@@ -354,14 +368,18 @@ def announce(
     mask where all of them run through the operators in this call."""
     given = {**dict(zip(_FORWARD, args)), **kwargs}
     what: _Announces = module.__dict__[_ANNOUNCES]
-    given[SLOTS] = slots = read_slots(module, given, what.cache)
+    slots = read_slots(module, given, what.cache)
+    if isinstance(slots, Slots) and (reason := what.uncovered(slots)) is not None:
+        slots = Uncovered(reason)
+    given[SLOTS] = slots
     if isinstance(slots, Slots):
         layers: Any = module.layers
         attentions = [layers[i].self_attn for i in what.layers]
         found = [touched(m) if PARTS in m.__dict__ else "" for m in attentions]
         if all(reason is None for reason in found):
             # A dictionary of masks is taken as it is: one for every kind of layer.
-            given["attention_mask"] = {kind: None for kind in what.masks}
+            masks: dict[str, Any] = dict.fromkeys(what.masks)
+            given["attention_mask"] = {**masks, **dict.fromkeys(what.recurrent, slots.own())}
         elif what.mixes:
             given[SLOTS] = replace(slots, masked=True)
         else:
@@ -386,6 +404,8 @@ def _not_for(module: nn.Module) -> str:
         family = _family(kind.__module__)
         if family is not None and any(r.original is kind for r in family.replacements):
             return f"its class is a subclass of {kind.__name__}; covered: exactly that class"
+    if name.endswith(("LinearAttention", "DeltaNet")):
+        return "linear attention, for which transom has no operator yet"
     if name.endswith("Attention"):
         if any("Indexer" in type(part).__name__ for part in module.modules()):
             return "sparse attention of a family that transom has no replacement for yet"

@@ -31,6 +31,8 @@ SPARSE = (
     "dots3_note",
     "hy_v4",
     "mistral_large4",
+    "glm5_next",
+    "qwen4_exp",
 )
 EXPERTS_ONLY = ("qwen3_moe", "gpt_oss", "mixtral")
 
@@ -39,6 +41,7 @@ EXPERTS_ONLY = ("qwen3_moe", "gpt_oss", "mixtral")
 class Twins:
     """A model as transformers runs it, its patched copy, and the worst difference seen so far."""
 
+    family: str
     plain: Any
     patched: Any
     worst: float = 0.0
@@ -59,7 +62,7 @@ def twins(family: str, *, seed: int = 0, **changes: object) -> Twins:
     """Two models of equal weights, one of them patched."""
     plain = tiny.tiny_model(family, seed=seed, **changes)
     patched = copy.deepcopy(plain)
-    return Twins(plain, patched, report=transom.patch(patched))
+    return Twins(family, plain, patched, report=transom.patch(patched))
 
 
 def layers(model: Any) -> Any:

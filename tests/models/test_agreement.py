@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
@@ -20,12 +21,21 @@ from agreement import (
 )
 
 import transom
+from transom.errors import SlowPath
 
 # Window 6, CSA blocks of 4, HCA blocks of 8, top 3 of the CSA entries; 7 selected tokens in DSA.
 LENGTHS = range(1, 49) if MANY else [*range(1, 18), 23, 24, 25, 31, 32, 33]
 FAMILIES = [*SPARSE, *EXPERTS_ONLY]
 
 pair = functools.cache(twins)
+
+
+def maybe_slow(models: Twins, hole: bool = True) -> contextlib.AbstractContextManager[object]:
+    """Of a call with a hole in its mask: glm5_next counts such pools in a way of its own, so that
+    Hugging Face's attention runs there."""
+    if hole and models.family == "glm5_next":
+        return pytest.warns(SlowPath, match="the tokens of a row are not one run")
+    return nothing_slow()
 
 
 @pytest.fixture(params=FAMILIES)
@@ -85,7 +95,7 @@ def test_decode_after_padding(models: Twins, side: str) -> None:
     for row, padding in enumerate((0, 5, 9)):
         mask[row, slice(13 - padding, 13) if side == "right" else slice(0, padding)] = 0
     steps = [13, 1, 1, 4, 1, 1, 1, 1, 1]
-    with nothing_slow():
+    with maybe_slow(models, side == "right"):
         models.agree(
             pieces(models.plain, ids, steps, mask),
             pieces(models.patched, ids, steps, mask),
@@ -99,10 +109,12 @@ def test_a_hole_in_the_mask(models: Twins) -> None:
     ids, mask = prompt(3, 27), torch.ones(3, 27, dtype=torch.long)
     mask[1, 9:13] = 0
     mask[2, :3] = mask[2, 15:20] = 0
-    with nothing_slow():
+    with maybe_slow(models):
         plain = models.plain(ids, attention_mask=mask).logits
         models.agree(plain, models.patched(ids, attention_mask=mask).logits, mask.bool())
+        # Cut as the plain model is: linear attention takes a single token for no padding.
         steps = [11, 7, 1, 1, 1, 6]
+        plain = pieces(models.plain, ids, steps, mask)
         models.agree(plain, pieces(models.patched, ids, steps, mask), mask.bool())
 
 
@@ -133,7 +145,7 @@ def test_generate_after_padded_prompts(models: Twins, side: str) -> None:
     ids, mask = prompt(3, 11), torch.ones(3, 11, dtype=torch.long)
     mask[1, slice(8, None) if side == "right" else slice(0, 3)] = 0
     mask[2, slice(4, None) if side == "right" else slice(0, 7)] = 0
-    with nothing_slow():
+    with maybe_slow(models, side == "right"):
         plain = greedy(models.plain, ids, 10, attention_mask=mask)
         assert torch.equal(plain, greedy(models.patched, ids, 10, attention_mask=mask))
 
@@ -227,6 +239,10 @@ def test_embeddings_instead_of_ids() -> None:
         # Each of the two kinds of layer reads the last that was stored of its own, whatever the
         # source says.
         ("mistral_large4", {"kv_source_layers": [0, 1, 2, 2, 0, 1]}),
+        ("glm5_next", {"linear_lower_bound": None, "attn_implementation": "eager"}),
+        ("glm5_next", {"index_kpool_always_select_tail": False}),
+        ("qwen4_exp", {"output_gate_type": "sigmoid", "attn_implementation": "eager"}),
+        ("qwen4_exp", {"ple_layer_ids": None, "hc_count": 2}),
         ("qwen3_moe", {"hidden_act": "gelu"}),
         ("qwen3_moe", {"hidden_act": "gelu_pytorch_tanh", "norm_topk_prob": False}),
         ("mixtral", {"hidden_act": "relu"}),
@@ -341,6 +357,16 @@ OPERATORS = {
         ("deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note", "hy_v4", "mistral_large4"),
         {"sparse_attention", "lightning_indexer", "moe_experts", "route"},
     ),
+    "glm5_next": {
+        "sparse_attention",
+        "lightning_indexer",
+        "compress_kv",
+        "moe_experts",
+        "route",
+        "mhc_pre",
+        "mhc_post",
+    },
+    "qwen4_exp": {"block_sparse_attention", "lightning_indexer", "moe_experts", "route"},
     "qwen3_moe": {"moe_experts"},
     "gpt_oss": {"moe_experts"},
     "mixtral": {"moe_experts"},

@@ -10,6 +10,10 @@ from agreement import EXPERTS_ONLY, SPARSE, gradients, nothing_slow, prompt, twi
 # layers.
 CLOSE = 1e-4
 
+# Of glm5_next Hugging Face's own float32 gradients are 1e-4 from those in float64 (ours 4e-5): its
+# linear attention differentiates exponentials of differences.
+CLOSE_OF = {"glm5_next": 3e-4}
+
 # A clamp (SwiGLU's limit) has a kink: where a value lies within rounding of the limit, one of the
 # two models may pass its gradient and the other not. About one seed in forty has such a value.
 SEED = 7
@@ -17,7 +21,11 @@ SEED = 7
 LENGTHS = (3, 4, 9, 22)
 
 
-def compare(plain: dict[str, torch.Tensor | None], patched: dict[str, torch.Tensor | None]) -> None:
+def compare(
+    plain: dict[str, torch.Tensor | None],
+    patched: dict[str, torch.Tensor | None],
+    close: float = CLOSE,
+) -> None:
     assert plain.keys() == patched.keys()
     for name, expected in plain.items():
         got = patched[name]
@@ -27,7 +35,7 @@ def compare(plain: dict[str, torch.Tensor | None], patched: dict[str, torch.Tens
         if expected is not None and got is not None:
             scale = max(float(expected.abs().max()), 1e-6)
             worst = float((got - expected).abs().max()) / scale
-            assert worst <= CLOSE, f"{name}: differs by {worst:.2e} of its largest gradient"
+            assert worst <= close, f"{name}: differs by {worst:.2e} of its largest gradient"
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -36,7 +44,8 @@ def test_every_parameter_of_a_sparse_model(family: str, length: int) -> None:
     m = twins(family, seed=SEED)
     ids = prompt(2, length)
     with nothing_slow():
-        compare(gradients(m.plain, ids), gradients(m.patched, ids))
+        close = CLOSE_OF.get(family, CLOSE)
+        compare(gradients(m.plain, ids), gradients(m.patched, ids), close)
 
 
 @pytest.mark.parametrize("family", EXPERTS_ONLY)
@@ -58,7 +67,7 @@ def test_without_a_cache_and_with_padding(family: str) -> None:
         model.train()
         model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         results.append({name: p.grad for name, p in model.named_parameters()})
-    compare(*results)
+    compare(*results, CLOSE_OF.get(family, CLOSE))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "deepseek_v32", "qwen3_moe"])

@@ -320,9 +320,9 @@ def test_output_attentions_comes_from_the_original(family: str) -> None:
     with pytest.warns(SlowPath, match="output_attentions is on"):
         patched = m.patched(ids, output_attentions=True)
     plain = m.plain(ids, output_attentions=True)
-    # Hugging Face's own Mistral Large 4 returns none.
+    # Hugging Face's own of these two return none.
     assert len(patched.attentions) == len(plain.attentions)
-    assert family == "mistral_large4" or plain.attentions
+    assert family in ("mistral_large4", "glm5_next") or plain.attentions
     assert all(
         torch.allclose(a, b, atol=1e-4) for a, b in zip(plain.attentions, patched.attentions)
     )

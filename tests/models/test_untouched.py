@@ -87,7 +87,7 @@ def test_a_hook_on_a_part_that_is_passed_over_is_run(family: str, path: str, kin
     assert seen and torch.allclose(got, expected, atol=1e-4)
     with nothing_slow(), transom.record() as calls:  # and afterwards all is as before
         assert torch.equal(model(prompt(1, 21)).logits, expected)
-    assert any(c.op == "sparse_attention" for c in calls)
+    assert any(c.op in ("sparse_attention", "block_sparse_attention") for c in calls)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
@@ -163,7 +163,8 @@ def offload(model: nn.Module) -> None:
     """As accelerate does: a module's own parameters are there while its forward runs, only."""
     for m in model.modules():
         own = {n: p.data for n, p in m.named_parameters(recurse=False)}
-        if not own:
+        # Of convolutions transformers reads the weight without a forward, and tells accelerate so.
+        if not own or isinstance(m, nn.Conv1d):
             continue
         for n in own:
             setattr(m, n, nn.Parameter(own[n].to("meta")))
@@ -204,7 +205,7 @@ def hook(model: Any) -> None:
 def shard(model: Any) -> None:
     """As fully_shard, which makes instances of a subclass of their class."""
     for layer in layers(model):
-        for module in (layer, layer.self_attn):
+        for module in (layer, *(m for n, m in layer.named_children() if n.endswith("attn"))):
             kind = type(module)
             module.__class__ = type(f"FSDP{kind.__name__}", (Sharded, kind), {})
 
@@ -228,7 +229,7 @@ def test_unpatch_finds_its_way_back_behind_another_library(family: str, wrap: An
         assert torch.equal(model(ids).logits, want)
     assert not calls
     if wrap is shard:
-        assert isinstance(layers(model)[0].self_attn, Sharded)
+        assert all(isinstance(layer, Sharded) for layer in layers(model))
 
 
 @torch.no_grad()

@@ -164,6 +164,81 @@ def _mistral_large4(changes: dict[str, object]) -> PretrainedConfig:
     return MistralLarge4Config(text_config=text, vision_config=vision)
 
 
+def _glm5_next(changes: dict[str, object]) -> PretrainedConfig:
+    from transformers.models.glm5_next import Glm5NextConfig
+
+    linear, indexed = "linear_attention", "indexed_attention"
+    text = {
+        "num_hidden_layers": 4,
+        "qk_rope_head_dim": 0,
+        "qk_nope_head_dim": 16,
+        "q_lora_rank": 24,
+        "index_topk": 12,
+        "index_kpool": 4,
+        "layer_types": [linear, indexed, indexed, linear],
+        "indexer_types": ["full", "full", "shared", "full"],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 5,
+        "swiglu_limit": 1.5,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+        "intermediate_size": 24,
+        "projection_intermediate_size": 24,
+    }
+    kinds = ("image", "video", "image_start", "image_end", "video_start", "video_end")
+    ids = {f"{kind}_token_id": 90 + i for i, kind in enumerate(kinds)}
+    return Glm5NextConfig(text_config=_dsa({**text, **changes}), vision_config=vision, **ids)
+
+
+def _qwen4_exp(changes: dict[str, object]) -> PretrainedConfig:
+    from transformers.models.qwen4_exp import Qwen4ExpTextConfig
+
+    linear, indexed = "linear_attention", "indexed_attention"
+    own = {
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "layer_types": [linear, indexed, linear, indexed],
+        "num_experts": 8,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "hc_count": 4,
+        "hc_lowrank": 6,
+        "ple_layer_ids": [1, 3],
+        "ple_embed_dim": 32,
+        "ngram_vocab_size_base": 50,
+        "heads_per_ngram": 4,
+        "make_ngram_vocab_size_divisible_by": 16,
+        "split_ngram_parts": 2,
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 12,
+        "indexer_compress_ratio": 4,
+        "eos_token_id": 2,
+    }
+    return Qwen4ExpTextConfig(**_decoder({**own, **changes}))
+
+
 def _decoder(changes: dict[str, object]) -> dict[str, object]:
     return {
         "vocab_size": 97,
@@ -213,6 +288,8 @@ _MAKE: dict[str, Callable[[dict[str, object]], PretrainedConfig]] = {
     "dots3_note": _dots3_note,
     "hy_v4": _hy_v4,
     "mistral_large4": _mistral_large4,
+    "glm5_next": _glm5_next,
+    "qwen4_exp": _qwen4_exp,
     "qwen3_moe": _qwen3_moe,
     "gpt_oss": _gpt_oss,
     "mixtral": _mixtral,
