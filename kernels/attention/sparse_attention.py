@@ -103,7 +103,8 @@ def forward(
     sinks = None if sink is None else sink.to(dtype)
     plan = _plan(q, kv, indices, local_kv, window, copies=2)
     for rows in plan.blocks():
-        x = q[rows].to(dtype) * scale
+        # In memory's order: a product may round otherwise where its factors are strided.
+        x = (q[rows].to(dtype) * scale).contiguous()
         softmax = OnlineSoftmax(x.shape[:-1], v_dim, x)
         for tile in _tiles(
             plan, rows, kv, indices, visible, local_kv, local_valid, window, dtype, read
@@ -192,7 +193,7 @@ def _tiles(
         for i in range(0, indices.shape[2] if total else 0, plan.keys):
             index = indices[batches, queries, i : i + plan.keys].long()
             seen = (index >= 0) & (index < (total if bound is None else bound.clamp(max=total)))
-            keys = read(kv[in_batch, index.clamp(0, total - 1)], dtype)
+            keys = read(kv[in_batch, index.clamp(0, total - 1)], dtype).contiguous()
             # Selected, not multiplied: a clamped index may have loaded a row of NaN.
             keys = keys.masked_fill_(~seen[..., None], 0)
             place = torch.where(seen, in_batch * total + index, -1)
@@ -200,7 +201,7 @@ def _tiles(
     else:
         for i in range(0, total, plan.keys):
             place = slice(i, min(i + plan.keys, total))
-            keys = read(kv[batches, place], dtype)
+            keys = read(kv[batches, place], dtype).contiguous()
             seen = torch.arange(place.start, place.stop, device=kv.device)[None, None, None]
             seen = seen >= 0 if bound is None else seen < bound.unsqueeze(-1)
             yield _Tile(keys, finite(keys), seen, False, place)
@@ -210,7 +211,7 @@ def _tiles(
         position = torch.arange(first + queries.start, stop, device=kv.device)
         for i in range(max(0, first + queries.start - window + 1), stop, plan.keys):
             place = slice(i, min(i + plan.keys, stop))
-            keys = local_kv[batches, place].to(dtype)
+            keys = local_kv[batches, place].to(dtype).contiguous()
             distance = position[:, None] - torch.arange(i, place.stop, device=kv.device)
             seen = ((distance >= 0) & (distance < window))[None, :, None]
             if local_valid is not None:

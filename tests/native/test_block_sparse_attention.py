@@ -88,8 +88,11 @@ def test_blocks_across_the_edges_of_pieces(size, N, causal) -> None:
 def test_blocks_of_any_length_end_with_the_keys() -> None:
     call = inputs(size=300, L=1)
     expected = attend(**call)
-    for size in (1 << 16, (1 << 16) + 1, 1 << 40, 2**63 - 1):
+    for size in (1 << 16, (1 << 16) + 1, 1 << 20):
         assert same(attend(**{**call, "block_size": size}), expected)
+    for size in ((1 << 20) + 1, 1 << 40, 2**63 - 1):
+        with pytest.raises(ValueError, match=f"block_size is {size}; must be at most 1048576"):
+            attend(**{**call, "block_size": size})
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own lists", "shared lists"])

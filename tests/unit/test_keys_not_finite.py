@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import transom
-from transom.conformance import checks, tolerance
+from transom.conformance import agree, checks
 from transom.kernels.moe.route import SCORES
 from transom.registry import OPS
 
@@ -95,7 +95,7 @@ def test_edge_105_drawn_keys_choose_what_the_reference_chooses(rng, impl, score)
             )
         case = f"{z}\n{bias}\ngroups={groups}, top_groups={open_groups}, k={k}, mask={mask}"
         assert got[0].tolist() == ids.tolist(), case
-        assert tolerance.compare("weights", got[1], weights, E, 1.0) is None, case
+        assert agree.compare("weights", got[1], weights, E, 1.0) is None, case
 
 
 @pytest.mark.parametrize("impl", implementations("lightning_indexer"))
