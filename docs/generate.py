@@ -19,6 +19,7 @@ NOTE = "<!-- made by `python docs/generate.py`; edit the declarations in kernels
 FAMILIES = {
     "moe": "Mixture of experts",
     "attention": "Sparse attention",
+    "linear_attention": "Linear attention",
     "engram": "Engram",
     "mhc": "Hyper-connections",
     "quant": "Quantised weights",

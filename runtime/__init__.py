@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from .kernels.engram.hashed_embedding_pooled import hashed_embedding_pooled
     from .kernels.engram.ngram_hash import ngram_hash
     from .kernels.engram.short_conv import short_conv
+    from .kernels.linear_attention.gated_delta_rule import gated_delta_rule
     from .kernels.mhc.mhc_head import mhc_head
     from .kernels.mhc.mhc_post import mhc_post
     from .kernels.mhc.mhc_pre import mhc_pre
@@ -127,6 +128,7 @@ __all__ = [
     "engram_gate",
     "errors",
     "explain",
+    "gated_delta_rule",
     "grouped_gemm",
     "hashed_embedding",
     "hashed_embedding_pooled",

@@ -21,7 +21,7 @@ from transom.op import Op
 
 DEVICES = ("cpu",)
 
-FAMILIES = ("attention", "engram", "mhc", "moe")
+FAMILIES = ("attention", "engram", "linear_attention", "mhc", "moe")
 """Folders of kernels in csrc/cpu."""
 
 WITHOUT = ("attention/cache_rows",)

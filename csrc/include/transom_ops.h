@@ -195,6 +195,44 @@ enum {
   TRANSOM_ENGRAM_GATE_BACKWARD_N_ARGS
 };
 
+/* gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? state, float
+ * scale, float? l2norm_eps); q[B,S,Hk,Dk], k[B,S,Hk,Dk], v[B,S,Hv,Dv], g[B,S,Hv,Dg],
+ * beta[B,S,Hv], state?[B,Hv,Dk,Dv] -> o[B,S,Hv,Dv], new_state[B,Hv,Dk,Dv]; q: float; k: q; v:
+ * q; g: q | f32; beta: q | f32; state: acc(q); o: q; new_state: acc(q) */
+#define TRANSOM_GATED_DELTA_RULE_HASH UINT64_C(0x8c0df8d83a60696c)
+enum {
+  TRANSOM_GATED_DELTA_RULE_Q,
+  TRANSOM_GATED_DELTA_RULE_K,
+  TRANSOM_GATED_DELTA_RULE_V,
+  TRANSOM_GATED_DELTA_RULE_G,
+  TRANSOM_GATED_DELTA_RULE_BETA,
+  TRANSOM_GATED_DELTA_RULE_STATE,
+  TRANSOM_GATED_DELTA_RULE_SCALE,
+  TRANSOM_GATED_DELTA_RULE_L2NORM_EPS,
+  TRANSOM_GATED_DELTA_RULE_N_ARGS
+};
+
+/* gated_delta_rule_backward(Tensor do, Tensor dnew_state, Tensor q, Tensor k, Tensor v, Tensor
+ * g, Tensor beta, Tensor? state, float scale, float? l2norm_eps); do[B,S,Hv,Dv],
+ * dnew_state[B,Hv,Dk,Dv], q[B,S,Hk,Dk], k[B,S,Hk,Dk], v[B,S,Hv,Dv], g[B,S,Hv,Dg], beta[B,S,Hv],
+ * state?[B,Hv,Dk,Dv] -> dq[B,S,Hk,Dk], dk[B,S,Hk,Dk], dv[B,S,Hv,Dv], dg[B,S,Hv,Dg],
+ * dbeta[B,S,Hv], dstate[B,Hv,Dk,Dv]; do: q; dnew_state: acc(q); q: float; k: q; v: q; g: q |
+ * f32; beta: q | f32; state: acc(q); dq: q; dk: q; dv: q; dg: g; dbeta: beta; dstate: acc(q) */
+#define TRANSOM_GATED_DELTA_RULE_BACKWARD_HASH UINT64_C(0x8fe76053af406758)
+enum {
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_DO,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_DNEW_STATE,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_Q,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_K,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_V,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_G,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_BETA,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_STATE,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_SCALE,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_L2NORM_EPS,
+  TRANSOM_GATED_DELTA_RULE_BACKWARD_N_ARGS
+};
+
 /* grouped_gemm(Tensor x, Weight weight, Tensor? weight_scales, Tensor? weight_zeros, str?
  * weight_spec, Tensor offsets); x[M,K], weight[E,N,K], offsets[E] -> y[M,N]; x: float; weight:
  * x | f32 | quant; offsets: index; y: x */

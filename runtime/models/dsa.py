@@ -161,7 +161,7 @@ def head_weights(indexer: Any, hidden_states: Tensor) -> Tensor:
     return weights * (indexer.n_heads**-0.5 * indexer.softmax_scale)
 
 
-def unrotated(q: Tensor, k: Tensor, *angles: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+def unrotated(q: Tensor, k: Any, *angles: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Any]:
     """The rotation of a layer that has none."""
     return q, k
 

@@ -57,6 +57,16 @@ struct engram_gate_backward {
   static constexpr uint64_t HASH = TRANSOM_ENGRAM_GATE_BACKWARD_HASH;
 };
 
+struct gated_delta_rule {
+  enum : int { Q, K, V, G, BETA, STATE, SCALE, L2NORM_EPS };
+  static constexpr uint64_t HASH = TRANSOM_GATED_DELTA_RULE_HASH;
+};
+
+struct gated_delta_rule_backward {
+  enum : int { DO, DNEW_STATE, Q, K, V, G, BETA, STATE, SCALE, L2NORM_EPS };
+  static constexpr uint64_t HASH = TRANSOM_GATED_DELTA_RULE_BACKWARD_HASH;
+};
+
 struct grouped_gemm {
   enum : int { X, WEIGHT, WEIGHT_SCALES, WEIGHT_ZEROS, WEIGHT_SPEC, OFFSETS };
   static constexpr uint64_t HASH = TRANSOM_GROUPED_GEMM_HASH;

@@ -1,0 +1,1 @@
+"""Attention with a state of fixed size: the gated delta rule."""
