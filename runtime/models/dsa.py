@@ -182,6 +182,18 @@ def route_groups(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tens
     return logits, weights, ids.long()
 
 
+def route_softmax(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A router's logits, weights and ids: softmax, its product in the weight's dtype."""
+    logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+    ids, weights = transom.route(
+        logits,
+        self.top_k,
+        score="softmax",
+        renormalize=getattr(self, "norm_topk_prob", True),  # Qwen3.5 always does
+    )
+    return logits, weights.to(logits.dtype), ids.long()
+
+
 def router_logits(self: Any, hidden_states: Tensor) -> Tensor:
     """[B * S, E], the product taken in float32."""
     flat = hidden_states.view(-1, self.hidden_dim)

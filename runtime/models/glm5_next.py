@@ -10,7 +10,7 @@ from transformers.models.glm5_next import modeling_glm5_next as hf
 
 import transom
 
-from . import dsa, hyper_connections, pools
+from . import delta_rule, dsa, hyper_connections, pools
 from .padding import Slots
 from .patching import Family, Replacement
 from .untouched import attends_instead_of, instead_of
@@ -72,6 +72,26 @@ def _select(indexer: Any, hidden_states: Tensor, z: Tensor, call: dsa.Call) -> T
         chosen = pools.with_tail(chosen, count, m)
     indices = pools.tokens(chosen, count, m, slots)
     return indices if own is None else indices.masked_fill(~own[..., None], -1)
+
+
+class Glm5NextTextLinearAttention(hf.Glm5NextTextLinearAttention):
+    """Kimi Delta Attention: `gated_delta_rule` with a decay for each channel."""
+
+    _transom_original = hf.Glm5NextTextLinearAttention
+
+    @instead_of(hf.Glm5NextTextLinearAttention)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the original."""
+        if delta_rule.recording(self, cache_params):
+            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+        x = delta_rule.masked(hidden_states, attention_mask)
+        return delta_rule.kimi_delta_attention(self, x, cache_params)
 
 
 class Glm5NextTextTopkRouter(hf.Glm5NextTextTopkRouter):
@@ -142,6 +162,7 @@ FAMILY = Family(
     replacements=(
         dsa.attention(Glm5NextTextAttention, hf.Glm5NextTextIndexer),
         dsa.routing(Glm5NextTextTopkRouter),
+        delta_rule.linear_attention(Glm5NextTextLinearAttention),
         Replacement(
             hf.Glm5NextTextHyperConnection,
             Glm5NextTextHyperConnection,

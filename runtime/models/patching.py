@@ -36,7 +36,11 @@ _FAMILIES = (
     "glm5_next",
     "glm_moe_dsa",
     "hy_v4",
+    "kimi_linear",
     "mistral_large4",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
     "qwen4_exp",
 )
 
@@ -81,7 +85,8 @@ class Replacement:
 class Family:
     """The replacements of one family and how its attention learns about padding.
 
-    base       class of the model whose forward makes the attention mask
+    base       class of the model whose forward makes the attention mask; None where no replacement
+               asks for it
     attention  class (original) of the modules that use it
     mixes      True if replaced and original attention modules can live in one model
     masks      kinds of layers whose dense mask no module needs
@@ -90,9 +95,9 @@ class Family:
     """
 
     replacements: tuple[Replacement, ...]
-    base: type[nn.Module]
-    attention: type[nn.Module]
-    mixes: bool
+    base: type[nn.Module] | None = None
+    attention: type[nn.Module] = nn.Module
+    mixes: bool = True
     masks: tuple[str, ...] = ("indexed_attention",)
     recurrent: tuple[str, ...] = ()
     uncovered: Callable[[Slots], str | None] = _never
@@ -135,7 +140,7 @@ def patch(model: nn.Module) -> PatchReport:
     passed: set[str] = set()
     for path, module in model.named_modules():
         family = family_of(module)
-        if family is not None:
+        if family is not None and family.base is not None:
             families[family.base.__module__] = family
         name = type(module).__name__
         found = _find(family, module)
@@ -274,16 +279,17 @@ def _withdraw(
 ) -> None:
     """Takes back attention modules that no base model tells about padding, or that can't mix."""
     name = family.attention.__name__
-    bases = [path for path, module in model.named_modules() if isinstance(module, family.base)]
+    base: Any = family.base
+    bases = [path for path, module in model.named_modules() if isinstance(module, base)]
     own = {path for path, module in model.named_modules() if isinstance(module, family.attention)}
     refused = [r for r in records.values() if r.path in own and r.reason is not None]
     for swap in list(swaps):
         path, module, found = swap
         if found.original is not family.attention:
             continue
-        if not any(_inside(path, base) for base in bases):
+        if not any(_inside(path, outer) for outer in bases):
             reason = (
-                f"it stands outside a {family.base.__name__}, whose forward knows the padding; "
+                f"it stands outside a {base.__name__}, whose forward knows the padding; "
                 "patch the whole model"
             )
         elif refused and not family.mixes:
@@ -311,8 +317,9 @@ def _name_strangers(
 
 def _hook(model: nn.Module, family: Family) -> None:
     """Lets the base models tell their replaced attention modules about padding."""
+    kind: Any = family.base
     for base in model.modules():
-        if isinstance(base, family.base):
+        if isinstance(base, kind):
             _unhook(base)
             if any(PARTS in vars(m) for _, m in family.attentions(base)):
                 layers = tuple(i for i, _ in family.attentions(base))
@@ -404,8 +411,8 @@ def _not_for(module: nn.Module) -> str:
         family = _family(kind.__module__)
         if family is not None and any(r.original is kind for r in family.replacements):
             return f"its class is a subclass of {kind.__name__}; covered: exactly that class"
-    if name.endswith(("LinearAttention", "DeltaNet")):
-        return "linear attention, for which transom has no operator yet"
+    if hasattr(module, "conv1d") and name.endswith(("Attention", "DeltaNet")):
+        return "linear attention of a family that transom has no replacement for yet"
     if name.endswith("Attention"):
         if any("Indexer" in type(part).__name__ for part in module.modules()):
             return "sparse attention of a family that transom has no replacement for yet"

@@ -15,7 +15,7 @@ from transformers.models.qwen4_exp import modeling_qwen4_exp as hf
 
 import transom
 
-from . import dsa, pools
+from . import delta_rule, dsa, pools
 from .padding import Slots
 from .patching import Family, Replacement
 from .untouched import attends_instead_of, instead_of
@@ -94,20 +94,32 @@ def _select(indexer: Any, hidden_states: Tensor, call: dsa.Call) -> tuple[Tensor
     return pools.tokens(chosen, count, m, slots), 1
 
 
+class Qwen4ExpTextGatedDeltaNet(hf.Qwen4ExpTextGatedDeltaNet):
+    """Gated DeltaNet: `gated_delta_rule` with a decay for each head."""
+
+    _transom_original = hf.Qwen4ExpTextGatedDeltaNet
+
+    @instead_of(hf.Qwen4ExpTextGatedDeltaNet)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the original."""
+        if delta_rule.recording(self, cache_params):
+            return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
+        x = delta_rule.masked(hidden_states, attention_mask)
+        return delta_rule.gated_delta_net(self, x, cache_params)
+
+
 class Qwen4ExpTextTopKRouter(hf.Qwen4ExpTextTopKRouter):
     """Routing by softmax scores: `route`."""
 
     _transom_original = hf.Qwen4ExpTextTopKRouter
 
-    @instead_of(hf.Qwen4ExpTextTopKRouter)
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the original: logits, weights, ids."""
-        flat = hidden_states.reshape(-1, self.hidden_dim)
-        logits = torch.nn.functional.linear(flat, self.weight)
-        ids, weights = transom.route(
-            logits, self.top_k, score="softmax", renormalize=self.norm_topk_prob
-        )
-        return logits, weights.to(logits.dtype), ids.long()
+    forward = instead_of(hf.Qwen4ExpTextTopKRouter)(dsa.route_softmax)
 
 
 def _operators(module: Any) -> str:
@@ -135,7 +147,8 @@ FAMILY = Family(
             _refuse,
             lambda module: ("indexer",),
         ),
-        Replacement(hf.Qwen4ExpTextTopKRouter, Qwen4ExpTextTopKRouter, "route"),
+        dsa.routing(Qwen4ExpTextTopKRouter),
+        delta_rule.linear_attention(Qwen4ExpTextGatedDeltaNet),
     ),
     base=hf.Qwen4ExpTextModel,
     attention=hf.Qwen4ExpTextAttention,

@@ -34,6 +34,7 @@ SPARSE = (
     "glm5_next",
     "qwen4_exp",
 )
+LINEAR = ("qwen3_next", "qwen3_5_moe", "kimi_linear")
 EXPERTS_ONLY = ("qwen3_moe", "gpt_oss", "mixtral")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from agreement import (
     EXPERTS_ONLY,
+    LINEAR,
     MANY,
     SPARSE,
     Twins,
@@ -25,7 +26,7 @@ from transom.errors import SlowPath
 
 # Window 6, CSA blocks of 4, HCA blocks of 8, top 3 of the CSA entries; 7 selected tokens in DSA.
 LENGTHS = range(1, 49) if MANY else [*range(1, 18), 23, 24, 25, 31, 32, 33]
-FAMILIES = [*SPARSE, *EXPERTS_ONLY]
+FAMILIES = [*SPARSE, *LINEAR, *EXPERTS_ONLY]
 
 pair = functools.cache(twins)
 
@@ -365,8 +366,18 @@ OPERATORS = {
         "route",
         "mhc_pre",
         "mhc_post",
+        "gated_delta_rule",
+        "short_conv",
     },
-    "qwen4_exp": {"block_sparse_attention", "lightning_indexer", "moe_experts", "route"},
+    "qwen4_exp": {
+        "block_sparse_attention",
+        "lightning_indexer",
+        "moe_experts",
+        "route",
+        "gated_delta_rule",
+        "short_conv",
+    },
+    **dict.fromkeys(LINEAR, {"gated_delta_rule", "short_conv", "moe_experts", "route"}),
     "qwen3_moe": {"moe_experts"},
     "gpt_oss": {"moe_experts"},
     "mixtral": {"moe_experts"},

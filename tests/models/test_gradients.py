@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import EXPERTS_ONLY, SPARSE, gradients, nothing_slow, prompt, twins
+from agreement import EXPERTS_ONLY, LINEAR, SPARSE, gradients, nothing_slow, prompt, twins
 
 # Gradients of one parameter against the largest of them: sums in another order, through many
 # layers.
@@ -48,8 +48,8 @@ def test_every_parameter_of_a_sparse_model(family: str, length: int) -> None:
         compare(gradients(m.plain, ids), gradients(m.patched, ids), close)
 
 
-@pytest.mark.parametrize("family", EXPERTS_ONLY)
-def test_every_parameter_of_a_model_with_experts(family: str) -> None:
+@pytest.mark.parametrize("family", [*LINEAR, *EXPERTS_ONLY])
+def test_every_parameter_of_another_model(family: str) -> None:
     m = twins(family, seed=SEED)
     ids = prompt(2, 12)
     compare(gradients(m.plain, ids), gradients(m.patched, ids))

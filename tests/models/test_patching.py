@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import EXPERTS_ONLY, SPARSE, greedy, nothing_slow, pieces, prompt, twins
+from agreement import EXPERTS_ONLY, LINEAR, SPARSE, greedy, nothing_slow, pieces, prompt, twins
 from torch import nn
 
 import transom
@@ -20,7 +20,7 @@ from transom.conformance.models import tiny
 from transom.errors import NotSupported, SlowPath
 from transom.models.experts import find_gate
 
-FAMILIES = [*SPARSE, *EXPERTS_ONLY]
+FAMILIES = [*SPARSE, *LINEAR, *EXPERTS_ONLY]
 
 
 def state(model: nn.Module) -> dict[str, tuple[type, dict[str, Any], Any]]:

@@ -60,10 +60,15 @@ def test_the_parts_are_those_that_the_page_names() -> None:
         "score_fn",
         "input_norm",
         "kv_b_proj",
+        "conv1d",
     }
 
 
-@pytest.mark.parametrize("family, path", CASES, ids=lambda v: str(v).rpartition("layers.")[2])
+# transformers itself reads the weight of a convolution without running its hooks.
+RUN = [(family, path) for family, path in CASES if not path.endswith(".conv1d")]
+
+
+@pytest.mark.parametrize("family, path", RUN, ids=lambda v: str(v).rpartition("layers.")[2])
 @pytest.mark.parametrize("kind", ["forward", "pre", "all modules"])
 @torch.no_grad()
 def test_a_hook_on_a_part_that_is_passed_over_is_run(family: str, path: str, kind: str) -> None:

@@ -239,6 +239,54 @@ def _qwen4_exp(changes: dict[str, object]) -> PretrainedConfig:
     return Qwen4ExpTextConfig(**_decoder({**own, **changes}))
 
 
+_DELTA_NET = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_experts": 8,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+
+
+def _qwen3_next(changes: dict[str, object]) -> PretrainedConfig:
+    from transformers import Qwen3NextConfig
+
+    return Qwen3NextConfig(**_decoder({**_DELTA_NET, "norm_topk_prob": True, **changes}))
+
+
+def _qwen3_5_moe(changes: dict[str, object]) -> PretrainedConfig:
+    from transformers import Qwen3_5MoeTextConfig
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    own = {"rope_parameters": {**rope, "mrope_section": [1, 1, 0], "mrope_interleaved": True}}
+    return Qwen3_5MoeTextConfig(**_decoder({**_DELTA_NET, **own, **changes}))
+
+
+def _kimi_linear(changes: dict[str, object]) -> PretrainedConfig:
+    from transformers.models.kimi_linear import KimiLinearConfig
+
+    own = {
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "kv_lora_rank": 24,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "moe_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    return KimiLinearConfig(**_decoder({**own, **changes}))
+
+
 def _decoder(changes: dict[str, object]) -> dict[str, object]:
     return {
         "vocab_size": 97,
@@ -290,6 +338,9 @@ _MAKE: dict[str, Callable[[dict[str, object]], PretrainedConfig]] = {
     "mistral_large4": _mistral_large4,
     "glm5_next": _glm5_next,
     "qwen4_exp": _qwen4_exp,
+    "qwen3_next": _qwen3_next,
+    "qwen3_5_moe": _qwen3_5_moe,
+    "kimi_linear": _kimi_linear,
     "qwen3_moe": _qwen3_moe,
     "gpt_oss": _gpt_oss,
     "mixtral": _mixtral,
